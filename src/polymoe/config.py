@@ -1,0 +1,62 @@
+"""Options of the engine and the units they are given in."""
+
+import re
+from typing import Literal
+
+import msgspec
+
+from polymoe.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `1.5GB`, `4096` -> bytes. Raises `ConfigError` for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size; write for example 24GiB, 500MB or a number of bytes.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How one engine serves one bundle.
+
+    Sizes are bytes, lengths are tokens. Raises `ConfigError` for a value out of range.
+    """
+
+    bundle: str
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
+    slots: int | None = None  # None: one a variant, so no switch ever happens
+    block_size: int = 16
+    num_kv_blocks: int | None = None  # None: from kv_cache_bytes
+    kv_cache_bytes: int = 1 << 30
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None  # None: what the variants were configured for
+    enable_prefix_caching: bool = True
+    expert_cache_bytes: int = 256 << 20  # room for absent experts that were fetched; 0: drop after use
+    max_waiting: int = 1024  # requests waiting beyond this are refused with 429
+    num_threads: int | None = None  # CPU threads for torch; None: torch's default
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("slots", "num_kv_blocks", "max_model_len", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        for name in ("kv_cache_bytes", "expert_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")

@@ -1,0 +1,144 @@
+"""What a client asks of the engine and what it gets back. Field names follow vLLM's `SamplingParams` and `RequestOutput`.
+
+These types cross the process border (msgspec over a private socket), so they are plain msgspec structs.
+"""
+
+import msgspec
+
+from polymoe.errors import RequestError
+
+MAX_N = 64
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 512
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one request are chosen. Defaults and meanings are vLLM's; `temperature=0` is greedy.
+
+    Raises `RequestError` (with `param` set) for a value out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1: all tokens
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    logprobs: int | None = None  # how many alternatives to report beside the sampled token
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}.", param=param)
+
+        check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        check(self.top_k >= -1, "top_k", "-1 or 0 (all tokens) or a positive count")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]")
+        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        check(len(self.stop) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings")
+        check(all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", f"strings of 1 to {MAX_STOP_CHARS} characters")
+        check(len(self.stop_token_ids) <= 128, "stop_token_ids", "at most 128 token ids")
+        check(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", "token ids, zero or more")
+        check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
+        check(len(self.logit_bias) <= 1024, "logit_bias", "at most 1024 tokens")
+        check(all(t >= 0 for t in self.logit_bias), "logit_bias", "a map from token ids, zero or more")
+        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "biases in [-100, 100]")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to extend. A client request with `n > 1` becomes n of these.
+
+    `variant` is an index into the bundle's variants. `stop_token_ids` are final: the variant's end-of-text ids are
+    already among them unless the client asked to ignore them.
+    """
+
+    request_id: str
+    variant: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop_token_ids: list[int] = []
+    cache_salt: str = ""  # separates tenants in the prefix cache
+    arrival_time: float = 0.0  # seconds, time.monotonic() of the machine
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token itself first, then the most probable ones (ties as torch.topk)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # of the token itself, 1 = the most probable
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one engine step added to one request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # one entry a new token
+    # One entry for each prompt token but the first, sent with the first new token.
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    stop_reason: int | None = None  # the stop token id that ended it
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    # Seconds, set with the last output: waiting, prefill (scheduled to first token), decode.
+    queue_time: float = 0.0
+    prefill_time: float = 0.0
+    decode_time: float = 0.0
+
+
+class Logprob(msgspec.Struct, frozen=True):
+    """One alternative at one position, as vLLM reports it."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One of the n sequences of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """A request with all its sequences; what `LLM.generate` returns, one for each prompt in order."""
+
+    request_id: str
+    variant: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # entry 0 is None
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
