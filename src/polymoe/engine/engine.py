@@ -1,0 +1,234 @@
+"""The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from polymoe.config import EngineConfig, format_bytes
+from polymoe.engine.block_manager import BlockManager, salt_of
+from polymoe.engine.model_runner import ModelRunner
+from polymoe.engine.request import EngineRequest, TokenOutput
+from polymoe.engine.scheduler import Scheduler
+from polymoe.engine.sequence import Sequence
+from polymoe.errors import ConfigError, ContextLengthError, RequestError
+from polymoe.model.served_model import ServedModel
+from polymoe.model.skeleton import context_limit
+from polymoe.offline.bundle import Bundle
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients may know of a variant."""
+
+    name: str
+    version: str
+    max_model_len: int  # tokens
+    vocab_size: int
+    root: str  # the checkpoint it was planned from
+    created: int  # seconds since the epoch
+    tokenizer_dir: str | None
+    eos_token_ids: list[int]
+    generation: dict[str, float]  # sampling defaults of its generation config
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided at start-up."""
+
+    variants: list[VariantInfo]
+    policy: str
+    resident_bytes: dict[str, int]
+    slots: int
+    num_kv_blocks: int
+    block_size: int
+    experts_resident: int
+    experts_absent: int
+    max_concurrency: float  # sequences of full length that the KV cache holds
+    device: str
+    dtype: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start, gauges of now. Lists are per variant, in order; times are seconds."""
+
+    running: list[int]
+    waiting: list[int]
+    kv_usage: float
+    prefix_cache_queries: int  # tokens
+    prefix_cache_hits: int  # tokens
+    preemptions: int
+    reconfigurations: int
+    reconfiguration_seconds: float
+    reconfiguration_bytes: int
+    expert_hits: int
+    expert_misses: int
+    expert_host_bytes: int
+    expert_fetch_seconds: float
+    resident_bytes: dict[str, int]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available to torch; use --device cpu or install a CUDA build of torch.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+class EngineCore:
+    """Loads a bundle and runs requests.
+
+    Args:
+        progress: called with (stage, fraction done) while loading.
+
+    Raises: `BundleError`, `ConfigError`.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
+        self.config = config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.device = choose_device(config.device)
+        bundle = Bundle.open(config.bundle)
+        self.bundle = bundle
+        name = bundle.dtype if config.dtype == "auto" else config.dtype
+        slots = config.slots or len(bundle.variants)
+        self.model = ServedModel(bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress)
+        lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
+        num_blocks = self._num_kv_blocks(max(lengths))
+        self.model.attach_kv_cache(num_blocks, config.block_size)
+        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+            num_slots=self.model.slots.num_slots,
+            max_model_len=lengths,
+        )
+        self.runner = ModelRunner(self.model, config.block_size, [v.vocab_size for v in bundle.variants], config.seed)
+        table = bundle.table
+        self.info = EngineInfo(
+            variants=[self._variant_info(v, lengths[v]) for v in range(len(bundle.variants))],
+            policy=bundle.manifest.policy,
+            resident_bytes=self.model.resident_bytes,
+            slots=self.model.slots.num_slots,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            experts_resident=sum(next(iter(layer.resident.values())).shape[0] for layer in self.model.pool.layers),
+            experts_absent=int((table < 0).any(dim=0).sum()),
+            max_concurrency=num_blocks * config.block_size / max(lengths),
+            device=str(self.device),
+            dtype=name,
+        )
+
+    def _max_model_len(self, variant: int) -> int:
+        limit = context_limit(self.bundle.variant_config(variant))
+        asked = self.config.max_model_len
+        if asked is not None and asked > limit:
+            name = self.bundle.variants[variant].name
+            raise ConfigError(f"max_model_len {asked} is beyond the {limit} tokens that variant {name} was configured for.")
+        return asked or limit
+
+    def _num_kv_blocks(self, longest: int) -> int:
+        """As many blocks as the budget holds and the sequences can use; at least one sequence of full length."""
+        size = self.config.block_size
+        needed = (longest + size - 1) // size
+        per_block = self.model.kv_bytes_per_block(size)
+        count = self.config.num_kv_blocks or min(
+            self.config.kv_cache_bytes // per_block, needed * self.config.max_num_seqs
+        )
+        if count < needed:
+            raise ConfigError(
+                f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
+                f"at least {format_bytes(needed * per_block)} (--kv-cache) or lower --max-model-len to {count * size}."
+            )
+        return count
+
+    def _variant_info(self, index: int, max_model_len: int) -> VariantInfo:
+        record = self.bundle.variants[index]
+        folder = self.bundle.tokenizer_dir(index)
+        generation = self.bundle.generation_config(index)
+        eos = generation.get("eos_token_id", self.bundle.variant_config(index).eos_token_id)
+        defaults = {k: generation[k] for k in ("temperature", "top_p", "top_k", "min_p") if generation.get(k) is not None}
+        return VariantInfo(
+            name=record.name,
+            version=record.version,
+            max_model_len=max_model_len,
+            vocab_size=record.vocab_size,
+            root=record.source,
+            created=int(Path(self.bundle.path).stat().st_mtime),
+            tokenizer_dir=None if folder is None else str(folder),
+            eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)],
+            generation=defaults if generation.get("do_sample", bool(defaults)) else {},
+        )
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `RequestError` for one that could never run."""
+        if not 0 <= request.variant < len(self.info.variants):
+            raise RequestError(f"variant index {request.variant} does not exist.", param="model")
+        info = self.info.variants[request.variant]
+        count = len(request.prompt_token_ids)
+        if count == 0:
+            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
+        if count >= info.max_model_len:
+            raise ContextLengthError(info.max_model_len, count, request.sampling.max_tokens)
+        ids = (*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias)
+        if min(ids) < 0 or max(ids) >= info.vocab_size:
+            raise RequestError(f"token ids must be in [0, {info.vocab_size}) for model {info.name}.", param="prompt")
+        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt)))
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drop requests and free their blocks; ids that are not running are ignored."""
+        self.scheduler.abort(set(request_ids))
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[TokenOutput]:
+        """One pass: every output is a token that is new since the last step."""
+        scheduled = self.scheduler.schedule()
+        sampled = self.runner.run(scheduled)
+        return self.scheduler.update(scheduled, sampled)
+
+    def stats(self) -> EngineStats:
+        num = len(self.info.variants)
+        reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
+        return EngineStats(
+            running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
+            waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
+            kv_usage=self.blocks.usage,
+            prefix_cache_queries=self.blocks.stats.queries,
+            prefix_cache_hits=self.blocks.stats.hits,
+            preemptions=self.scheduler.num_preemptions,
+            reconfigurations=reconfiguration.count,
+            reconfiguration_seconds=reconfiguration.seconds,
+            reconfiguration_bytes=reconfiguration.nbytes,
+            expert_hits=tier.hits,
+            expert_misses=tier.misses,
+            expert_host_bytes=tier.host_bytes,
+            expert_fetch_seconds=tier.seconds,
+            resident_bytes=self.model.resident_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the invariants of scheduler, slots and pool (for tests and after incidents)."""
+        self.scheduler.check_integrity()
+        self.model.pool.check_integrity()
+        if self.model.slots.num_slots < len(self.info.variants):
+            self.model.slots.check_integrity()
+
+
+def monotonic() -> float:
+    """The clock of `EngineRequest.arrival_time`; the same for all processes of a machine."""
+    return time.monotonic()

@@ -1,0 +1,61 @@
+"""One sequence as the engine sees it while it lives. Progress is one number: `num_computed_tokens`."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from polymoe.engine.request import EngineRequest, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Mutable state of one `EngineRequest`.
+
+    |---- prompt ----|-- output --|
+    |-- computed --|-- to do -----|     keys and values exist for the first `num_computed_tokens`
+    """
+
+    request: EngineRequest
+    salt: bytes  # root of the prefix-cache hash chain
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full computed blocks
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    first_scheduled_time: float = 0.0  # time.monotonic(), as the two below
+    first_token_time: float = 0.0
+    added_time: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        if self.request.sampling.seed is not None and not self.request.sampling.greedy:
+            self.generator = torch.Generator().manual_seed(self.request.sampling.seed)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def variant(self) -> int:
+        return self.request.variant
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def arrival(self) -> tuple[float, float]:
+        """Older sorts first."""
+        return (self.request.arrival_time or self.added_time, self.added_time)

@@ -1,0 +1,95 @@
+"""The routed experts of one layer for a batch that mixes variants: sort by physical expert, multiply, weigh, sum.
+
+    y_t = Σ_k g_tk · (act(x_t G_p) ∘ (x_t U_p)) D_p ,   p = physical id of (variant of t, k-th expert of t)
+
+Letters: T tokens, K experts a token, P physical experts, H hidden, I intermediate. Two implementations of the same
+function: `experts_by_loop` (any device, any dtype, experts may come from anywhere) is the reference;
+`experts_by_grouped_mm` runs one grouped matmul over a stacked pool and never waits for the device.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def experts_by_loop(
+    module: torch.nn.Module,
+    hidden: torch.Tensor,
+    physical: torch.Tensor,
+    gate: torch.Tensor,
+    weights_of: Callable[[int], Weights],
+) -> torch.Tensor:
+    """One matmul pair for each physical expert that some token was routed to.
+
+    Args:
+        module: the stock experts module; its `_apply_gate` (or `act_fn`) and layout flags are used.
+        hidden: `[T, H]`.
+        physical: `[T, K]` int64 ids, any values that `weights_of` knows.
+        gate: `[T, K]` routing weights.
+        weights_of: physical id -> the expert's tensors by name, each of the stock per-expert shape.
+
+    Returns: `[T, H]` in `hidden`'s dtype.
+    """
+    num_tokens, top_k = physical.shape
+    order = torch.argsort(physical.reshape(-1), stable=True)
+    ids, counts = torch.unique_consecutive(physical.reshape(-1)[order], return_counts=True)
+    inputs = hidden[order // top_k]
+    pieces = []
+    start = 0
+    for expert, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        weights = weights_of(expert)
+        x = inputs[start : start + count]
+        up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        x = _project(module, x, weights, up_name)
+        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
+        pieces.append(_project(module, x, weights, "down_proj"))
+        start += count
+    return _combine(torch.cat(pieces), order, gate, num_tokens, top_k, hidden.dtype)
+
+
+def experts_by_grouped_mm(
+    module: torch.nn.Module,
+    hidden: torch.Tensor,
+    physical: torch.Tensor,
+    gate: torch.Tensor,
+    pool: Weights,
+) -> torch.Tensor:
+    """The same over stacked tensors `[P, …]` with ids in `[0, P)`: no host synchronisation.
+
+    Args: as `experts_by_loop`, with `pool` name -> `[P, *shape]`.
+    """
+    num_tokens, top_k = physical.shape
+    flat = physical.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    sorted_ids = flat[order]
+    num_physical = next(iter(pool.values())).shape[0]
+    ends = torch.searchsorted(sorted_ids, torch.arange(num_physical, device=flat.device), right=True).to(torch.int32)
+    x = hidden[order // top_k]
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = pool[name] if module.is_transposed else pool[name].transpose(-2, -1)
+        out = torch.nn.functional.grouped_mm(x, weight, offs=ends)
+        bias = pool.get(f"{name}_bias")
+        return out if bias is None else out + bias[sorted_ids]
+
+    x = project(x, "gate_up_proj" if module.has_gate else "up_proj")
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
+    return _combine(project(x, "down_proj"), order, gate, num_tokens, top_k, hidden.dtype)
+
+
+def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+    weight, bias = weights[name], weights.get(f"{name}_bias")
+    out = x @ weight if module.is_transposed else torch.nn.functional.linear(x, weight)
+    return out if bias is None else out + bias
+
+
+def _combine(
+    out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, num_tokens: int, top_k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Weigh the expert outputs (sorted by expert) and sum each token's; the order of the sum is the router's."""
+    weighted = out * gate.reshape(-1)[order, None]
+    restored = torch.empty_like(weighted)
+    restored[order] = weighted
+    return restored.view(num_tokens, top_k, -1).sum(dim=1).to(dtype)

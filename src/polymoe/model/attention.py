@@ -1,0 +1,215 @@
+"""Paged attention behind transformers' attention registry.
+
+The stock attention module computes queries, keys and values for the flattened batch `[1, heads, T, D]`; the function
+registered here writes the new keys and values into the paged cache and attends for each sequence to its own blocks.
+Grouped-query heads are folded into the query axis, so keys are never repeated; sinks are one more key column whose
+score is the sink and whose value is zero.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from polymoe.errors import UnsupportedModelError
+from polymoe.model.context import AttentionBatch, ForwardContext
+from polymoe.model.variant_stack import VariantStack
+
+# What a stock attention may pass beside queries, keys and values, and what becomes of it.
+_USED = {"scaling", "sliding_window", "s_aux", "sinks", "softcap", "dropout", "is_causal"}
+_IGNORED_IF_FALSY = {"output_attentions", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"}
+_POSITIONS = {"position_ids", "cache_position", "position_embeddings", "logits_to_keep"}
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Shape of one layer's cache, as seen in a trial run: `[block, block_size, kv_heads, key_dim / value_dim]`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+class KVCache:
+    """Keys and values of all layers in blocks of `block_size` tokens.
+
+    Per layer `key [num_blocks, block_size, kv_heads, key_dim]`, `value [.., value_dim]`.
+    """
+
+    def __init__(
+        self, layers: dict[int, AttentionLayer], num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (num_blocks, block_size)
+        self.key = {i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()}
+        self.value = {
+            i: torch.zeros(*shape, s.kv_heads, s.value_dim, device=device, dtype=dtype) for i, s in layers.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for side in (self.key, self.value) for t in side.values())
+
+    def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `key, value [T, kv_heads, D]` at `slot_mapping [T]`."""
+        self.key[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
+        self.value[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+    def gather(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`block_table [B, M]` -> keys and values `[B, M * block_size, kv_heads, D]`."""
+        return self.key[layer][block_table].flatten(1, 2), self.value[layer][block_table].flatten(1, 2)
+
+
+def check_attention_arguments(module: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse anything that would have to be honoured and is not (relative biases, sparse indices, …)."""
+    name = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} builds its own attention mask, which paged attention cannot honour.")
+    if not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is not causal; only decoder attention is served.")
+    for key, value in kwargs.items():
+        if key in _USED or key in _POSITIONS or value is None or (key in _IGNORED_IF_FALSY and not value):
+            continue
+        raise UnsupportedModelError(f"{name} passes `{key}` to attention, which paged attention does not support.")
+
+
+class PagedAttention:
+    """What the registered function needs: the context and the cache of one model; attached to its attention modules."""
+
+    def __init__(self, context: ForwardContext, cache: KVCache) -> None:
+        self.context, self.cache = context, cache
+
+    def forward(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """Attention of one layer for the flattened batch.
+
+        Args:
+            query: `[Hq, T, D]`; key `[Hk, T, D]`; value `[Hk, T, Dv]`.
+            options: scaling, sliding_window (tokens, or None), sinks (`[Hq]`, a stack or None), softcap (or None).
+
+        Returns: `[T, Hq, Dv]`.
+        """
+        batch = self.context.batch.attention
+        assert batch is not None
+        num_tokens = query.shape[1]
+        self.cache.write(layer, batch.slot_mapping, key.transpose(0, 1), value.transpose(0, 1))
+        sinks = options.pop("sinks")
+        if isinstance(sinks, VariantStack):
+            sinks = sinks.per_token(num_tokens)
+        elif sinks is not None:
+            sinks = sinks.expand(num_tokens, -1)
+        out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
+        if batch.decode_rows is not None:
+            self._decode(layer, batch, query, sinks, out, **options)
+        for index in batch.prefill_seqs:
+            self._prefill(layer, batch, index, query, sinks, out, **options)
+        return out
+
+    def _decode(
+        self, layer: int, batch: AttentionBatch, query: torch.Tensor, sinks: Any, out: torch.Tensor, **options: Any
+    ) -> None:
+        """All sequences with one query token, as one padded batch."""
+        rows, seqs, lens = batch.decode_rows, batch.decode_seqs, batch.decode_lens
+        assert rows is not None
+        assert seqs is not None
+        assert lens is not None
+        block_size = self.cache.block_size
+        used_blocks = (max(batch.seq_lens[i] for i in seqs.tolist()) + block_size - 1) // block_size
+        keys, values = self.cache.gather(layer, batch.block_table[seqs, :used_blocks])
+        positions = torch.arange(keys.shape[1], device=query.device)
+        visible = positions < lens[:, None]  # [D, L]
+        window = options.pop("sliding_window")
+        if window is not None:
+            visible &= positions >= (lens - window)[:, None]
+        q = query[:, rows].transpose(0, 1)[:, :, None]  # [D, Hq, 1, D]
+        result = attend(q, keys, values, visible[:, None], sinks=None if sinks is None else sinks[rows, :, None], **options)
+        out[rows] = result[:, :, 0]
+
+    def _prefill(
+        self, layer: int, batch: AttentionBatch, index: int, query: torch.Tensor, sinks: Any, out: torch.Tensor,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """One sequence with several query tokens, which stand at its end."""
+        start, end = batch.query_start_loc[index], batch.query_start_loc[index + 1]
+        seq_len = batch.seq_lens[index]
+        num_blocks = (seq_len + self.cache.block_size - 1) // self.cache.block_size
+        keys, values = self.cache.gather(layer, batch.block_table[index : index + 1, :num_blocks])
+        keys, values = keys[:, :seq_len], values[:, :seq_len]
+        key_pos = torch.arange(seq_len, device=query.device)
+        query_pos = key_pos[seq_len - (end - start) :, None]
+        visible = key_pos <= query_pos  # [n, L]
+        window = options.pop("sliding_window")
+        if window is not None:
+            visible &= key_pos > query_pos - window
+        sink = None if sinks is None else sinks[start:end].t()[None]  # [1, Hq, n]
+        out[start:end] = attend(query[None, :, start:end], keys, values, visible[None], sinks=sink, **options)[0].transpose(0, 1)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(q kᵀ · scaling, sinks) v over the visible keys, with grouped-query heads.
+
+    Args:
+        query: `[B, Hq, n, D]`; key `[B, L, Hk, D]`; value `[B, L, Hk, Dv]`, Hq a multiple of Hk.
+        visible: `[B, n, L]` bool.
+        sinks: `[B, Hq, n]` extra scores that take probability and give nothing.
+        softcap: scores become `softcap · tanh(score / softcap)`.
+
+    Returns: `[B, Hq, n, Dv]`.
+    """
+    batch, q_heads, n, _ = query.shape
+    kv_heads = key.shape[2]
+    group = q_heads // kv_heads
+    q = query.reshape(batch, kv_heads, group * n, -1)  # heads of a group become more queries of their key head
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
+    mask = visible[:, None, None].expand(batch, 1, group, n, -1).reshape(batch, 1, group * n, -1)
+    if softcap is not None:
+        scores = (q @ k.transpose(-2, -1) * scaling).float()
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.reshape(batch, kv_heads, group * n, 1).float()], dim=-1)
+        probs = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(v.dtype)
+        return (probs @ v).reshape(batch, q_heads, n, -1)
+    if sinks is not None:
+        bias = torch.zeros(batch, kv_heads, group * n, k.shape[2] + 1, device=q.device, dtype=q.dtype)
+        bias[..., :-1].masked_fill_(~mask, float("-inf"))
+        bias[..., -1] = sinks.reshape(batch, kv_heads, group * n)
+        mask = bias
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, q_heads, n, -1)
+
+
+def polymoe_attention_forward(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The function registered with transformers' attention registry under the name `polymoe`.
+
+    `query [1, Hq, T, D]` and so on; returns `[1, T, Hq, Dv]` as stock modules expect.
+    """
+    check_attention_arguments(module, attention_mask, kwargs)
+    out = module.polymoe_attention.forward(
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scaling=kwargs["scaling"] if kwargs.get("scaling") is not None else query.shape[-1] ** -0.5,
+        sliding_window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux", kwargs.get("sinks")),
+        softcap=kwargs.get("softcap"),
+    )
+    return out[None], None

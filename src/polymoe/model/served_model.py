@@ -1,0 +1,170 @@
+"""A bundle on a device, ready for mixed-variant forward passes: stock definition, variant stacks, expert pool, KV cache.
+
+    skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, experts in the pool, cache in attention
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from polymoe.errors import BundleError, ConfigError
+from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention
+from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
+from polymoe.model.expert_pool import ExpertPool
+from polymoe.model.skeleton import (
+    accepts_logits_to_keep,
+    build_skeleton,
+    expert_modules,
+    expert_tensor_names,
+    keeps_float32,
+    retie,
+    set_weight,
+    trace,
+)
+from polymoe.model.slots import Slots, copy_padded
+from polymoe.model.variant_stack import VariantStack
+from polymoe.offline.bundle import Bundle
+
+Progress = Callable[[str, float], None]
+
+
+class ServedModel:
+    """Weights of all variants on one device behind one `forward`.
+
+    Args:
+        bundle: what to serve.
+        device, dtype: where and in what precision everything is held and computed (weights that transformers keeps in
+            float32 stay so).
+        slots: rows for non-experts; fewer than variants means reconfiguration at run time.
+        expert_cache_bytes: device memory for absent experts that were fetched.
+        progress: called with (stage, fraction done).
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        dtype: torch.dtype,
+        slots: int,
+        expert_cache_bytes: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.bundle, self.device, self.dtype = bundle, device, dtype
+        self.context = ForwardContext()
+        self.attention_layers: dict[int, AttentionLayer] = trace(bundle.config)
+        self.model = build_skeleton(bundle.config)
+        self._keeps_rows = accepts_logits_to_keep(self.model)
+        experts = expert_modules(self.model)
+        if [path for path, _ in experts] != list(bundle.expert_modules):
+            raise BundleError(f"the bundle's experts are at {bundle.expert_modules}, this transformers version's elsewhere")
+        report = progress or (lambda _stage, _fraction: None)
+
+        num_variants = len(bundle.variants)
+        self.slots = Slots(min(slots, num_variants), RowMap([-1] * num_variants), self._read)
+        self._row_maps: dict[tuple[int, ...], RowMap] = {}
+        self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
+        names = bundle.nonexpert_names
+        for done, name in enumerate(names):
+            report("non-experts", done / len(names))
+            self._place(name)
+        if self.slots.num_slots < num_variants:
+            self.slots.fill()
+        report("non-experts", 1.0)
+
+        report("experts", 0.0)
+        self.pool = ExpertPool(bundle, self.context, device, dtype, expert_cache_bytes, lambda f: report("experts", f))
+        for layer, (_, module) in zip(self.pool.layers, experts, strict=True):
+            for name in expert_tensor_names(module):
+                module._parameters[name] = None
+            module.polymoe_experts = layer
+        retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, torch.Tensor):
+                    module._buffers[name] = buffer.to(device)
+        left = [n for n, p in self.model.named_parameters() if p.is_meta]
+        if left:
+            raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")
+
+    def _weight_dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
+
+    def _read(self, variant: int, name: str) -> torch.Tensor:
+        return self.bundle.nonexpert(variant, name)
+
+    def _place(self, name: str) -> None:
+        """Put a non-expert where the stock model looks for it: one tensor if all variants share it, else a stack."""
+        meta = self.model.state_dict(keep_vars=True)[name]
+        sources = self.bundle.nonexpert_sources(name)
+        versions = sorted(set(sources))
+        dtype = self._weight_dtype(name)
+        if len(versions) == 1:
+            value = torch.empty(meta.shape, device=self.device, dtype=dtype)
+            copy_padded(value, self._read(versions[0], name))
+            self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
+            set_weight(self.model, name, value)
+            return
+        in_slots = len(versions) > self.slots.num_slots
+        num_rows = self.slots.num_slots if in_slots else len(versions)
+        rows = torch.empty(num_rows, *meta.shape, device=self.device, dtype=dtype)
+        self._bytes["nonexperts_own"] += rows.numel() * rows.element_size()
+        if in_slots:
+            self.slots.stacks[name] = rows
+            row_map = self.slots.row_map
+        else:
+            for row, version in enumerate(versions):
+                copy_padded(rows[row], self._read(version, name))
+            assignment = tuple(versions.index(s) for s in sources)
+            row_map = self._row_maps.setdefault(assignment, RowMap(list(assignment)))
+        set_weight(self.model, name, VariantStack(rows, row_map, self.context))
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        per_token = sum(layer.elements_per_token for layer in self.attention_layers.values())
+        return per_token * block_size * torch.empty((), dtype=self.dtype).element_size()
+
+    def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """Allocate the paged cache and hand it to every attention module."""
+        try:
+            self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype)
+        except RuntimeError as error:  # the allocator's own error names no option
+            raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller kv_cache_bytes. ({error})") from error
+        attention = PagedAttention(self.context, self.kv_cache)
+        for module in self.model.modules():
+            module.polymoe_attention = attention  # type: ignore[assignment]
+        return self.kv_cache
+
+    @property
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes held on the device, by kind; `expert_cache` is what it holds now."""
+        table = self.pool.table
+        return {
+            "resident_experts": self.pool.resident_bytes,
+            **self._bytes,
+            "tables": table.numel() * table.element_size(),
+            "expert_cache": self.pool.cache.used,
+            "kv_cache": self.kv_cache.nbytes,
+        }
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, sampled_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """One pass over a flattened batch.
+
+        Args:
+            input_ids, positions: `[T]` int64.
+            sampled_rows: `[R]` int64, the rows whose logits are wanted, ascending.
+
+        Returns: logits `[R, vocabulary of the largest variant]`, in the model's dtype.
+        """
+        assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
+        assert sampled_rows.shape == (batch.sampled.num_tokens,)
+        present = {variant for variant, _, _ in batch.tokens.spans}
+        if self.slots.num_slots < len(self.bundle.variants):
+            self.slots.ensure(present)
+        self.context.set(batch)
+        options = {"logits_to_keep": sampled_rows} if self._keeps_rows else {}
+        output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
+        self.context.set(None)
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_rows else logits[sampled_rows]

@@ -1,0 +1,240 @@
+"""One weight of a stock model, in several variants: a tensor subclass that picks each token's own version.
+
+A `VariantStack` stands where a parameter stood and reports that parameter's shape, so the stock code of transformers
+runs unchanged. It stores `rows [R, *shape]`. `__torch_function__` turns
+
+- `linear` into one matmul for each run of rows of a variant (tokens are sorted by variant),
+- `embedding` into a look-up in the flattened rows, offset by variant,
+- adding, subtracting, multiplying and dividing with a token tensor into a gather of the row of each token,
+- norms with a weight into the norm without one followed by those,
+- casts and arithmetic with a plain number into the same on all rows.
+
+Any other operation is an error that names it: never a silent wrong answer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from polymoe.model.context import ForwardContext, RowMap
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+class VariantStack(torch.Tensor):
+    """See the module docstring.
+
+    Args:
+        rows: `[R, *shape]`, R stored versions of a parameter of shape `shape`.
+        row_map: which row serves which variant.
+        context: the model's shared holder of the current batch.
+    """
+
+    rows: torch.Tensor
+    row_map: RowMap
+    context: ForwardContext
+
+    @staticmethod
+    def __new__(cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext) -> "VariantStack":
+        stack: VariantStack = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, rows.shape[1:], dtype=rows.dtype, device=rows.device, requires_grad=False
+        )
+        stack.rows, stack.row_map, stack.context = rows, row_map, context
+        return stack
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"VariantStack(rows={self.rows.shape[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def like(self, rows: torch.Tensor) -> "VariantStack":
+        """The same variants with other rows."""
+        return VariantStack(rows, self.row_map, self.context)
+
+    def per_token(self, num_rows: int) -> torch.Tensor:
+        """`[num_rows, *shape]`: each row's own version."""
+        segments = self.context.batch.segments(num_rows)
+        spans = segments.row_spans(self.row_map)
+        if len(spans) == 1:  # one version for all: a view, no gather
+            return self.rows[spans[0][0]].expand(num_rows, *self.shape)
+        return self.rows[segments.row_of_token(self.row_map)]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise NotImplementedError(
+            f"{getattr(func, '__qualname__', func)} is not supported on weights that differ between variants"
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+        raise NotImplementedError(f"{func} is not supported on weights that differ between variants")
+
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.element_size,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse",
+                     "is_quantized", "itemsize")
+    ),
+}  # fmt: skip
+
+
+def _handles(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        for function in functions:
+            _HANDLERS[function] = handler
+        return handler
+
+    return register
+
+
+def _token_axis(x: torch.Tensor, stack: VariantStack) -> int:
+    """Axis of `x` that runs over tokens: 1 of `[1, T, …]`, else 0 of `[T, …]`; left of the weight's own axes."""
+    batch = stack.context.batch
+    counts = (batch.tokens.num_tokens, batch.sampled.num_tokens)
+    room = x.ndim - stack.ndim  # axes that the weight does not have
+    if room >= 2 and x.shape[0] == 1 and x.shape[1] in counts:
+        return 1
+    if room >= 1 and x.shape[0] in counts:
+        return 0
+    raise RuntimeError(f"no token axis: tensor {tuple(x.shape)} against a weight {tuple(stack.shape)}")
+
+
+def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
+    """The stack's rows for the tokens of `x`, shaped to broadcast against it.
+
+    `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`.
+    """
+    axis = _token_axis(x, stack)
+    count = x.shape[axis]
+    rows = stack.per_token(count)
+    return rows.view(*(1,) * axis, count, *(1,) * (x.ndim - axis - 1 - stack.ndim), *stack.shape)
+
+
+@_handles(F.linear)
+def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+    if not isinstance(weight, VariantStack):  # only the bias differs between variants
+        out: torch.Tensor = F.linear(x, weight)
+        return out + _gathered(out, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    segments = weight.context.batch.segments(flat.shape[0])
+    spans = segments.row_spans(weight.row_map)
+    if len(spans) == 1:
+        out = F.linear(flat, weight.rows[spans[0][0]])
+    else:
+        out = flat.new_empty(flat.shape[0], weight.shape[0])
+        for row, start, end in spans:
+            torch.mm(flat[start:end], weight.rows[row].t(), out=out[start:end])
+    if isinstance(bias, VariantStack):
+        out = out + bias.per_token(flat.shape[0])
+    elif bias is not None:
+        out = out + bias
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@_handles(F.embedding)
+def _embedding(
+    ids: torch.Tensor,
+    weight: VariantStack,
+    padding_idx: int | None = None,  # noqa: ARG001  (affects gradients only)
+    max_norm: float | None = None,
+    norm_type: float = 2.0,  # noqa: ARG001
+    scale_grad_by_freq: bool = False,  # noqa: ARG001
+    sparse: bool = False,  # noqa: ARG001
+) -> torch.Tensor:
+    if max_norm is not None:
+        raise NotImplementedError("embedding with max_norm is not supported on weights that differ between variants")
+    segments = weight.context.batch.segments(ids.numel())
+    offsets = segments.row_of_token(weight.row_map) * weight.shape[0]
+    return F.embedding(ids + offsets.view(ids.shape), weight.rows.view(-1, *weight.shape[1:]))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) or (isinstance(x, torch.Tensor) and x.ndim == 0)
+
+
+def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def handler(a: Any, b: Any) -> torch.Tensor:
+        if isinstance(a, VariantStack) and _is_number(b):
+            return a.like(function(a.rows, b))
+        if isinstance(b, VariantStack) and _is_number(a):
+            return b.like(function(a, b.rows))
+        if isinstance(a, VariantStack) and isinstance(b, VariantStack):
+            if a.row_map is b.row_map and a.ndim == b.ndim:
+                return a.like(function(a.rows, b.rows))
+            raise NotImplementedError("two weights of different layout combined: not supported between variants")
+        if isinstance(a, VariantStack):
+            return function(_gathered(b, a), b)
+        return function(a, _gathered(a, b))
+
+    return handler
+
+
+for _function, _names in (
+    (torch.add, ("add", "__add__", "__radd__")),
+    (torch.mul, ("mul", "__mul__", "__rmul__")),
+    (torch.sub, ("sub", "__sub__")),
+    (torch.div, ("div", "__truediv__")),
+):
+    _handles(_function, *(getattr(torch.Tensor, name) for name in _names))(_elementwise(_function))
+_handles(torch.Tensor.__rsub__)(lambda a, b: _elementwise(torch.sub)(b, a))
+
+
+def _rowwise(method: Callable[..., torch.Tensor]) -> Callable[..., VariantStack]:
+    def handler(stack: Any, *args: Any, **kwargs: Any) -> VariantStack:
+        if not isinstance(stack, VariantStack):  # x.type_as(weight): the weight is an argument, not the subject
+            raise NotImplementedError(f"{method} with a weight that differs between variants as its argument")
+        rows = method(stack.rows, *args, **kwargs)
+        return stack if rows is stack.rows else stack.like(rows)
+
+    return handler
+
+
+for _name in ("to", "float", "bfloat16", "half", "type", "type_as", "contiguous", "detach", "neg", "exp", "sigmoid"):
+    _handles(getattr(torch.Tensor, _name))(_rowwise(getattr(torch.Tensor, _name)))
+for _unary in (torch.neg, torch.exp, torch.sigmoid):
+    _handles(_unary)(_rowwise(_unary))
+
+
+@_handles(torch.Tensor.unsqueeze, torch.unsqueeze)
+def _unsqueeze(stack: VariantStack, dim: int) -> VariantStack:
+    if dim != 0:
+        raise NotImplementedError("unsqueeze beyond axis 0 is not supported on weights that differ between variants")
+    return stack  # a leading axis of one changes nothing: weights are aligned at the right
+
+
+@_handles(F.layer_norm, torch.layer_norm)
+def _layer_norm(
+    x: torch.Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> torch.Tensor:
+    out: torch.Tensor = F.layer_norm(x, normalized_shape, None, None, eps)
+    return _affine(out, weight, bias)
+
+
+@_handles(F.rms_norm)
+def _rms_norm(x: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
+    out: torch.Tensor = F.rms_norm(x, normalized_shape, None, eps)
+    return _affine(out, weight, None)
+
+
+def _affine(out: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+    if weight is not None:
+        out = out * (_gathered(out, weight) if isinstance(weight, VariantStack) else weight)
+    if bias is not None:
+        out = out + (_gathered(out, bias) if isinstance(bias, VariantStack) else bias)
+    return out
