@@ -1,8 +1,9 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
-import time
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -10,8 +11,8 @@ import torch
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.engine.block_manager import BlockManager, salt_of
 from polymoe.engine.model_runner import ModelRunner
-from polymoe.engine.request import EngineRequest, TokenOutput
-from polymoe.engine.scheduler import Scheduler
+from polymoe.engine.request import EngineRequest, SamplingParams, TokenOutput
+from polymoe.engine.scheduler import ScheduledSequence, Scheduler
 from polymoe.engine.sequence import Sequence
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.served_model import ServedModel
@@ -85,6 +86,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def _stored_dtype(bundle: Bundle) -> str:
+    """The variants' common dtype, float32 where they differ."""
+    stored = {variant.dtype for variant in bundle.variants}
+    return stored.pop() if len(stored) == 1 else "float32"
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
 class EngineCore:
     """Loads a bundle and runs requests.
 
@@ -101,7 +113,7 @@ class EngineCore:
         self.device = choose_device(config.device)
         bundle = Bundle.open(config.bundle)
         self.bundle = bundle
-        name = bundle.dtype if config.dtype == "auto" else config.dtype
+        name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
         self.model = ServedModel(bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
@@ -158,7 +170,7 @@ class EngineCore:
     def _variant_info(self, index: int, max_model_len: int) -> VariantInfo:
         record = self.bundle.variants[index]
         folder = self.bundle.tokenizer_dir(index)
-        generation = self.bundle.generation_config(index)
+        generation = _generation_config(self.bundle.variant_folder(index))
         eos = generation.get("eos_token_id", self.bundle.variant_config(index).eos_token_id)
         defaults = {k: generation[k] for k in ("temperature", "top_p", "top_k", "min_p") if generation.get(k) is not None}
         return VariantInfo(
@@ -201,6 +213,32 @@ class EngineCore:
         sampled = self.runner.run(scheduled)
         return self.scheduler.update(scheduled, sampled)
 
+    def prompt_logits(self, prompts: list[tuple[int, list[int]]]) -> list[torch.Tensor]:
+        """Logits at every position of several prompts, in one mixed pass outside the schedule.
+
+        Args:
+            prompts: (variant index, token ids) each.
+
+        Returns: float32 `[tokens, vocabulary of the variant]` for each prompt.
+        Raises: `ConfigError` if the KV cache cannot hold them, or more variants are mixed than there are slots.
+        """
+        if len({variant for variant, _ in prompts}) > self.model.slots.num_slots:
+            raise ConfigError(f"prompts of more variants than the {self.model.slots.num_slots} slots in one pass.")
+        needed = sum(self.blocks.blocks_for(len(ids)) for _, ids in prompts)
+        if not self.blocks.can_allocate([], needed):
+            raise ConfigError(f"the KV cache has {self.blocks.num_free} free blocks, these prompts need {needed}.")
+        everything = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        scheduled = []
+        for index, (variant, ids) in enumerate(prompts):
+            request = EngineRequest(request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything)
+            sequence = Sequence(request, salt=b"", block_ids=self.blocks.allocate(self.blocks.blocks_for(len(ids))))
+            scheduled.append(ScheduledSequence(sequence, len(ids)))
+        try:
+            return self.runner.logits(scheduled)
+        finally:
+            for item in scheduled:
+                self.blocks.release(item.sequence.block_ids)
+
     def stats(self) -> EngineStats:
         num = len(self.info.variants)
         reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
@@ -228,7 +266,3 @@ class EngineCore:
         if self.model.slots.num_slots < len(self.info.variants):
             self.model.slots.check_integrity()
 
-
-def monotonic() -> float:
-    """The clock of `EngineRequest.arrival_time`; the same for all processes of a machine."""
-    return time.monotonic()

@@ -43,6 +43,13 @@ class ModelRunner:
         logits = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows)
         return self._sample(step, self.mask_missing_tokens(logits, step.batch))
 
+    def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
+        """Every wanted row of each scheduled sequence, in the given order: float32 `[rows, vocabulary of its variant]`."""
+        step = self.prepare(scheduled)
+        rows = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows).float()
+        pieces = dict(zip((item.sequence for item in step.order), rows.split(list(step.num_rows)), strict=True))
+        return [pieces[i.sequence][:, : self.vocab_sizes[i.sequence.variant]] for i in scheduled]
+
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
         """Flatten and sort by variant: |-- sequences of variant 0 --|-- of variant 1 --|…"""
         order = tuple(sorted(scheduled, key=lambda item: item.sequence.variant))

@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python >= 3.11: the first run makes .venv and installs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+
+.PHONY: install dev demo test lint types tests format family architectures clean
+
+# What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e . -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+install: $(VENV)/.installed
+
+dev: $(VENV)/.installed-dev
+
+demo: install
+	$(BIN)/polymoe demo --port $(PORT)
+
+test: lint types tests
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev
+	$(BIN)/mypy
+
+tests: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+format: dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Train the demo family again (about an hour on 4 cores) from a folder of texts; see src/polymoe/demo/MODEL_CARD.md.
+family: dev
+	$(BIN)/python tools/train_demo_family.py --corpus $(CORPUS) --out src/polymoe/demo/family
+
+# Try every architecture of transformers' experts registry with tiny random checkpoints.
+architectures: dev
+	OMP_NUM_THREADS=1 $(BIN)/python tools/try_architectures.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache

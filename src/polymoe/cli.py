@@ -1,0 +1,215 @@
+"""The command line: inspect, plan, generate, serve, demo, eval. Heavy imports wait until a command needs them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from polymoe.config import EngineConfig, format_bytes, parse_bytes
+from polymoe.errors import PolymoeError
+
+app = typer.Typer(
+    name="polymoe",
+    help="Serve several fully fine-tuned Mixture-of-Experts variants from one device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Specs = Annotated[list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")]
+Policy = Annotated[str, typer.Option(help="paper: similar experts shared; separate: lossless, every variant its own")]
+Memory = Annotated[
+    str | None, typer.Option(help="1.0x: expert bytes in multiples of one model's; 24GiB: all weights on the device")
+]
+DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+SlotsOption = Annotated[int | None, typer.Option(help="variants whose non-experts are on the device at once; default all")]
+KVCache = Annotated[str, typer.Option(help="memory for keys and values, for example 4GiB")]
+ExpertCache = Annotated[str, typer.Option(help="memory for absent experts that were fetched")]
+MaxLen = Annotated[int | None, typer.Option(help="longest sequence in tokens; default: what the variants support")]
+MaxSeqs = Annotated[int, typer.Option(help="sequences that run at once")]
+MaxBatched = Annotated[int, typer.Option(help="tokens in one step")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's")]
+Host = Annotated[str, typer.Option(help="address to listen on; another than 127.0.0.1 needs --api-key")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+ApiKey = Annotated[str | None, typer.Option(envvar="POLYMOE_API_KEY", help="clients must send this key")]
+Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM")]
+
+
+def engine_config(bundle: str | Path, **options: Any) -> EngineConfig:
+    """Options as typed on the command line -> `EngineConfig`."""
+    for name in ("kv_cache", "expert_cache"):
+        if name in options:
+            options[f"{name}_bytes"] = parse_bytes(options.pop(name))
+    if options.get("dtype") not in (None, "auto", "float32", "bfloat16", "float16"):
+        raise PolymoeError(f"--dtype {options['dtype']} is unknown; use auto, float32, bfloat16 or float16.")
+    return EngineConfig(bundle=str(bundle), **options)
+
+
+def pairs(values: list[str], option: str) -> dict[str, Path]:
+    """`VARIANT=FILE` options -> a dict, each once, each an existing path."""
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise PolymoeError(f"{option} {value!r}: write VARIANT=PATH.")
+        if name in found:
+            raise PolymoeError(f"{option} names {name} twice.")
+        if not Path(path).exists():
+            raise PolymoeError(f"{option} {name}: {path} does not exist.")
+        found[name] = Path(path)
+    return found
+
+
+@app.command()
+def inspect(
+    specs: Specs,
+    png: Annotated[Path, typer.Option(help="where to write the heat map")] = Path("distances.png"),
+) -> None:
+    """Compare checkpoints expert by expert: a table by layer, and a heat map of the distances."""
+    from polymoe.offline.api import inspect as run
+
+    run(specs, png, console)
+
+
+@app.command()
+def plan(
+    specs: Specs,
+    out: Annotated[Path, typer.Option(help="folder of the new bundle")],
+    policy: Policy = "paper",
+    memory: Memory = None,
+    force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
+) -> None:
+    """Decide which experts are shared and write a bundle that is ready to serve."""
+    from polymoe.offline.api import make_plan
+
+    make_plan(specs, policy=policy, memory=memory, out=out, overwrite=force, console=console)
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
+    prompt: Annotated[list[str], typer.Option(help="a prompt; may be repeated")],
+    variant: Annotated[list[str] | None, typer.Option(help="which variants answer; default all")] = None,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    slots: SlotsOption = None,
+    threads: Threads = None,
+) -> None:
+    """Complete prompts with several variants in one batch, without a server."""
+    from polymoe import LLM, SamplingParams
+
+    llm = LLM(bundle, dtype=dtype, device=device, slots=slots, num_threads=threads)
+    names = variant or llm.variants
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    prompts = [text for text in prompt for _ in names]
+    outputs = llm.generate(prompts, params, variants=names * len(prompt))
+    table = Table("variant", "prompt", "completion", "tokens", "ended", show_lines=True)
+    for output in outputs:
+        first = output.outputs[0]
+        table.add_row(output.variant, output.prompt, first.text, str(len(first.token_ids)), first.finish_reason)
+    console.print(table)
+
+
+@app.command()
+def serve(
+    sources: Annotated[list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to plan now")],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    policy: Policy = "paper",
+    memory: Memory = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    slots: SlotsOption = None,
+    kv_cache: KVCache = "1GiB",
+    expert_cache: ExpertCache = "256MiB",
+    max_model_len: MaxLen = None,
+    max_num_seqs: MaxSeqs = 64,
+    max_num_batched_tokens: MaxBatched = 2048,
+    max_waiting: Annotated[int, typer.Option(help="requests waiting beyond this are refused with 429")] = 1024,
+    threads: Threads = None,
+    grace: Grace = 30.0,
+) -> None:
+    """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
+    from polymoe.server.serve import check_address, run_server
+
+    check_address(host, port, api_key)
+    bundle = _bundle_for(sources, policy, memory)
+    config = engine_config(
+        bundle, dtype=dtype, device=device, slots=slots, kv_cache=kv_cache, expert_cache=expert_cache,
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        max_waiting=max_waiting, num_threads=threads,
+    )  # fmt: skip
+    raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
+
+
+@app.command()
+def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -> None:
+    """Serve the four small models that come with the package: base, math, drama and code."""
+    from polymoe.demo import family_paths
+
+    serve([f"{name}={path}" for name, path in family_paths().items()], host=host, port=port, threads=threads)
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
+    text: Annotated[list[str], typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant; may be repeated")],
+    original: Annotated[
+        list[str] | None, typer.Option(metavar="VARIANT=PATH", help="its checkpoint, if it moved since the plan")
+    ] = None,
+    dtype: DType = "float32",
+    device: Device = "auto",
+    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="windows a variant; default all")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="windows a pass")] = 8,
+    slots: SlotsOption = None,
+    threads: Threads = None,
+) -> None:
+    """Measure how close each served variant is to its original: KL, top-1 agreement, perplexities, bytes."""
+    from polymoe.evaluate.report import run_eval
+
+    config = engine_config(bundle, dtype=dtype, device=device, slots=slots, num_threads=threads,
+                           enable_prefix_caching=False, max_num_seqs=batch, max_model_len=window)  # fmt: skip
+    report = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
+    print(json.dumps(report))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import polymoe
+
+    print(polymoe.__version__)
+
+
+def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:
+    """A bundle as given, or one planned from `NAME=PATH…` and kept for the next start."""
+    if len(sources) == 1 and "=" not in sources[0]:
+        return Path(sources[0])
+    from polymoe.offline.api import plan_cached
+
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polymoe" / "bundles"
+    return plan_cached(sources, policy=policy, memory=memory, root=root, console=console)
+
+
+def main() -> None:
+    """Console entry point: deliberate errors are one line on stderr and exit status 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except PolymoeError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)

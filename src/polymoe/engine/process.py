@@ -1,0 +1,145 @@
+"""The engine process: one `EngineCore`, driven by commands from the server over an inherited socket.
+
+    python -m polymoe.engine.process --fd N
+
+It ends when told to, when the server's end of the socket is closed (so a killed server leaves no engine behind), or,
+with exit code 1, on any error, after a `Fatal` message. Signals meant for the process group (Ctrl-C, a supervisor's
+SIGTERM) are left to the server, which lets running requests finish first.
+"""
+
+import argparse
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from polymoe.engine.engine import EngineCore
+from polymoe.engine.messages import (
+    HEADER_BYTES,
+    Abort,
+    Accepted,
+    Add,
+    Command,
+    Fatal,
+    GetStats,
+    Message,
+    Outputs,
+    Progress,
+    Ready,
+    Rejected,
+    Shutdown,
+    Start,
+    Stats,
+    body_length,
+    decode_command,
+    frame,
+)
+from polymoe.errors import PolymoeError, RequestError
+
+# A step without output (a chunk of a long prompt) is reported this often, in seconds: proof of life without noise.
+_SIGN_OF_LIFE_EVERY = 0.5
+
+
+class Channel:
+    """The engine's end of the socket. `EOFError` or `OSError` from any method: the server is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def send(self, message: Message) -> None:
+        self._sock.sendall(frame(message))
+
+    def receive(self, block: bool) -> list[Command]:
+        """All commands that have arrived; with `block` waits until there is one."""
+        commands: list[Command] = []
+        while True:
+            wait = None if block and not commands else 0
+            if not select.select([self._sock], [], [], wait)[0]:
+                return commands
+            data = self._sock.recv(1 << 20)
+            if not data:
+                raise EOFError
+            self._buffer += data
+            commands += self._take_frames()
+
+    def _take_frames(self) -> list[Command]:
+        commands = []
+        start = 0
+        while len(self._buffer) - start >= HEADER_BYTES:
+            body = start + HEADER_BYTES
+            end = body + body_length(bytes(self._buffer[start:body]))
+            if end > len(self._buffer):
+                break
+            commands.append(decode_command(bytes(self._buffer[body:end])))
+            start = end
+        del self._buffer[:start]
+        return commands
+
+
+def run(core: EngineCore, channel: Channel, commands: Sequence[Command] = ()) -> None:
+    """Obey commands and step while there is work, until `Shutdown`."""
+    last_sent = 0.0
+    while True:
+        for command in commands:
+            if isinstance(command, Shutdown):
+                return
+            _obey(core, channel, command)
+        if core.has_work():
+            outputs = core.step()
+            now = time.monotonic()
+            if outputs or now - last_sent > _SIGN_OF_LIFE_EVERY:
+                channel.send(Outputs(outputs))
+                last_sent = now
+        commands = channel.receive(block=not core.has_work())
+
+
+def _obey(core: EngineCore, channel: Channel, command: Command) -> None:
+    match command:
+        case Add(submission, requests):
+            added = []
+            try:
+                for request in requests:
+                    core.add_request(request)
+                    added.append(request.request_id)
+            except RequestError as error:
+                core.abort(added)
+                channel.send(Rejected.of(submission, error))
+            else:
+                channel.send(Accepted(submission))
+        case Abort(request_ids):
+            core.abort(request_ids)
+        case GetStats():
+            channel.send(Stats(core.stats()))
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="polymoe.engine.process")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the server")
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=parser.parse_args().fd))
+    try:
+        start, *more = channel.receive(block=True)
+        if not isinstance(start, Start):
+            raise TypeError(f"expected Start, got {type(start).__name__}")
+        core = EngineCore(start.config, lambda stage, fraction: channel.send(Progress(stage, fraction)))
+        channel.send(Ready(core.info))
+        run(core, channel, more)
+    except (EOFError, ConnectionError):
+        return 0  # nobody is left to serve
+    except Exception as error:
+        deliberate = isinstance(error, PolymoeError)
+        if not deliberate:
+            traceback.print_exc()
+        channel.send(Fatal(str(error) if deliberate else f"{type(error).__name__}: {error}", deliberate))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""How far a served variant is from its original: KL divergence, top-1 agreement and perplexities on a text.
+
+The original runs in transformers, alone, from its own checkpoint; the served one in the engine, all variants mixed in
+one batch. Both in float32 unless asked otherwise, so that the figures measure the plan and not rounding.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polymoe.engine.engine import EngineCore
+from polymoe.errors import PolymoeError
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One variant on one text; all figures are means over `tokens` predicted tokens."""
+
+    ppl_original: float
+    ppl_served: float
+    kl: float  # KL(original ‖ served), nats a token
+    top1_agreement: float  # share of positions where both rank the same token first
+    tokens: int
+
+
+def windows_of(token_ids: list[int], length: int, limit: int | None) -> list[list[int]]:
+    """Non-overlapping windows of `length` tokens, at most `limit`; a rest shorter than two tokens is left out.
+
+    |-- window --|-- window --|-- rest --|     the first token of a window is context only
+    """
+    windows = [token_ids[i : i + length] for i in range(0, len(token_ids), length)]
+    return [w for w in windows if len(w) >= 2][:limit]
+
+
+class OriginalModel:
+    """A checkpoint in stock transformers."""
+
+    def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        self.model: Any = model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def logits(self, windows: list[list[int]]) -> list[torch.Tensor]:
+        """float32 `[tokens, vocabulary]` for each window (all of one length go in one batch)."""
+        if len({len(w) for w in windows}) == 1:
+            out = self.model(input_ids=torch.tensor(windows, device=self.device), use_cache=False).logits.float()
+            return list(out)
+        return [self.logits([w])[0] for w in windows]
+
+
+class _Sums:
+    """Running sums over positions, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.nll_original = self.nll_served = self.kl = 0.0
+        self.agreed = self.tokens = 0
+
+    def add(self, window: list[int], original: torch.Tensor, served: torch.Tensor) -> None:
+        p, q = torch.log_softmax(original[:-1], dim=-1), torch.log_softmax(served[:-1], dim=-1)
+        target = torch.tensor(window[1:], device=p.device)[:, None]
+        self.nll_original -= float(p.gather(1, target).double().sum())
+        self.nll_served -= float(q.gather(1, target).double().sum())
+        self.kl += float((p.exp() * (p - q)).double().sum())
+        self.agreed += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+        self.tokens += len(window) - 1
+
+    def result(self) -> Fidelity:
+        n = self.tokens
+        return Fidelity(
+            ppl_original=math.exp(self.nll_original / n),
+            ppl_served=math.exp(self.nll_served / n),
+            kl=max(0.0, self.kl / n),
+            top1_agreement=self.agreed / n,
+            tokens=n,
+        )
+
+
+def batches_of(windows: list[list[int]], size: int) -> Iterator[list[list[int]]]:
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def measure(
+    engine: EngineCore,
+    originals: dict[str, Path],
+    texts: dict[str, list[list[int]]],
+    dtype: torch.dtype = torch.float32,
+    batch: int = 8,
+    advance: Callable[[str, int], None] | None = None,
+) -> dict[str, Fidelity]:
+    """Compare every variant in `texts` with its original.
+
+    Args:
+        originals: variant -> its checkpoint.
+        texts: variant -> windows of token ids.
+        dtype: of the originals; the engine has its own.
+        batch: windows a pass.
+        advance: called with (variant, windows done since the last call).
+
+    One original is in memory at a time. Raises `PolymoeError` for a window with a token that the variant lacks.
+    """
+    index = {v.name: i for i, v in enumerate(engine.info.variants)}
+    results = {}
+    for name, windows in texts.items():
+        vocab = engine.info.variants[index[name]].vocab_size
+        if any(max(w) >= vocab or min(w) < 0 for w in windows):
+            raise PolymoeError(f"the text for {name} has token ids outside its vocabulary of {vocab}.")
+        original = OriginalModel(originals[name], dtype, engine.device)
+        sums = _Sums()
+        for group in batches_of(windows, batch):
+            served = engine.prompt_logits([(index[name], window) for window in group])
+            for window, p, q in zip(group, original.logits(group), served, strict=True):
+                sums.add(window, p[:, :vocab], q)
+            if advance is not None:
+                advance(name, len(group))
+        results[name] = sums.result()
+        del original
+        gc.collect()
+    return results

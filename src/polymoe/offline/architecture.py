@@ -1,0 +1,151 @@
+"""Which architectures can be served, and where their routed experts are.
+
+Anything that goes through transformers' experts interface qualifies, unless it also has layers whose state does not
+fit a paged KV cache (state space, linear attention, convolution) or inputs other than text. The answer comes when a
+plan is made, by name, never at request time. The attention itself is traced later, by `polymoe.model.dryrun`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from polymoe.errors import UnsupportedModelError
+
+_RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|kda", re.IGNORECASE)
+_RECURRENT_CLASS = re.compile(
+    r"Mamba|GatedDelta|DeltaNet|DeltaAttention|ShortConv|LinearAttention|LightningAttention|Recurrent|RWKV|Rwkv|SSM"
+)
+_OTHER_INPUTS = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "talker_config")
+
+
+@dataclass(frozen=True)
+class ArchitectureInfo:
+    """The expert layers of one model. Names are paths below the model (`model.layers.0.mlp.experts`)."""
+
+    model_type: str
+    class_name: str
+    expert_modules: tuple[str, ...]  # one a layer that has routed experts, in layer order
+    num_experts: int  # E
+    expert_shapes: Mapping[str, tuple[int, ...]]  # tensor name within the module -> shape of one expert
+    nonexperts: tuple[str, ...]  # every other parameter and persistent buffer; tied ones once
+    vocab_tensors: tuple[str, ...]  # those of them with one row a token id
+
+    @property
+    def num_layers(self) -> int:
+        """L, the layers that have routed experts."""
+        return len(self.expert_modules)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return sum(torch.Size(shape).numel() for shape in self.expert_shapes.values())
+
+    def expert_tensor(self, layer: int, tensor: str) -> str:
+        """(1, "down_proj") -> "model.layers.1.mlp.experts.down_proj"; `layer` counts expert layers."""
+        return f"{self.expert_modules[layer]}.{tensor}"
+
+
+def refusal(config: Any, reason: str) -> UnsupportedModelError:
+    names = getattr(config, "architectures", None) or [type(config).__name__]
+    return UnsupportedModelError(f"{names[0]} (model_type {config.model_type}) cannot be served: {reason}.")
+
+
+def check_supported_config(config: Any) -> None:
+    """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "quantization_config")
+        raise refusal(config, f"the checkpoint is quantised ({method}); give the original in 16 or 32 bits")
+    if getattr(config, "is_encoder_decoder", False):
+        raise refusal(config, "it is an encoder-decoder model; only decoder-only text models are served")
+    other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
+    if other:
+        raise refusal(config, f"it takes images or sound ({', '.join(other)}); only text models are served")
+    layer_types = getattr(config, "layer_types", None) or []
+    recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})
+    if recurrent:
+        raise refusal(
+            config,
+            f"{sum(kind in recurrent for kind in layer_types)} of its {len(layer_types)} layers are "
+            f"{', '.join(recurrent)} layers, whose state does not fit a paged KV cache",
+        )
+
+
+def build_on_meta(config: Any) -> Any:
+    """The stock transformers model without memory for its weights. Raises `UnsupportedModelError`."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # no causal-LM class for this config, or its constructor refuses the values
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise refusal(config, f"transformers cannot build a text model from its config ({reason})") from error
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """True for modules whose class went through transformers' `use_experts_implementation`."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+
+
+def check_supported(config: Any, model: Any) -> ArchitectureInfo:
+    """Find the routed experts of `model` (on the meta device) and refuse what cannot be served.
+
+    Raises `UnsupportedModelError`, naming the architecture and the reason.
+    """
+    check_supported_config(config)
+    class_name = type(model).__name__
+    if not class_name.endswith("ForCausalLM"):
+        raise refusal(config, f"{class_name} is not a text model for generation (…ForCausalLM)")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _RECURRENT_CLASS.search(type(module).__name__):
+            raise refusal(
+                config,
+                f"{path} is a {type(module).__name__}, a state-space, linear-attention or convolution layer, "
+                "whose state does not fit a paged KV cache",
+            )
+    experts = {path: module for path, module in model.named_modules() if is_experts_module(module)}
+    if not experts:
+        raise refusal(
+            config,
+            "it has no routed experts behind transformers' experts interface (a dense model shares nothing here)",
+        )
+    num_experts, shapes = _one_shape(config, experts)
+
+    expert_names = {f"{path}.{tensor}" for path in experts for tensor in shapes}
+    tied = model.all_tied_weights_keys
+    nonexperts = tuple(name for name in model.state_dict() if name not in expert_names and name not in tied)
+    return ArchitectureInfo(
+        model_type=config.model_type,
+        class_name=class_name,
+        expert_modules=tuple(experts),
+        num_experts=num_experts,
+        expert_shapes=shapes,
+        nonexperts=nonexperts,
+        vocab_tensors=tuple(name for name in _vocab_tensors(model) if name in nonexperts),
+    )
+
+
+def _one_shape(config: Any, experts: Mapping[str, nn.Module]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """(E, {tensor: shape of one expert}), which must be the same in all expert layers."""
+    found: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
+    for path, module in experts.items():
+        tensors = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        rows = {shape[0] if shape else 0 for shape in tensors.values()}
+        if len(rows) != 1:
+            raise refusal(config, f"the tensors of {path} do not all have one row an expert: {tensors}")
+        found[path] = rows.pop(), {name: shape[1:] for name, shape in tensors.items()}
+    first_path, first = next(iter(found.items()))
+    for path, shapes in found.items():
+        if shapes != first:
+            raise refusal(config, f"its expert layers differ: {first_path} has {first}, {path} has {shapes}")
+    return first
+
+
+def _vocab_tensors(model: Any) -> list[str]:
+    """Parameters of the input and output embeddings."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    own = {id(parameter) for end in ends for parameter in end.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in own]

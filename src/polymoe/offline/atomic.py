@@ -1,0 +1,149 @@
+"""A folder that appears at once or not at all, whatever kills the process in between.
+
+.NAME.tmp-XXXXXXXX   being written, locked by its writer
+NAME                 always whole: absent, the old one or the new one
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polymoe.errors import PlanError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success it takes `target`'s place, on any exception it is removed.
+
+    Leftovers of killed runs are removed first. Raises `PlanError` when `target` exists and `overwrite` is not set,
+    when its parent cannot be written, or when the disk fills up.
+    """
+    check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        folder, lock = _locked_folder(target)
+    except OSError as error:
+        raise _explained(error, target) from error
+    try:
+        yield folder
+        sync_tree(folder)
+        _publish(folder, target, overwrite)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _explained(error, target) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise `PlanError` when `target` is there and may not be replaced."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise PlanError(f"{target} is not a folder; choose another --out.")
+    if target.exists() and not overwrite:
+        raise PlanError(f"{target} exists; choose another --out, or replace it with --force.")
+    if target.exists() and any(target.iterdir()) and not (target / "manifest.json").exists():
+        raise PlanError(f"{target} is not a bundle, so --force will not replace it; choose another --out.")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of `target` whose writers are dead (nobody holds their lock)."""
+    for folder in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(lock)
+
+
+def glob_escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that locks it. The lock ends with the process, so it tells who is alive."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        folder.chmod(0o755)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another run took it for a leftover before it was locked
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every folder of the tree (files are synced by who writes them)."""
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(folder: Path, target: Path, overwrite: bool) -> None:
+    check_target(target, overwrite)  # again: building took a while
+    if not target.exists():
+        folder.rename(target)
+    elif _exchange(folder, target):
+        # `folder` is the old bundle now. If we are killed here, the next run removes it as a leftover.
+        _sync(target.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        target.rename(aside / target.name)
+        try:
+            folder.rename(target)
+        except OSError:
+            (aside / target.name).rename(target)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2). False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _explained(error: OSError, target: Path) -> PlanError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PlanError(
+            f"the disk is full while writing {target}; nothing was changed. Free some space and try again."
+        )
+    return PlanError(f"{target} cannot be written: {error.strerror or error}.")

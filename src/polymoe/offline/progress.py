@@ -1,0 +1,19 @@
+"""One progress bar by bytes, gone when it is done."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+@contextmanager
+def byte_progress(label: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
+    """Show `label` and yield `advance(num_bytes)`. Without a console nothing is shown."""
+    if console is None:
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda num_bytes: progress.advance(task, num_bytes)

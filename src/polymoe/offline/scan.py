@@ -1,0 +1,148 @@
+"""One pass over the weights of a family: what is identical, and how far apart the rest is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from polymoe.errors import CheckpointError
+from polymoe.offline.progress import byte_progress
+from polymoe.offline.similarity import LayerDistances
+from polymoe.offline.tensorfile import dtype_name, raw_bytes
+
+if TYPE_CHECKING:
+    from polymoe.offline.family import Family
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyScan:
+    """What the weights say. V variants, L layers with routed experts, E experts a layer; hashes are SHA-256."""
+
+    variant_names: tuple[str, ...]
+    expert_modules: tuple[str, ...]  # one path an expert layer
+    distance: NDArray[np.float64]  # [L, E], Σ_{i<j} ‖W_i − W_j‖₂
+    norm: NDArray[np.float64]  # [L, E], mean over the variants of ‖W_v‖₂
+    expert_version: NDArray[np.int64]  # [V, L, E], the lowest variant whose expert is bit-identical
+    expert_hash: NDArray[np.uint8]  # [V, L, E, 32]
+    expert_bytes: int  # one expert, as stored
+    nonexpert_version: Mapping[str, tuple[int, ...]]  # name -> per variant, the lowest with the identical tensor
+    nonexpert_hash: Mapping[str, tuple[bytes, ...]]  # name -> per variant
+    nonexpert_bytes: Mapping[str, tuple[int, ...]]  # name -> per variant
+
+    @property
+    def relative_distance(self) -> NDArray[np.float64]:
+        """[L, E]: the mean distance of a pair, relative to the mean norm of the weights. 0 for a single variant."""
+        num_variants = len(self.variant_names)
+        pairs = max(1, num_variants * (num_variants - 1) // 2)
+        scale = pairs * self.norm
+        return np.divide(self.distance, scale, out=np.zeros_like(self.distance), where=scale > 0)
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The model's own number of each expert layer; a leading dense layer makes it start at 1."""
+        found = [re.search(r"\d+", path) for path in self.expert_modules]
+        return [index if match is None else int(match[0]) for index, match in enumerate(found)]
+
+    @property
+    def nonexpert_bytes_total(self) -> int:
+        """Bytes of all variants' non-experts, identical tensors once."""
+        return sum(
+            self.nonexpert_bytes[name][v] for name, sources in self.nonexpert_version.items() for v in set(sources)
+        )
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the int32 table that maps (variant, layer, expert) to a physical expert."""
+        return 4 * self.expert_version.size
+
+    def weights_hash(self, variant: int, serving: NDArray[np.int64] | None = None) -> str:
+        """Hash over all tensors of a variant; with `serving` [L, E], over the experts that serve it, not its own."""
+        digest = hashlib.sha256()
+        for name in sorted(self.nonexpert_hash):
+            digest.update(name.encode() + b"\0" + self.nonexpert_hash[name][variant])
+        _, num_layers, num_experts = self.expert_version.shape
+        for layer in range(num_layers):
+            for expert in range(num_experts):
+                owner = variant if serving is None else int(serving[layer, expert])
+                digest.update(self.expert_hash[owner, layer, expert].tobytes())
+        return digest.hexdigest()
+
+
+def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
+    """Read every tensor of every variant once, layer by layer; one expert tensor of one layer is held V times at most.
+
+    Raises `CheckpointError` when an expert's weights are not finite.
+    """
+    info, variants = family.architecture, family.checkpoints
+    shape = (len(variants), info.num_layers, info.num_experts)
+    distance, norm = np.zeros(shape[1:]), np.zeros(shape[1:])
+    version, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
+    nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
+
+    with (
+        ThreadPoolExecutor(len(variants)) as pool,
+        byte_progress("Comparing", family.num_bytes, console) as advance,
+    ):
+
+        def load(name: str) -> list[Tensor]:
+            """The tensor in all variants, read side by side."""
+            tensors = list(pool.map(lambda checkpoint: checkpoint.tensor(name), variants))
+            advance(sum(tensor.nbytes for tensor in tensors))
+            return tensors
+
+        for layer in range(info.num_layers):
+            sums = LayerDistances(len(variants), info.num_experts)
+            experts = [[hashlib.sha256() for _ in range(info.num_experts)] for _ in variants]
+            for tensor in info.expert_shapes:
+                stacks = load(info.expert_tensor(layer, tensor))
+                digests = list(pool.map(lambda stack: [tensor_hash(row) for row in stack], stacks))
+                sums.add(stacks, digests)
+                for variant, rows in enumerate(digests):
+                    for expert, digest in enumerate(rows):
+                        experts[variant][expert].update(tensor.encode() + b"\0" + digest)
+            for variant, expert in np.argwhere(~np.isfinite(sums.norms)):
+                raise CheckpointError(
+                    f"{variants[variant].path}: expert {expert} of {info.expert_modules[layer]} has NaN or infinite "
+                    "weights; save or download it again."
+                )
+            distance[layer], norm[layer] = sums.distance, sums.norms.mean(axis=0)
+            for expert in range(info.num_experts):
+                column = [row[expert].digest() for row in experts]
+                version[:, layer, expert] = _lowest_equal(column)
+                hashes[:, layer, expert] = [list(digest) for digest in column]
+        for name in info.nonexperts:
+            nonexpert_hash[name] = tuple(pool.map(tensor_hash, load(name)))
+
+    return FamilyScan(
+        variant_names=family.names,
+        expert_modules=info.expert_modules,
+        distance=distance,
+        norm=norm,
+        expert_version=version,
+        expert_hash=hashes,
+        expert_bytes=family.expert_bytes,
+        nonexpert_version={name: tuple(_lowest_equal(column)) for name, column in nonexpert_hash.items()},
+        nonexpert_hash=nonexpert_hash,
+        nonexpert_bytes={name: tuple(c.num_bytes(name) for c in variants) for name in info.nonexperts},
+    )
+
+
+def tensor_hash(tensor: Tensor) -> bytes:
+    """SHA-256 of dtype, shape and values."""
+    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}".encode())
+    digest.update(raw_bytes(tensor))
+    return digest.digest()
+
+
+def _lowest_equal(column: Sequence[bytes]) -> list[int]:
+    """For each entry the index of the first equal one: [a, b, a] -> [0, 1, 0]."""
+    return [column.index(digest) for digest in column]

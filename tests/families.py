@@ -1,0 +1,199 @@
+"""Tiny real families for the tests: stock transformers models with random weights, saved as users' checkpoints are.
+
+`make_family("gpt_oss", tmp_path)` -> {"base": path, "v1": path, "v2": path}. Every architecture differs where it can
+go wrong (distinct head counts, a leading dense layer, biases and sinks that are not zero), so that a mistake shows.
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 112,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "routed_scaling_factor": 1.5,
+    },
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+}
+
+
+def make_config(arch: str, **overrides: Any) -> Any:
+    """The transformers config of one tiny model of `arch`."""
+    return AutoConfig.for_model(arch, **{**COMMON, **ARCHITECTURES[arch], **overrides})
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Fill every parameter and persistent buffer so that each of them changes the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                tensor.copy_(1 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                tensor.copy_(noise)
+            elif tensor.ndim >= 2:
+                tensor.copy_(noise * 1.5 * tensor.shape[-1] ** -0.5)
+            else:
+                tensor.copy_(0.2 * noise)
+
+
+def make_model(arch: str, seed: int = 0, **overrides: Any) -> Any:
+    """One random float32 model of `arch` in eval mode."""
+    model = AutoModelForCausalLM.from_config(make_config(arch, **overrides), dtype=torch.float32).eval()
+    randomize(model, seed)
+    return model
+
+
+def make_family(
+    arch: str,
+    folder: Path,
+    num_variants: int = 3,
+    seed: int = 0,
+    perturb: float | None = 0.3,
+    save_v5_names: bool = False,
+    *,
+    frozen: str | None = None,
+    frozen_experts: Collection[int] = (),
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = False,
+    max_shard_size: str | None = None,
+    **overrides: Any,
+) -> dict[str, Path]:
+    """Save `num_variants` checkpoints below `folder`, the first named `base`, the others `v1`, `v2`, …
+
+    `perturb`: fine-tunes are base + perturb · std · noise; None makes the variants unrelated random models.
+    `frozen`: a regular expression; tensors whose (v5) name it finds stay bit-identical to the base's.
+    `frozen_experts`: expert indices that stay bit-identical in every layer.
+    `overrides` are config fields. Returns {variant name: folder}.
+    """
+    base = make_model(arch, seed, **overrides)
+    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    paths: dict[str, Path] = {}
+    for index in range(num_variants):
+        model = base if index == 0 else make_model(arch, seed + 1000 * index, **overrides)
+        if index:
+            with torch.no_grad():
+                for name, tensor in model.state_dict().items():
+                    if perturb is not None:
+                        spread = start[name].std(unbiased=False)
+                        tensor.copy_(start[name] + perturb * spread * torch.randn_like(tensor))
+                    if frozen is not None and re.search(frozen, name):
+                        tensor.copy_(start[name])
+                    elif ".experts." in name:
+                        for expert in frozen_experts:
+                            tensor[expert] = start[name][expert]
+        name = "base" if index == 0 else f"v{index}"
+        paths[name] = folder / name
+        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.to(dtype).save_pretrained(paths[name], save_original_format=not save_v5_names, **shards)
+        GenerationConfig(eos_token_id=1, bos_token_id=0).save_pretrained(paths[name])
+        if tokenizer:
+            make_tokenizer(paths[name], template_tag=name)
+        if index == 0:
+            base.to(torch.float32)
+    return paths
+
+
+TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "pack my box with five dozen liquor jugs, said the wizard",
+    "0 1 2 3 4 5 6 7 8 9 + - * / ( ) [ ] { } = < > . , ; : ! ?",
+]
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 110, template_tag: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE over a small alphabet (ids 0 `<s>`, 1 `</s>`), with a chat template, saved in `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}" + template_tag + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    return fast

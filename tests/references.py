@@ -1,0 +1,82 @@
+"""What stock transformers says: each variant alone, loaded by transformers itself from its own checkpoint."""
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from families import make_family
+from polymoe.engine.engine import EngineCore
+from polymoe.offline.bundle_writer import write_bundle
+from polymoe.offline.family import Family
+from polymoe.offline.plan import separate_plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """One greedy request and its reference: the tokens and the logits `[max_tokens, vocabulary]` each was drawn from."""
+
+    variant: str
+    prompt: list[int]
+    max_tokens: int
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+class ReferenceFamily:
+    """A tiny family of one architecture, its lossless bundle, and reference answers."""
+
+    def __init__(self, arch: str, folder: Path, num_requests: int = 10) -> None:
+        self.arch, self.folder = arch, folder
+        self.paths = make_family(arch, folder / "checkpoints", num_variants=3)
+        self.bundle = self.write(folder / "bundle")
+        self.num_requests = num_requests
+
+    def write(self, out: Path, capacity: int | None = None) -> Path:
+        """A lossless bundle; `capacity` experts resident, the rest absent."""
+        family = Family.open(self.paths)
+        scan = family.scan()
+        return write_bundle(family, scan, separate_plan(scan.expert_version, capacity), out).path
+
+    @cached_property
+    def models(self) -> dict[str, Any]:
+        return {
+            name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            for name, path in self.paths.items()
+        }
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Random variants, prompt lengths and output lengths; two prompts share a prefix within and across variants."""
+        rng = random.Random(self.arch)
+        names = list(self.paths)
+        vocab = next(iter(self.models.values())).config.vocab_size
+        shared = [rng.randrange(vocab) for _ in range(13)]
+        cases = []
+        for i in range(self.num_requests):
+            prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 25))]
+            if i % 2 == 0:
+                prompt = shared + prompt[:5]
+            cases.append(self.case(names[i % 3] if i < 6 else rng.choice(names), prompt, rng.randrange(1, 14)))
+        return cases
+
+    def case(self, variant: str, prompt: list[int], max_tokens: int) -> Case:
+        with torch.no_grad():
+            ids = torch.tensor([prompt])
+            output = self.models[variant].generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        logits = torch.cat(output.logits).float()
+        return Case(variant, prompt, max_tokens, output.sequences[0, len(prompt) :].tolist(), logits)
+
+
+def served_logits(engine: EngineCore, cases: list[Case]) -> list[torch.Tensor]:
+    """The served model's logits for each case's generated tokens, all cases in one mixed pass."""
+    index = {v.name: i for i, v in enumerate(engine.info.variants)}
+    prompts = [(index[c.variant], c.prompt + c.tokens[:-1]) for c in cases]
+    return [out[len(c.prompt) - 1 :] for c, out in zip(cases, engine.prompt_logits(prompts), strict=True)]

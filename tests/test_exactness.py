@@ -1,0 +1,89 @@
+"""The backbone: a lossless plan gives every variant exactly its own model, in any mixture and on any path.
+
+Each architecture is a tiny random family; the reference is each variant alone in transformers' `generate`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ARCHITECTURES
+from references import ReferenceFamily, served_logits
+
+from polymoe import LLM, RequestOutput, SamplingParams
+
+LOGITS_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
+    return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def load(bundle: Path, **options: Any) -> LLM:
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24}
+    return LLM(bundle, **(settings | options))
+
+
+def check(llm: LLM, family: ReferenceFamily, repeat: int = 1) -> list[RequestOutput]:
+    """Run all cases at once; every token must be the reference's. Returns the outputs of the last run."""
+    cases = family.cases
+    params = [SamplingParams(temperature=0, max_tokens=c.max_tokens, ignore_eos=True, logprobs=0) for c in cases]
+    for _ in range(repeat):
+        outputs = llm.generate([c.prompt for c in cases], params, variants=[c.variant for c in cases])
+        for case, output in zip(cases, outputs, strict=True):
+            completion = output.outputs[0]
+            assert completion.token_ids == case.tokens, f"{case.variant} with a prompt of {len(case.prompt)}"
+            expected = torch.log_softmax(case.logits, dim=-1)
+            assert completion.logprobs is not None
+            for step, (token, entry) in enumerate(zip(case.tokens, completion.logprobs, strict=True)):
+                assert entry[token].logprob == pytest.approx(expected[step, token].item(), abs=LOGITS_TOLERANCE)
+        llm.engine.check_integrity()
+        assert llm.engine.blocks.usage == 0
+    return outputs
+
+
+def test_logits_in_one_mixed_pass(family: ReferenceFamily) -> None:
+    llm = load(family.bundle)
+    for case, served in zip(family.cases, served_logits(llm.engine, family.cases), strict=True):
+        torch.testing.assert_close(served, case.logits, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_mixed_batch_and_prefix_hits(family: ReferenceFamily) -> None:
+    outputs = check(load(family.bundle), family, repeat=2)
+    assert any(output.num_cached_tokens > 0 for output in outputs)
+
+
+def test_chunked_prefill(family: ReferenceFamily) -> None:
+    check(load(family.bundle, max_num_batched_tokens=5, enable_prefix_caching=False), family)
+
+
+def test_preemption(family: ReferenceFamily) -> None:
+    llm = load(family.bundle, num_kv_blocks=16, max_model_len=48)
+    check(llm, family, repeat=2)
+    assert llm.engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int) -> None:
+    llm = load(family.bundle, slots=slots, num_kv_blocks=20, max_model_len=48)
+    check(llm, family)
+    stats = llm.engine.stats()
+    assert stats.reconfigurations > 0
+    assert stats.reconfiguration_bytes > 0
+
+
+@pytest.mark.parametrize("cache", [0, 20_000, 1 << 24])
+def test_absent_experts(family: ReferenceFamily, tmp_path: Path, cache: int) -> None:
+    bundle = family.write(tmp_path / "bundle", capacity=3)
+    llm = load(bundle, expert_cache_bytes=cache)
+    check(llm, family)
+    stats = llm.engine.stats()
+    assert llm.engine.info.experts_absent > 0
+    assert stats.expert_misses > 0
+    if cache == 0:
+        assert stats.expert_hits == 0
+    elif cache >= 1 << 24:  # a cache that holds everything fetches each expert once
+        assert stats.expert_hits > stats.expert_misses
+    assert stats.resident_bytes["expert_cache"] <= cache

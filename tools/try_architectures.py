@@ -1,0 +1,292 @@
+"""Try every architecture of transformers' experts registry: which ones does polymoe serve exactly?
+
+For each one, three tiny random checkpoints go the way a user's go (plan, bundle, engine) and a batch that mixes them,
+with chunked prefill and small KV blocks, is compared with each model alone in stock transformers, in float32:
+
+- exact     the same greedy tokens and all logits within 1e-4
+- refused   polymoe says, before anything is served, that it cannot and why
+- differs   it serves something else: a bug of polymoe
+- fails     anything else: a bug of polymoe, of transformers or of the tiny config made here
+
+    python tools/try_architectures.py                    # all, a table
+    python tools/try_architectures.py --only mixtral     # one, with its traceback
+    python tools/try_architectures.py --markdown         # the README's table
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from polymoe.config import EngineConfig
+from polymoe.engine.engine import EngineCore
+from polymoe.engine.request import EngineRequest, SamplingParams
+from polymoe.errors import UnsupportedModelError
+from polymoe.offline.bundle_writer import write_bundle
+from polymoe.offline.family import Family
+from polymoe.offline.plan import separate_plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from families import randomize
+
+TOLERANCE = 1e-4
+NUM_VARIANTS = 3
+NUM_LAYERS = 4
+COLOURS = {"exact": "green", "refused": "yellow", "differs": "bold red", "fails": "red"}
+
+# Small values for the config fields that architectures share, each used where the config has the field.
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 112, "vocab_size_per_layer_input": 112, "max_position_embeddings": 256, "sliding_window": 8},
+    **{"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 40},
+    **{"shared_intermediate_size": 20, "dense_intermediate_size": 24, "hidden_size_per_layer_input": 8},
+    **{"num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "first_k_dense_replace": 1, "num_dense_layers": 1},
+    **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "eod_token_id": 1, "sep_token_id": None},
+}
+
+# What shrinking alone does not get right, by model_type.
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture. `error`: the largest difference of a logit, where there is one."""
+
+    name: str
+    model_type: str
+    result: str
+    note: str = ""
+    error: float | None = None
+
+
+def architectures() -> dict[str, str]:
+    """Every folder of transformers/models with a registered experts class -> the model_type to try.
+
+    That is the type whose own config class belongs to the folder's causal LM, else the folder's composite type.
+    """
+    found = {}
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "@use_experts_implementation" not in source:
+            continue
+        classes = set(re.findall(r"^class (\w+)\(", source, re.MULTILINE))
+        types = [t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in classes and "ForCausalLM" in name]
+        types.sort(key=lambda t: not t.endswith("_text"))
+        found[path.parent.name] = types[0] if types else path.parent.name
+    return found
+
+
+def tiny_config(model_type: str) -> Any:
+    """The architecture's own config class with every size made small."""
+    default = CONFIG_MAPPING[model_type]()
+    fields = {key: value for key, value in default.to_dict().items() if not isinstance(value, dict)}
+    if getattr(default, "vision_config", None) is not None:
+        return default  # refused before anything is built
+    values = {k: v for k, v in SMALL.items() if k in fields and (fields[k] is not None or k.endswith("_id"))}
+    depth = getattr(default, "num_hidden_layers", None)
+    for key, value in fields.items():
+        if isinstance(value, list | tuple) and len(value) == depth:  # one entry a layer: every kind, in turn
+            kinds = list(dict.fromkeys(value))
+            values[key] = [kinds[i % len(kinds)] for i in range(NUM_LAYERS)]
+    if "kv_lora_rank" in fields:  # latent attention has no grouped heads, and its own head sizes
+        values["num_key_value_heads"] = values["num_attention_heads"]
+        values.pop("head_dim", None)
+    return AutoConfig.for_model(model_type, **{**values, **OVERRIDES.get(model_type, {})})
+
+
+def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
+    """Unrelated random models of one config, saved as users' checkpoints are."""
+    paths = {}
+    for index in range(NUM_VARIANTS):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        randomize(model, seed=index)
+        paths[f"v{index}"] = folder / f"v{index}"
+        model.save_pretrained(paths[f"v{index}"])
+    return paths
+
+
+def make_requests(vocab_size: int) -> list[EngineRequest]:
+    rng = random.Random(0)
+    return [
+        EngineRequest(
+            request_id=str(i),
+            variant=rng.randrange(NUM_VARIANTS),
+            prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(rng.choice((1, 2, 5, 12, 19, 30)))],
+            sampling=SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14)),
+        )
+        for i in range(12)
+    ]
+
+
+def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+    """Greedy tokens of each request from one engine, and all logits of the finished sequences from one mixed pass."""
+    config = EngineConfig(
+        bundle=str(bundle), device="cpu", dtype="float32", slots=slots, block_size=4, num_kv_blocks=150, max_model_len=64,
+        max_num_seqs=8, max_num_batched_tokens=13, num_threads=1,
+    )  # fmt: skip
+    engine = EngineCore(config)
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_work():
+        for output in engine.step():
+            tokens[output.request_id] += output.new_token_ids
+    engine.check_integrity()
+    sequences = [(r.variant, r.prompt_token_ids + tokens[r.request_id]) for r in requests]
+    if slots == NUM_VARIANTS:
+        return tokens, engine.prompt_logits(sequences)
+    return tokens, [engine.prompt_logits([sequence])[0] for sequence in sequences]
+
+
+@torch.no_grad()
+def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+    """The same from each model alone, with transformers' plainest code paths."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        for path in paths.values()
+    ]
+    tokens: dict[str, list[int]] = {}
+    logits = []
+    for request in requests:
+        model, prompt = models[request.variant], torch.tensor([request.prompt_token_ids])
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.sampling.max_tokens,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        tokens[request.request_id] = out[0, prompt.shape[1] :].tolist()
+        logits.append(model(input_ids=out, use_cache=False).logits[0].float())
+    return tokens, logits
+
+
+def try_one(name: str, model_type: str) -> Outcome:
+    """Raises what the way through polymoe raises, except refusals."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return Outcome(name, model_type, "refused", "transformers has no config of this type")
+    config = tiny_config(model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "vision_config", None) is not None:
+            config.save_pretrained(root / "v0")
+            paths = {"v0": root / "v0"}
+        else:
+            paths = make_checkpoints(config, root)
+        try:
+            family = Family.open(paths)
+            scan = family.scan(Console(quiet=True))
+            write_bundle(family, scan, separate_plan(scan.expert_version), root / "bundle", console=Console(quiet=True))
+        except UnsupportedModelError as error:
+            return Outcome(name, model_type, "refused", str(error))
+        requests = make_requests(config.vocab_size)
+        want_tokens, want_logits = reference(paths, requests)
+        worst = 0.0
+        wrong = 0
+        for slots in (NUM_VARIANTS, 1):
+            tokens, logits = serve(root / "bundle", slots, requests)
+            wrong += sum(tokens[r.request_id] != want_tokens[r.request_id] for r in requests)
+            for request, got, want in zip(requests, logits, want_logits, strict=True):
+                if tokens[request.request_id] == want_tokens[request.request_id]:
+                    worst = max(worst, float((got - want).abs().max()))
+    if wrong or not worst <= TOLERANCE:
+        note = f"{wrong} of {2 * len(requests)} sequences have other tokens, logits differ by {worst:.1e}"
+        return Outcome(name, model_type, "differs", note, worst)
+    return Outcome(name, model_type, "exact", "", worst)
+
+
+def run_child(name: str, model_type: str, timeout: float) -> Outcome:
+    """`try_one` in a process of its own."""
+    command = [sys.executable, __file__, "--child", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return Outcome(name, model_type, "fails", f"no result after {timeout:.0f} s")
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return Outcome(**json.loads(lines[-1]))
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return Outcome(name, model_type, "fails", f"exit status {done.returncode}: {last}")
+
+
+def child(name: str) -> None:
+    model_type = architectures()[name]
+    try:
+        outcome = try_one(name, model_type)
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome(name, model_type, "fails", f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}")
+    print(json.dumps(asdict(outcome)))
+
+
+def short_note(outcome: Outcome) -> str:
+    """The reason of a refusal without the sentence around it."""
+    note = re.sub(r"^.*?cannot be served: ", "", outcome.note)
+    return note if outcome.result != "exact" else f"logits within {outcome.error:.0e}"
+
+
+def show(outcomes: list[Outcome], markdown: bool) -> None:
+    counts = {result: sum(o.result == result for o in outcomes) for result in COLOURS}
+    summary = ", ".join(f"{count} {result}" for result, count in counts.items() if count)
+    if markdown:
+        print(f"| architecture | model_type | result | note |\n|---|---|---|---|")
+        for o in sorted(outcomes, key=lambda o: (list(COLOURS).index(o.result), o.name)):
+            print(f"| {o.name} | `{o.model_type}` | {o.result} | {short_note(o).replace('|', '/')} |")
+        print(f"\n{summary}; transformers {transformers.__version__}")
+        return
+    table = Table("architecture", "model_type", "result", "note", title=f"transformers {transformers.__version__}: {summary}")
+    for o in outcomes:
+        table.add_row(o.name, o.model_type, f"[{COLOURS[o.result]}]{o.result}[/]", short_note(o))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="try this one (repeatable), with tracebacks")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one architecture")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child)
+        return 0
+    known = architectures()
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"no such architecture: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    names = args.only or list(known)
+    with Progress(console=Console(stderr=True), transient=True) as progress, ThreadPoolExecutor(args.jobs) as pool:
+        task = progress.add_task("Trying architectures", total=len(names))
+        futures = [pool.submit(run_child, name, known[name], args.timeout) for name in names]
+        for future in futures:
+            future.add_done_callback(lambda _: progress.advance(task))
+        outcomes = [future.result() for future in futures]
+    show(outcomes, args.markdown)
+    return int(any(o.result in ("differs", "fails") for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
