@@ -5,7 +5,8 @@
 The corpus folder holds `{wiki,math,drama,code}.{train,test}.txt`. The base sees a mixture of all four domains; each
 fine-tune continues from it on its own domain with a tenth of wiki mixed in, every weight trainable. `--out` receives
 one Hugging Face checkpoint a variant (bfloat16 safetensors, tokenizer, chat template, generation config) and
-`perplexities.json`, the table of the model card: perplexity of every variant on every domain's test text.
+`perplexities.json`, the table of the model card: perplexity of every variant on every domain's test text. The folder
+`text` beside it receives the beginning of each test text, for `polymoe eval` in a clone that has no corpus.
 """
 
 import argparse
@@ -127,6 +128,14 @@ def save(model: MixtralForCausalLM, tokenizer: Tokenizer, variant: str, out: Pat
     GenerationConfig(bos_token_id=0, eos_token_id=1).save_pretrained(folder)
 
 
+def write_texts(corpus: Path, folder: Path, characters: int = 30_000) -> None:
+    """The beginning of each domain's test text, whole lines, as the models were trained to see it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        text = read_domain(corpus, domain, "test")[:characters]
+        (folder / f"{domain}.txt").write_text(text[: text.rindex("\n") + 1], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
@@ -169,6 +178,7 @@ def main() -> None:
         table[variant] = {d: round(perplexity(model, tokens["test"][d]), 2) for d in DOMAINS}
         print(variant, table[variant], flush=True)
         save(model, tokenizer, variant, args.out)
+    write_texts(args.corpus, args.out.parent / "text")
     (args.out / "perplexities.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polymoe.config import EngineConfig, format_bytes, parse_bytes
+from polymoe.config import EngineConfig, parse_bytes
 from polymoe.errors import PolymoeError
 
 app = typer.Typer(
@@ -198,10 +198,9 @@ def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:
     """A bundle as given, or one planned from `NAME=PATH…` and kept for the next start."""
     if len(sources) == 1 and "=" not in sources[0]:
         return Path(sources[0])
-    from polymoe.offline.api import plan_cached
+    from polymoe.offline.cache import default_root, plan_cached
 
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polymoe" / "bundles"
-    return plan_cached(sources, policy=policy, memory=memory, root=root, console=console)
+    return plan_cached(sources, policy=policy, memory=memory, root=default_root(), console=console)
 
 
 def main() -> None:

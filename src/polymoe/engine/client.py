@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
 
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineInfo, EngineStats
@@ -31,63 +30,13 @@ from polymoe.engine.messages import (
     decode_event,
     frame,
 )
-from polymoe.engine.output import CompletionDelta, OutputProcessor, StepOutput
-from polymoe.engine.request import RequestOutput, SamplingParams
+from polymoe.engine.output import OutputProcessor, StepOutput
+from polymoe.engine.output_sequence import CompletionDelta
+from polymoe.engine.request import SamplingParams
+from polymoe.engine.request_stream import RequestStream
 from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
 
 Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token ids)
-
-
-class RequestStream(AsyncIterator[list[CompletionDelta]]):
-    """What arrives for one submission: all deltas since the last look, until every request has ended.
-
-    Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
-    """
-
-    def __init__(self, client: "AsyncEngineClient", request_ids: list[str]) -> None:
-        self.request_ids = request_ids
-        self.results: dict[str, RequestOutput] = {}  # request id -> complete output, filled as requests end
-        self._client = client
-        self._deltas: list[CompletionDelta] = []
-        self._error: Exception | None = None
-        self._wake = asyncio.Event()
-
-    async def __anext__(self) -> list[CompletionDelta]:
-        """Raises `EngineDeadError` (or whatever ended the stream) once the deltas before it are delivered."""
-        while not self._deltas:
-            if self._error is not None:
-                raise self._error
-            if len(self.results) == len(self.request_ids):
-                raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        deltas, self._deltas = self._deltas, []
-        return deltas
-
-    def close(self) -> None:
-        """Idempotent. Nothing of the submission is left in the client or the engine afterwards."""
-        self._client.abort([request_id for request_id in self.request_ids if request_id not in self.results])
-
-    def __enter__(self) -> "RequestStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def push_delta(self, delta: CompletionDelta) -> None:
-        if self._error is None:  # after an error the deltas are only those of the abort that follows it
-            self._deltas.append(delta)
-            self._wake.set()
-
-    def push_result(self, result: RequestOutput) -> None:
-        self.results[result.request_id] = result
-        self._wake.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._wake.set()
 
 
 class AsyncEngineClient:
@@ -101,7 +50,7 @@ class AsyncEngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
-        self._on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self._on_progress: Callable[[str, float], None] | None = None
         self._processor: OutputProcessor | None = None
         self._info: EngineInfo | None = None
         self._death: PolymoeError | None = None
@@ -115,8 +64,7 @@ class AsyncEngineClient:
 
     async def start(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """Start the process and wait until it has loaded. Raises `PolymoeError` when it cannot."""
-        if on_progress is not None:
-            self._on_progress = on_progress
+        self._on_progress = on_progress
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: a module in the working directory must not stand in for one of ours.
@@ -215,7 +163,7 @@ class AsyncEngineClient:
         request_ids = [f"{request_id}-{p}" for p in range(len(prompts))]
         if not self._streams:
             self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(self, request_ids)
+        stream = RequestStream(request_ids, self.abort)
         submission = next(self._submissions)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
@@ -311,7 +259,8 @@ class AsyncEngineClient:
                 if not waiter.done():
                     waiter.set_result(stats)
             case Progress(stage, fraction):
-                self._on_progress(stage, fraction)
+                if self._on_progress is not None:
+                    self._on_progress(stage, fraction)
             case Ready(info):
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(info)

@@ -5,6 +5,7 @@ is no address that others could connect to, and decoding one never runs code (un
 """
 
 import struct
+from typing import Any
 
 import msgspec
 
@@ -17,7 +18,7 @@ _LENGTH = struct.Struct(">I")
 HEADER_BYTES = _LENGTH.size
 
 
-class Message(msgspec.Struct, frozen=True, tag=True):
+class Message(msgspec.Struct, frozen=True, tag=True, tag_field="kind"):
     """Base of all messages; the class name is the tag."""
 
 
@@ -113,8 +114,8 @@ class Fatal(Message, frozen=True):
 Event = Progress | Ready | Accepted | Rejected | Outputs | Stats | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
-_event_decoder = msgspec.msgpack.Decoder(Event)
+_command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Command)
+_event_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Event)
 
 
 def frame(message: Message) -> bytes:
@@ -130,12 +131,14 @@ def body_length(header: bytes) -> int:
 
 
 def decode_command(body: bytes | memoryview) -> Command:
-    return _command_decoder.decode(body)
+    command: Command = _command_decoder.decode(body)
+    return command
 
 
 def decode_event(body: bytes) -> Event:
     """Raises `EngineDeadError` for a frame that is no event: the stream cannot be trusted any more."""
     try:
-        return _event_decoder.decode(body)
+        event: Event = _event_decoder.decode(body)
     except msgspec.DecodeError as error:
         raise EngineDeadError(f"The engine sent a malformed message: {error}") from error
+    return event

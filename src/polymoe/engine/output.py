@@ -10,38 +10,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from polymoe.engine.request import (
-    CompletionOutput,
-    EngineRequest,
-    Logprob,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-    TokenOutput,
-)
-from polymoe.engine.stop_strings import StopStrings
+from polymoe.engine.output_sequence import ClientRequest, CompletionDelta, OutputSequence
+from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
 
 if TYPE_CHECKING:
     from polymoe.engine.engine import EngineInfo, VariantInfo
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionDelta:
-    """What one step added to one of the n sequences of a request."""
-
-    request_id: str
-    index: int  # which of the n
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None  # one entry a token
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first delta of sequence 0
-    num_cached_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    # (queue, prefill, decode) seconds, as the engine measured them; only where the engine ended the sequence.
-    timing: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +35,8 @@ class OutputProcessor:
         self.variants: dict[str, VariantInfo] = {variant.name: variant for variant in info.variants}
         self._index = {variant.name: index for index, variant in enumerate(info.variants)}
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
-        self._requests: dict[str, _Request] = {}
-        self._sequences: dict[str, _Sequence] = {}  # engine request id -> its sequence
+        self._requests: dict[str, ClientRequest] = {}
+        self._sequences: dict[str, OutputSequence] = {}  # engine request id -> its sequence
 
     @property
     def num_sequences(self) -> int:
@@ -125,11 +100,11 @@ class OutputProcessor:
 
         stop_ids = [] if sampling.ignore_eos else list(info.eos_token_ids)
         stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
-        request = _Request(request_id, variant, text, token_ids, tokenizer, sampling)
+        request = ClientRequest(request_id, variant, text, token_ids, tokenizer, sampling)
         engine_requests = []
         for k in range(sampling.n):
             engine_id = f"{request_id}-{k}"
-            sequence = _Sequence(request, k, engine_id, frozenset(stop_ids))
+            sequence = OutputSequence(request, k, engine_id, frozenset(stop_ids))
             request.sequences.append(sequence)
             self._sequences[engine_id] = sequence
             engine_requests.append(
@@ -173,160 +148,12 @@ class OutputProcessor:
                     self._end(sequence, step)
         return step
 
-    def _end(self, sequence: "_Sequence", step: StepOutput) -> None:
+    def _end(self, sequence: "OutputSequence", step: StepOutput) -> None:
         request = sequence.request
         del self._sequences[sequence.engine_id]
         if all(other.output.finish_reason is not None for other in request.sequences):
             del self._requests[request.request_id]
             step.finished.append(request.result())
-
-
-class _Request:
-    """A client's request: its prompt and its n sequences."""
-
-    def __init__(
-        self,
-        request_id: str,
-        variant: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        tokenizer: VariantTokenizer | None,
-        sampling: SamplingParams,
-    ) -> None:
-        self.request_id = request_id
-        self.variant = variant
-        self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.sequences: list[_Sequence] = []
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self.num_cached_tokens = 0
-
-    def result(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.request_id,
-            variant=self.variant,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=self.prompt_logprobs,
-            outputs=[sequence.result() for sequence in self.sequences],
-            finished=True,
-            num_cached_tokens=self.num_cached_tokens,
-        )
-
-
-class _Sequence:
-    """One of the n sequences: tokens come in, text goes out."""
-
-    def __init__(self, request: _Request, index: int, engine_id: str, stop_ids: frozenset[int]) -> None:
-        sampling = request.sampling
-        self.request = request
-        self.engine_id = engine_id
-        self._stop_ids = stop_ids
-        self._sampling = sampling
-        tokenizer = request.tokenizer
-        self._detokenizer = (
-            tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens) if tokenizer else None
-        )
-        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-        self._pieces: list[str] = []
-        logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
-        self.output = CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs)
-
-    def update(self, new: TokenOutput) -> CompletionDelta:
-        """Take the tokens of a step. Tokens behind a stop string are dropped."""
-        text, count, stop = self._push(new)
-        token_ids = new.new_token_ids[:count]
-        logprobs = None
-        if self.output.logprobs is not None and new.logprobs is not None:
-            logprobs = [self._logprob_dict(entry, self._sampling.logprobs) for entry in new.logprobs[:count]]
-            self.output.logprobs += logprobs
-        request = self.request
-        prompt_logprobs = None
-        if new.prompt_logprobs is not None:
-            wanted = self._sampling.prompt_logprobs
-            prompt_logprobs = [None, *(self._logprob_dict(entry, wanted) for entry in new.prompt_logprobs)]
-            request.prompt_logprobs = prompt_logprobs
-        request.num_cached_tokens = max(request.num_cached_tokens, new.num_cached_tokens)
-
-        finish_reason: str | None = "stop" if stop is not None else new.finish_reason
-        stop_reason: int | str | None = stop
-        if stop is None and new.stop_reason in self._sampling.stop_token_ids:
-            stop_reason = new.stop_reason  # the end-of-text token is no reason to report, as in vLLM
-        if stop is None and finish_reason is not None:
-            text += self._flush()
-        self.output.token_ids += token_ids
-        self._pieces.append(text)
-        self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
-        return CompletionDelta(
-            request_id=request.request_id,
-            index=self.output.index,
-            text=text,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=new.num_cached_tokens,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-            timing=(new.queue_time, new.prefill_time, new.decode_time) if new.finish_reason is not None else None,
-        )
-
-    def finish(self, reason: str) -> CompletionDelta:
-        """End without another token."""
-        text = self._flush()
-        self._pieces.append(text)
-        self.output.finish_reason = reason
-        return CompletionDelta(
-            request_id=self.request.request_id,
-            index=self.output.index,
-            text=text,
-            token_ids=[],
-            finish_reason=reason,
-        )
-
-    def result(self) -> CompletionOutput:
-        self.output.text = "".join(self._pieces)
-        return self.output
-
-    def _push(self, new: TokenOutput) -> tuple[str, int, str | None]:
-        """(text to give out, how many of the new tokens count, the stop string that was found)."""
-        if self._detokenizer is None:
-            return "", len(new.new_token_ids), None
-        text = ""
-        for count, token_id in enumerate(new.new_token_ids, start=1):
-            is_last = count == len(new.new_token_ids)
-            if is_last and new.finish_reason == "stop" and token_id in self._stop_ids:
-                # A stop token is reported as a token, but its text only where the client asked for it.
-                piece = self._detokenizer.push(token_id) if self._sampling.include_stop_str_in_output else ""
-                return text + self._stops.push(piece, may_stop=False)[0], count, None
-            may_stop = len(self.output.token_ids) + count > self._sampling.min_tokens
-            piece, stop = self._stops.push(self._detokenizer.push(token_id), may_stop)
-            text += piece
-            if stop is not None:
-                return text, count, stop
-        return text, len(new.new_token_ids), None
-
-    def _flush(self) -> str:
-        if self._detokenizer is None:
-            return ""
-        held, _ = self._stops.push(self._detokenizer.flush(), may_stop=False)
-        return held + self._stops.flush()
-
-    def _logprob_dict(self, entry: TokenLogprobs, count: int | None) -> dict[int, Logprob]:
-        """The token itself first, then the `count` most probable ones, ranked from 1."""
-        tokenizer = self.request.tokenizer
-
-        def alternative(token_id: int, logprob: float, rank: int) -> Logprob:
-            text = tokenizer.token_text(token_id) if tokenizer else None
-            return Logprob(logprob=logprob, rank=rank, decoded_token=text)
-
-        pairs = list(zip(entry.token_ids, entry.logprobs, strict=True))[: 1 + (count or 0)]
-        found = {pairs[0][0]: alternative(*pairs[0], entry.rank)}
-        for rank, (token_id, logprob) in enumerate(pairs[1:], start=1):
-            if token_id not in found:
-                found[token_id] = alternative(token_id, logprob, rank)
-        return found
 
 
 def _sampling_of(sampling: SamplingParams, k: int) -> SamplingParams:

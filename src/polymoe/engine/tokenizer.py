@@ -115,7 +115,7 @@ class VariantTokenizer:
     def _token_bytes(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:
-            return added.encode()
+            return str(added).encode()
         return self._to_bytes(token_id)
 
     def _bytes_function(self) -> Callable[[int], bytes]:

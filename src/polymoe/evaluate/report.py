@@ -62,12 +62,11 @@ def run_eval(
         results = measure(
             engine, checkpoints, windows, _original_dtype(config), batch, lambda n, k: progress.advance(tasks[n], k)
         )
-    resident = {kind: size for kind, size in engine.model.resident_bytes.items() if kind != "kv_cache"}
     console.print(_table(results))
-    console.print(_bytes_table(resident))
+    console.print(_bytes_table(bundle.resident_bytes))
     return {
         "variants": {name: vars_of(result) for name, result in results.items()},
-        "resident_bytes": resident,
+        "resident_bytes": bundle.resident_bytes,
         "bytes_per_expert_parameter": bundle.manifest.bytes_per_expert_parameter,
     }
 
@@ -109,8 +108,8 @@ def _table(results: dict[str, Fidelity]) -> Table:
 
 
 def _bytes_table(resident: dict[str, int]) -> Table:
-    table = Table("resident bytes", "", title=None)
-    table.columns[1].justify = "right"
+    table = Table("on the device, as stored")
+    table.add_column("bytes", justify="right")
     for kind, size in resident.items():
         table.add_row(kind.replace("_", " "), format_bytes(size))
     table.add_row("total", format_bytes(sum(resident.values())))

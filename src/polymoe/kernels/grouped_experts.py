@@ -26,7 +26,7 @@ def experts_by_loop(
     Args:
         module: the stock experts module; its `_apply_gate` (or `act_fn`) and layout flags are used.
         hidden: `[T, H]`.
-        physical: `[T, K]` int64 ids, any values that `weights_of` knows.
+        physical: `[T, K]` int32 ids, any values that `weights_of` knows.
         gate: `[T, K]` routing weights.
         weights_of: physical id -> the expert's tensors by name, each of the stock per-expert shape.
 
@@ -65,7 +65,8 @@ def experts_by_grouped_mm(
     order = torch.argsort(flat, stable=True)
     sorted_ids = flat[order]
     num_physical = next(iter(pool.values())).shape[0]
-    ends = torch.searchsorted(sorted_ids, torch.arange(num_physical, device=flat.device), right=True).to(torch.int32)
+    bounds = torch.arange(num_physical, device=flat.device, dtype=flat.dtype)
+    ends = torch.searchsorted(sorted_ids, bounds, right=True, out_int32=True)
     x = hidden[order // top_k]
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -123,7 +123,7 @@ class ExpertPool:
         cache_bytes: int,
         progress: Callable[[float], None],
     ) -> None:
-        table = store.table.to(torch.int64)
+        table = store.table
         self.table = table.to(device)
         self.cache = ExpertCache(store, cache_bytes, device, dtype)
         self.layers: list[LayerExperts] = []

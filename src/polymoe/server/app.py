@@ -1,0 +1,167 @@
+"""The HTTP application: which URL does what."""
+
+import asyncio
+import contextlib
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from polymoe.engine.client import AsyncEngineClient
+from polymoe.engine.engine import EngineInfo, VariantInfo
+from polymoe.errors import EngineDeadError, RequestError
+from polymoe.server.errors import install_error_handlers
+from polymoe.server.generate import create_chat_completion, create_completion, encode, encode_chat
+from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from polymoe.server.protocol import DetokenizeRequest, TokenizeRequest
+from polymoe.server.settings import ServerSettings
+from polymoe.server.state import ServerState
+from polymoe.server.stream import JsonResponse
+
+# A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
+_STATS_TIMEOUT = 2.0
+
+
+class ErrorFields(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorFields
+
+
+def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
+    """The app serves from the start; what needs the engine answers 503 until `client.start()` has returned.
+
+    `app.state.server` is its `ServerState`.
+    """
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+    # The interactive pages load scripts from other servers; /openapi.json is all that tools need.
+    app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, responses=errors)
+    app.state.server = ServerState(client, settings)
+    install_error_handlers(app)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=settings.max_body_bytes,
+        timeout=settings.body_timeout,
+    )
+    if settings.api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)  # the last added is the first to see a request
+    for path, endpoint, method in (
+        ("/v1/completions", create_completion, "POST"),
+        ("/v1/chat/completions", create_chat_completion, "POST"),
+        ("/v1/models", list_models, "GET"),
+        ("/v1/models/{model:path}", get_model, "GET"),
+        ("/tokenize", tokenize, "POST"),
+        ("/detokenize", detokenize, "POST"),
+        ("/health", health, "GET"),
+        ("/ready", ready, "GET"),
+        ("/version", get_version, "GET"),
+        ("/metrics", metrics, "GET"),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    return app
+
+
+async def list_models(request: Request) -> Response:
+    """The variants that are served."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    info = state.client.info
+    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in info.variants]})
+
+
+async def get_model(request: Request, model: str) -> Response:
+    """One variant."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    return JsonResponse(_card(state.client.info, state.client.processor.variant(model)))
+
+
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Text or a chat to token ids."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    processor = state.client.processor
+    variant = processor.variant(body.model)
+    tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
+    if body.messages is not None:
+        token_ids = await encode_chat(tokenizer, body.messages)
+    else:
+        token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens)
+    answer: dict[str, Any] = {
+        "count": len(token_ids),
+        "max_model_len": variant.max_model_len,
+        "tokens": token_ids,
+        "token_strs": [tokenizer.token_text(t) for t in token_ids] if body.return_token_strs else None,
+    }
+    return JsonResponse(answer)
+
+
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Token ids to text, special tokens included."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    processor = state.client.processor
+    variant = processor.variant(body.model)
+    if body.tokens and max(body.tokens) >= variant.vocab_size:
+        raise RequestError(
+            f"Token id {max(body.tokens)} is outside the vocabulary of `{variant.name}`.", param="tokens"
+        )
+    tokenizer = processor.require_tokenizer(variant.name, "detokenizing")
+    return JsonResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+async def health(request: Request) -> Response:
+    """503 when the engine is dead or hangs, so that a supervisor restarts the server; loading is healthy."""
+    state: ServerState = request.app.state.server
+    state.require_alive()
+    return JsonResponse({"status": "draining" if state.draining else "ok" if state.client.is_ready else "loading"})
+
+
+async def ready(request: Request) -> Response:
+    """503 while requests would be refused; while loading the message tells how far it is."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    return JsonResponse({"status": "ready"})
+
+
+async def get_version() -> Response:
+    return JsonResponse({"version": version("polymoe")})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus text format. Scraping goes on while the server loads or drains."""
+    state: ServerState = request.app.state.server
+    if state.client.is_ready:
+        state.metrics.set_engine(state.client.info)
+        with contextlib.suppress(TimeoutError, EngineDeadError):
+            state.metrics.set_stats(await asyncio.wait_for(state.client.stats(), _STATS_TIMEOUT))
+    return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
+    return {
+        "id": variant.name,
+        "object": "model",
+        "created": variant.created or int(time.time()),
+        "owned_by": "polymoe",
+        "root": variant.root,
+        "parent": None,
+        "max_model_len": variant.max_model_len,
+        "version": variant.version,
+        "residency": {
+            # With a slot for every variant none is ever loaded at run time.
+            "non_experts": "resident" if info.slots >= len(info.variants) else "on_demand",
+            "experts_resident": info.experts_resident,
+            "experts_absent": info.experts_absent,
+        },
+    }

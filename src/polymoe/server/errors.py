@@ -1,0 +1,109 @@
+"""Errors as HTTP: every one has the body `{"error": {"message", "type", "param", "code"}}`, `code` a string."""
+
+import reprlib
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from polymoe.errors import EngineDeadError, OverloadedError, RequestError
+
+_MAX_ECHO = 200  # characters of the client's input that a message repeats
+_repr = reprlib.Repr()  # looks only at the first items of a list of millions
+_repr.maxstring = _repr.maxother = _MAX_ECHO
+
+
+class UnavailableError(RequestError):
+    """503: the server is loading, draining, or its engine is dead."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+
+class AuthenticationError(RequestError):
+    """401: no key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+
+
+_STATUS_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(message: str, type: str, param: str | None, code: str) -> dict[str, dict[str, str | None]]:
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The HTTP response for an exception. What is not deliberate says nothing about the inside of the server."""
+    headers: dict[str, str] = {}
+    match error:
+        case RequestError():
+            status, body = error.status, error_body(str(error), error.type, error.param, error.code)
+            if isinstance(error, OverloadedError):
+                headers["Retry-After"] = str(max(1, round(error.retry_after)))
+            elif isinstance(error, AuthenticationError):
+                headers["WWW-Authenticate"] = "Bearer"
+        case EngineDeadError():
+            status = 503
+            message = "The engine has stopped; the request cannot finish."
+            body = error_body(message, UnavailableError.type, None, "engine_dead")
+        case RequestValidationError():
+            status, body = 400, _validation_body(error.errors())
+        case HTTPException():
+            status, body = error.status_code, _http_body(error)
+            headers.update(error.headers or {})
+        case _:
+            status = 500
+            body = error_body("The server had an internal error.", "internal_server_error", None, "internal_error")
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    for kind in (RequestError, EngineDeadError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _http_body(error: HTTPException) -> dict[str, dict[str, str | None]]:
+    phrase = HTTPStatus(error.status_code).phrase
+    messages = {404: "There is nothing at this URL.", 405: "This URL does not support this HTTP method."}
+    message = messages.get(error.status_code, str(error.detail))
+    kind = _STATUS_TYPES.get(error.status_code, "invalid_request_error")
+    return error_body(message, kind, None, phrase.lower().replace(" ", "_"))
+
+
+def _validation_body(errors: Sequence[Any]) -> dict[str, dict[str, str | None]]:
+    """The first of pydantic's errors, in the words of this API."""
+    first = errors[0]
+    kind, loc, context = str(first["type"]), tuple(first["loc"]), first.get("ctx", {})
+    if kind == "json_invalid":
+        message = f"The request body is not valid JSON: {context.get('error')} at character {loc[-1]}."
+        return error_body(message, "invalid_request_error", None, "invalid_json")
+    path = [str(part) for part in loc[1:] if not _is_union_tag(part)]
+    if kind in ("unknown_parameter", "unsupported_parameter"):  # ours, see protocol.Strict; they sit at the parent
+        path.append(context["name"])
+        return error_body(first["msg"], "invalid_request_error", ".".join(path), kind)
+    if not path:
+        message = "The request body must be a JSON object, sent with the header Content-Type: application/json."
+        return error_body(message, "invalid_request_error", None, "invalid_type")
+    param = ".".join(path)
+    if kind == "missing":
+        message = f"Missing required parameter: {param}."
+        return error_body(message, "invalid_request_error", param, "missing_required_parameter")
+    message = f"Invalid value for {param}: {first['msg']}. Got {_repr.repr(first['input'])[:_MAX_ECHO]}."
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return error_body(message, "invalid_request_error", param, code)
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic names the member of a union in the path (`list[int]`, `str`, `TextPart`); clients do not know those."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float") or part[:1].isupper() or not part.replace("_", "a").isalnum()
+    )

@@ -1,0 +1,105 @@
+"""`/v1/completions` and `/v1/chat/completions`: check, tokenize, submit, answer."""
+
+import asyncio
+import time
+import uuid
+
+from fastapi import Request
+from starlette.responses import Response
+
+from polymoe.engine.client import Prompt
+from polymoe.engine.request import SamplingParams
+from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.errors import ContextLengthError, RequestError
+from polymoe.server.metrics import RequestTimer
+from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
+from polymoe.server.responses import ChatFormat, CompletionFormat, Format
+from polymoe.server.state import ServerState
+from polymoe.server.stream import EventStream, collect
+
+_DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; chats may fill the context
+# Longer texts are tokenized beside the event loop, so that they do not delay the tokens of others.
+_LONG_TEXT = 4096
+
+
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    arrival = time.monotonic()
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    processor = state.client.processor
+    variant = processor.variant(body.model)
+    tokenizer = processor.tokenizer(variant.name)
+    if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
+        raise RequestError("echo with logprobs and n > 1 cannot be streamed.", param="stream")
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.echo and max_tokens == 0:
+        max_tokens = 1  # left out of the answer
+    sampling = body.sampling(
+        variant.generation,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    prompts: list[Prompt] = []
+    for prompt in body.prompts():
+        if isinstance(prompt, str):
+            tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
+            prompts.append((prompt, await encode(tokenizer, prompt, body.add_special_tokens)))
+        else:
+            prompts.append((None, prompt))
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    form = CompletionFormat(request_id, body, prompts, tokenizer)
+    return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+
+
+async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    arrival = time.monotonic()
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    processor = state.client.processor
+    variant = processor.variant(body.model)
+    tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
+    token_ids = await encode_chat(tokenizer, body.messages)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = variant.max_model_len - len(token_ids)
+        if max_tokens < 1:
+            raise ContextLengthError(variant.max_model_len, len(token_ids), 1)
+    top = body.top_logprobs or 0
+    sampling = body.sampling(
+        variant.generation, max_tokens=max_tokens, logprobs=top if body.logprobs else None, prompt_logprobs=None
+    )
+    prompts: list[Prompt] = [(None, token_ids)]
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    form = ChatFormat(request_id, body, prompts, tokenizer)
+    return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+
+
+async def _answer(
+    request: Request,
+    arrival: float,
+    request_id: str,
+    body: CompletionRequest | ChatCompletionRequest,
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    form: Format,
+) -> Response:
+    state: ServerState = request.app.state.server
+    stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "")
+    # No await between here and the owner of the stream, or a cancellation could leave it open.
+    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n)
+    if form.stream:
+        return EventStream(stream, form, timer)
+    return await collect(request, stream, form, timer)
+
+
+async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) > _LONG_TEXT:
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    return tokenizer.encode(text, add_special_tokens)
+
+
+async def encode_chat(tokenizer: VariantTokenizer, messages: list[ChatMessage]) -> list[int]:
+    """A template is a program from a checkpoint, so it runs beside the event loop."""
+    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages])

@@ -1,0 +1,150 @@
+"""Prometheus metrics, under the names that dashboards for vLLM query; what only polymoe has is under `polymoe:`."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from polymoe.engine.engine import EngineInfo, EngineStats
+from polymoe.engine.output_sequence import CompletionDelta
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_REQUEST = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+
+
+class Metrics:
+    """Counts what passes the server, and reports the engine's own statistics beside it."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._engine = _EngineCollector()
+        self._registry.register(self._engine)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, ["model_name", *labels], registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
+
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens taken in.")
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.success = counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
+        self.first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
+        self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Token to token.", _BETWEEN_TOKENS)
+        self.whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST)
+        self.queue = histogram("vllm:request_queue_time_seconds", "Waiting to be scheduled.", _REQUEST)
+        self.prefill = histogram("vllm:request_prefill_time_seconds", "Scheduled to first token.", _REQUEST)
+        self.decode = histogram("vllm:request_decode_time_seconds", "First to last token.", _REQUEST)
+
+    def set_engine(self, info: EngineInfo) -> None:
+        """All series of all variants exist from then on, at zero. Idempotent."""
+        self._engine.info = info
+        for variant in info.variants:
+            for counter in (self.prompt_tokens, self.generation_tokens):
+                counter.labels(variant.name)
+            for reason in ("stop", "length", "abort"):
+                self.success.labels(variant.name, reason)
+            for histogram in (
+                self.first_token,
+                self.between_tokens,
+                self.whole,
+                self.queue,
+                self.prefill,
+                self.decode,
+            ):
+                histogram.labels(variant.name)
+
+    def set_stats(self, stats: EngineStats) -> None:
+        self._engine.stats = stats
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+
+class RequestTimer:
+    """Watches one submission; latencies are those that its client sees."""
+
+    def __init__(
+        self, metrics: Metrics, variant: str, arrival: float, num_prompt_tokens: int, num_sequences: int
+    ) -> None:
+        self._metrics = metrics
+        self._variant = variant
+        self._arrival = arrival  # time.monotonic()
+        self._open = num_sequences
+        self._last: dict[tuple[str, int], float] = {}  # (request id, index) -> time of its last token
+        metrics.prompt_tokens.labels(variant).inc(num_prompt_tokens)
+
+    def observe(self, deltas: Sequence[CompletionDelta]) -> None:
+        now = time.monotonic()
+        metrics, variant = self._metrics, self._variant
+        for delta in deltas:
+            key = (delta.request_id, delta.index)
+            if delta.token_ids:
+                metrics.generation_tokens.labels(variant).inc(len(delta.token_ids))
+                if key in self._last:
+                    metrics.between_tokens.labels(variant).observe(now - self._last[key])
+                else:
+                    metrics.first_token.labels(variant).observe(now - self._arrival)
+                self._last[key] = now
+            if delta.finish_reason is not None:
+                self._open -= 1
+                metrics.success.labels(variant, delta.finish_reason).inc()
+                metrics.whole.labels(variant).observe(now - self._arrival)
+            if delta.timing is not None:
+                for histogram, seconds in zip(
+                    (metrics.queue, metrics.prefill, metrics.decode), delta.timing, strict=True
+                ):
+                    histogram.labels(variant).observe(seconds)
+
+    def close(self) -> None:
+        """Sequences that did not end by themselves were aborted. Idempotent."""
+        self._metrics.success.labels(self._variant, "abort").inc(self._open)
+        self._open = 0
+
+
+class _EngineCollector(Collector):
+    """The engine's last statistics. Of what the engine keeps for all variants together, gauges are repeated for each
+    variant and counters stand once, under an empty `model_name`, so that sums over variants stay right."""
+
+    info: EngineInfo | None = None
+    stats: EngineStats | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        info, stats = self.info, self.stats
+        if info is None or stats is None:
+            return
+        names = [variant.name for variant in info.variants]
+
+        def per_variant(name: str, text: str, values: Sequence[float]) -> Metric:
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
+            for variant, value in zip(names, values, strict=True):
+                family.add_metric([variant], value)
+            return family
+
+        yield per_variant("vllm:num_requests_running", "Sequences in the batch.", stats.running)
+        yield per_variant("vllm:num_requests_waiting", "Sequences waiting.", stats.waiting)
+        yield per_variant("vllm:kv_cache_usage_perc", "Used part of the KV cache.", [stats.kv_usage] * len(names))
+        for name, text, value in (
+            ("vllm:num_preemptions", "Sequences put back for want of KV blocks.", stats.preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
+            ("polymoe:reconfigurations", "Non-experts loaded into a slot.", stats.reconfigurations),
+            ("polymoe:reconfiguration_seconds", "Time that took.", stats.reconfiguration_seconds),
+            ("polymoe:reconfiguration_bytes", "Bytes that moved.", stats.reconfiguration_bytes),
+            ("polymoe:expert_hits", "Absent experts found in the cache.", stats.expert_hits),
+            ("polymoe:expert_misses", "Absent experts fetched.", stats.expert_misses),
+            ("polymoe:expert_host_bytes", "Bytes fetched for them.", stats.expert_host_bytes),
+            ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
+        ):
+            labels = ["model_name"] if name.startswith("vllm:") else []
+            family = CounterMetricFamily(name, text, labels=labels)
+            family.add_metric([""] if labels else [], value)
+            yield family
+        resident = GaugeMetricFamily("polymoe:resident_bytes", "Bytes on the device.", labels=["kind"])
+        for kind, count in stats.resident_bytes.items():
+            resident.add_metric([kind], count)
+        yield resident

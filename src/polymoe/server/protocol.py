@@ -1,0 +1,240 @@
+"""What clients may send. Unknown fields are refused, and so are known ones that this server does not implement:
+a parameter that is accepted and then ignored is a wrong answer without an error."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from polymoe.engine.request import MAX_LOGPROBS, MAX_N, MAX_STOPS, SamplingParams
+from polymoe.errors import RequestError
+
+MAX_PROMPTS = 256
+MAX_MESSAGES = 4096
+MAX_PARTS = 256
+_MAX_COUNT = 2**31 - 1
+
+# fail_fast: a list of a million wrong items is one error, not a million of them in memory.
+TokenId = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+
+# OpenAI parameters that this server does not implement -> values that ask for nothing and are therefore accepted.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None,),
+    "prediction": (None,),
+    "prompt_embeds": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+# What openai-python's response messages carry besides role and content, so that they can be sent back as they are.
+_UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+}
+
+
+class Strict(BaseModel):
+    """No unknown fields, no conversions ("1" is no number), no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in cls.unsupported:
+                raise PydanticCustomError(
+                    "unknown_parameter", "Unrecognized request argument supplied: {name}", {"name": str(name)[:200]}
+                )
+            elif value not in cls.unsupported[name]:
+                raise PydanticCustomError(
+                    "unsupported_parameter", "{name} is not supported by this server.", {"name": name}
+                )
+        return kept
+
+
+class Ignored(Strict):
+    """Fields that change nothing in what a self-hosted server computes: accepted, and ignored on purpose."""
+
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(Ignored):
+    """What completions and chat completions have in common."""
+
+    unsupported = _UNSUPPORTED
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=_MAX_COUNT)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_COUNT)
+    min_tokens: int | None = Field(None, ge=0, le=_MAX_COUNT)
+    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed with stream: true.", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return (
+            self.include_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+        )
+
+    def sampling(
+        self, defaults: Mapping[str, float], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """The request's parameters; what it leaves out comes from the variant's generation config (`defaults`),
+        then from `SamplingParams`. Raises `RequestError`."""
+        values: dict[str, Any] = dict(defaults)
+        for name in SamplingParams.__struct_fields__:
+            given = getattr(self, name, None)
+            if given is not None:
+                values[name] = given
+        values["top_k"] = int(values.get("top_k", 0))
+        values["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        values["logit_bias"] = _token_keys(self.logit_bias or {})
+        values.update(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return SamplingParams(**values)
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of other than n is not supported by this server.", param="best_of")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The batch; a single prompt is a batch of one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return cast(list[str] | list[list[int]], [self.prompt] if isinstance(self.prompt[0], int) else self.prompt)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    unsupported = _UNSUPPORTED_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """Chat templates know only text; several parts become lines."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message = {"role": self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_COUNT)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def check_pairs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """Either `prompt` or `messages`."""
+
+    model: str
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def check_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("Give either prompt or messages.", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str
+    tokens: TokenIds
+
+
+def _token_keys(biases: Mapping[str, float]) -> dict[int, float]:
+    """JSON knows only text keys. Raises `RequestError`."""
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise RequestError("logit_bias must map token ids to biases.", param="logit_bias")
+    return {int(key): bias for key, bias in biases.items()}

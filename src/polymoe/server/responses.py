@@ -1,0 +1,191 @@
+"""What clients get: the JSON objects of completions and chat completions, whole or as chunks of a stream."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polymoe.engine.client import Prompt
+from polymoe.engine.output_sequence import CompletionDelta
+from polymoe.engine.request import CompletionOutput, Logprob, RequestOutput
+from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs
+from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
+
+Json = dict[str, Any]
+Piece = CompletionDelta | CompletionOutput  # a part of a sequence, or all of it
+PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None
+
+
+class Format:
+    """Turns the output of one submission into JSON. Ids, time stamps, indices and usage are the same in both APIs."""
+
+    object: str
+    chunk_object: str
+
+    def __init__(
+        self,
+        request_id: str,
+        body: CompletionRequest | ChatCompletionRequest,
+        prompts: Sequence[Prompt],
+        tokenizer: VariantTokenizer | None,
+    ) -> None:
+        self.stream = bool(body.stream)
+        self.include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
+        self._n = body.n or 1
+        self._model = body.model
+        self._id = request_id
+        self._created = int(time.time())
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        # A prompt counts once, however many sequences are drawn from it.
+        self._prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+        self._completion_tokens = 0
+        self._cached_tokens: dict[str, int] = {}  # request id -> prompt tokens found in the prefix cache
+
+    def opening(self) -> list[Json]:
+        """Chunks that come before any token."""
+        return []
+
+    def chunk(self, delta: CompletionDelta) -> Json:
+        """The chunk of a stream for one delta."""
+        self._count(delta.request_id, delta.token_ids, delta.num_cached_tokens)
+        p, index = self._index(delta.request_id, delta.index)
+        return self._chunk([self._choice(p, index, delta, delta.prompt_logprobs)])
+
+    def usage_chunk(self) -> Json:
+        """The last chunk when usage was asked for."""
+        return {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
+
+    def whole(self, results: Mapping[str, RequestOutput]) -> Json:
+        """The answer when nothing is streamed; `results` by request id."""
+        choices: dict[int, Json] = {}
+        for request_id, result in results.items():
+            for output in result.outputs:
+                self._count(request_id, output.token_ids, result.num_cached_tokens)
+                p, index = self._index(request_id, output.index)
+                choices[index] = self._choice(p, index, output, result.prompt_logprobs)
+        ordered = [choices[index] for index in sorted(choices)]
+        return {**self._envelope(self.object), "choices": ordered, "usage": self._usage()}
+
+    def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
+        """An entry of `choices`, for a chunk or for the whole answer."""
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        chunk: Json = {**self._envelope(self.chunk_object), "choices": choices}
+        if self.include_usage:
+            chunk["usage"] = self._usage() if self._continuous_usage else None
+        return chunk
+
+    def _envelope(self, kind: str) -> Json:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _index(self, request_id: str, k: int) -> tuple[int, int]:
+        """(p of `{id}-{p}`, index of the choice): the choices of prompt 0 come first, then those of prompt 1 …"""
+        p = int(request_id.rpartition("-")[2])
+        return p, p * self._n + k
+
+    def _count(self, request_id: str, token_ids: Sequence[int], cached: int) -> None:
+        self._completion_tokens += len(token_ids)
+        self._cached_tokens[request_id] = max(cached, self._cached_tokens.get(request_id, 0))
+
+    def _usage(self) -> Json:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
+        }
+
+
+class CompletionFormat(Format):
+    """`/v1/completions`. With `echo` the first text of a choice starts with the prompt, and so do its logprobs."""
+
+    object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        request_id: str,
+        body: CompletionRequest,
+        prompts: Sequence[Prompt],
+        tokenizer: VariantTokenizer | None,
+    ) -> None:
+        super().__init__(request_id, body, prompts, tokenizer)
+        self._echo = bool(body.echo)
+        # echo with max_tokens 0 asks for the prompt alone; the engine makes one token all the same.
+        self._prompt_only = self._echo and body.max_tokens == 0
+        self._wants_logprobs = body.logprobs is not None
+        self._skip_special = body.skip_special_tokens is not False
+        self._logprobs: dict[int, LegacyLogprobs] = {}  # index -> how far its text offsets are
+        self._echoed: set[int] = set()  # indices
+
+    def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
+        text, token_ids = piece.text, list(piece.token_ids)
+        logprobs: list[Mapping[int, Logprob] | None] = list(piece.logprobs or ())
+        if self._prompt_only:
+            text, token_ids, logprobs = "", [], []
+        if self._echo and index not in self._echoed:
+            self._echoed.add(index)
+            text = self._prompt_text(p) + text
+            token_ids = self._prompts[p][1] + token_ids
+            # A prompt of one token has no entry but the first, which is None.
+            logprobs = [*(prompt_logprobs or [None]), *logprobs]
+        arrays = None
+        if self._wants_logprobs:
+            form = self._logprobs.setdefault(index, LegacyLogprobs(self._tokenizer, self._skip_special))
+            arrays = form.json(token_ids, logprobs)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": arrays,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+    def _count(self, request_id: str, token_ids: Sequence[int], cached: int) -> None:
+        super()._count(request_id, [] if self._prompt_only else token_ids, cached)
+
+    def _prompt_text(self, p: int) -> str:
+        text, token_ids = self._prompts[p]
+        if text is None:
+            return self._tokenizer.decode(token_ids, self._skip_special) if self._tokenizer else ""
+        return text
+
+
+class ChatFormat(Format):
+    """`/v1/chat/completions`. Each choice of a stream opens with a chunk that carries the role."""
+
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        request_id: str,
+        body: ChatCompletionRequest,
+        prompts: Sequence[Prompt],
+        tokenizer: VariantTokenizer | None,
+    ) -> None:
+        super().__init__(request_id, body, prompts, tokenizer)
+        self._top = (body.top_logprobs or 0) if body.logprobs else None
+
+    def opening(self) -> list[Json]:
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._chunk([{"index": k, "delta": delta, "logprobs": None, "finish_reason": None}]) for k in range(self._n)
+        ]
+
+    def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
+        del p, prompt_logprobs  # a chat has one prompt and does not echo it
+        message: Json = {"content": piece.text}
+        if not self.stream:
+            message = {"role": "assistant", "content": piece.text, "refusal": None}
+        logprobs = None
+        if self._top is not None:
+            logprobs = chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs or [], self._top)
+        return {
+            "index": index,
+            "delta" if self.stream else "message": message,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }

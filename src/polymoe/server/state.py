@@ -1,0 +1,39 @@
+"""What the endpoints of one server share."""
+
+import time
+from dataclasses import dataclass, field
+
+from polymoe.engine.client import AsyncEngineClient
+from polymoe.server.errors import UnavailableError
+from polymoe.server.metrics import Metrics
+from polymoe.server.settings import ServerSettings
+
+
+@dataclass
+class ServerState:
+    client: AsyncEngineClient
+    settings: ServerSettings
+    metrics: Metrics = field(default_factory=Metrics)
+    draining: bool = False
+    progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def set_progress(self, stage: str, fraction: float) -> None:
+        self.progress = (stage, fraction)
+
+    def require_alive(self) -> None:
+        """Raises `UnavailableError` when the engine has died or hangs."""
+        client = self.client
+        if client.dead.is_set():
+            raise UnavailableError("The engine has stopped.", code="engine_dead")
+        if client.is_stuck(self.settings.heartbeat_timeout):
+            raise UnavailableError("The engine makes no progress.", code="engine_stuck")
+
+    def require_ready(self) -> None:
+        """Raises `UnavailableError` unless requests are welcome."""
+        self.require_alive()
+        if self.draining:
+            raise UnavailableError("The server is shutting down.", code="draining")
+        if not self.client.is_ready:
+            stage, fraction = self.progress
+            raise UnavailableError(f"The model is loading: {stage}, {fraction:.0%}.", code="loading")

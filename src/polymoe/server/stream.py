@@ -1,0 +1,120 @@
+"""Sending an answer: as server-sent events while it is made, or whole. In both cases a client that goes away ends its
+requests in the engine."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from polymoe.engine.request_stream import RequestStream
+from polymoe.errors import EngineDeadError, PolymoeError
+from polymoe.server.errors import error_response
+from polymoe.server.metrics import RequestTimer
+from polymoe.server.responses import Format
+
+logger = logging.getLogger(__name__)
+_encode = msgspec.json.Encoder().encode
+_DONE = b"data: [DONE]\n\n"
+
+
+class JsonResponse(Response):
+    """A JSON body, encoded by msgspec."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return _encode(content)
+
+
+class EventStream(Response):
+    """`data: {json}` for every delta and `data: [DONE]` at the end. An error in mid-stream is one more event.
+
+    It owns the request stream, and closes it whatever happens: the client leaves, sending fails, the server stops.
+    (Starlette's StreamingResponse would not if the client left before the first chunk was asked for.)
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: RequestStream, form: Format, timer: RequestTimer) -> None:
+        self.status_code = 200
+        self.background = None
+        self._stream = stream
+        self._form = form
+        self._timer = timer
+        # Proxies must not collect events, and nobody may keep them.
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        sender = asyncio.create_task(self._send(send))
+        watcher = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._stream.close()
+            self._timer.close()
+            for task in (sender, watcher):
+                task.cancel()
+            await asyncio.gather(sender, watcher, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        form = self._form
+        try:
+            if opening := form.opening():
+                yield b"".join(_event(chunk) for chunk in opening)
+            async for deltas in self._stream:
+                self._timer.observe(deltas)
+                yield b"".join(_event(form.chunk(delta)) for delta in deltas)
+                if any(delta.finish_reason == "error" for delta in deltas):
+                    raise PolymoeError("The engine could not finish the request.")
+            if form.include_usage:
+                yield _event(form.usage_chunk())
+        except Exception as error:
+            if not isinstance(error, PolymoeError):
+                logger.exception("A stream failed.")
+            yield b"data: " + bytes(error_response(error).body) + b"\n\n"
+        yield _DONE
+
+
+async def collect(request: Request, stream: RequestStream, form: Format, timer: RequestTimer) -> Response:
+    """The whole answer. When the client disconnects the requests are aborted, and nobody reads the response."""
+
+    async def run() -> None:
+        async for deltas in stream:
+            timer.observe(deltas)
+
+    runner = asyncio.create_task(run())
+    watcher = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({runner, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not runner.done():
+            return Response(status_code=499)
+        runner.result()
+        if any(output.finish_reason == "error" for result in stream.results.values() for output in result.outputs):
+            raise EngineDeadError("The engine could not finish the request.")
+        return JsonResponse(form.whole(stream.results))
+    finally:
+        stream.close()
+        timer.close()
+        for task in (runner, watcher):
+            task.cancel()
+        await asyncio.gather(runner, watcher, return_exceptions=True)
+
+
+def _event(chunk: object) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
