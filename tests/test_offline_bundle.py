@@ -406,7 +406,13 @@ def test_make_plan_says_what_it_decided(trio: dict[str, Path], tmp_path: Path) -
     console = Console(record=True, width=120, force_terminal=False)
     make_plan([f"{n}={p}" for n, p in trio.items()], "paper", "1.5x", tmp_path / "b", console=console)
     text = console.export_text()
-    for part in ("policy paper 1.5x", "1.50x one model's", "8 expert positions: 6 shared", "2 separate, 0 absent", "v2"):
+    for part in (
+        "policy paper 1.5x",
+        "1.50x one model's",
+        "8 expert positions: 6 shared",
+        "2 separate, 0 absent",
+        "v2",
+    ):
         assert part in text
 
 

@@ -150,7 +150,9 @@ def test_no_weights_and_pickles(copy: Path) -> None:
 def test_truncated_file_is_named(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"copy/model\.safetensors: truncated: .* promises \d+ bytes, the file has"):
+    with pytest.raises(
+        CheckpointError, match=r"copy/model\.safetensors: truncated: .* promises \d+ bytes, the file has"
+    ):
         Checkpoint.open(copy, "x")
 
 
@@ -177,7 +179,10 @@ def test_left_over_tensor(copy: Path) -> None:
 def test_documented_extras_are_ignored_and_reported(tmp_path: Path) -> None:
     """DeepSeek-V3 ships a multi-token-prediction layer, which transformers' class declares as not loaded."""
     path = make_family("deepseek_v3", tmp_path, num_variants=1)["base"]
-    extras = {"model.layers.61.eh_proj.weight": torch.zeros(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    extras = {
+        "model.layers.61.eh_proj.weight": torch.zeros(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2),
+    }
     edit_tensors(path, lambda t: t.update(extras))
     assert set(assert_reads_like_transformers(path).ignored) == set(extras)
 
@@ -196,7 +201,9 @@ def test_missing_expert(copy: Path) -> None:
 
 def test_missing_last_expert(copy: Path) -> None:
     edit_tensors(copy, lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"))
-    with pytest.raises(CheckpointError, match=r"experts\.down_proj has shape \[3, 32, 24\], config\.json asks for \[4, 32, 24\]"):
+    with pytest.raises(
+        CheckpointError, match=r"experts\.down_proj has shape \[3, 32, 24\], config\.json asks for \[4, 32, 24\]"
+    ):
         Checkpoint.open(copy, "x")
 
 

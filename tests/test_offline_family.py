@@ -169,7 +169,12 @@ def test_what_may_differ(pair: dict[str, Path]) -> None:
     edit_json(
         pair["v1"] / "config.json",
         **{"eos_token_id": [1, 2], "pad_token_id": 1, "attention_dropout": 0.1, "router_aux_loss_coef": 0.5},
-        **{"output_router_logits": True, "use_cache": False, "initializer_range": 0.5, "transformers_version": "4.36.0"},
+        **{
+            "output_router_logits": True,
+            "use_cache": False,
+            "initializer_range": 0.5,
+            "transformers_version": "4.36.0",
+        },
         **{"max_position_embeddings": 512, "unsloth_version": "2026.1"},
     )
     family = Family.open(pair)

@@ -100,7 +100,9 @@ def test_plans_hold_together(seed: int) -> None:
             assert stored == (plan.serving[v, layer, e], e)
             assert (index >= 0) == plan.resident[v, layer, e]
         for layer in range(layers):
-            assert len(set(layout.resident[layer] + layout.host[layer])) == len(layout.resident[layer] + layout.host[layer])
+            assert len(set(layout.resident[layer] + layout.host[layer])) == len(
+                layout.resident[layer] + layout.host[layer]
+            )
         assert sum(plan.position_counts().values()) == layers * experts
 
     paper, owner = paper_plan(distance, version, capacity), round_robin_layout(distance, variants, capacity)

@@ -96,7 +96,9 @@ def test_writer_makes_what_the_official_reader_reads(tmp_path: Path) -> None:
     assert written.size == path.stat().st_size
     read_header(path)
     loaded = load_file(path)
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in declared.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in declared.items()
+    )
 
 
 def test_writer_notices_missing_and_misplaced_data(tmp_path: Path) -> None:

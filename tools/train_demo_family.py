@@ -118,8 +118,10 @@ def perplexity(model: MixtralForCausalLM, tokens: torch.Tensor) -> float:
 
 def save(model: MixtralForCausalLM, tokenizer: Tokenizer, variant: str, out: Path) -> None:
     folder = out / variant
-    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-    MixtralForCausalLM(model.config).to(torch.bfloat16).save_pretrained(folder, state_dict=state)
+    shipped = MixtralForCausalLM(model.config)
+    shipped.load_state_dict(model.state_dict())
+    shipped.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token=EOS, model_max_length=model.config.max_position_embeddings
     )

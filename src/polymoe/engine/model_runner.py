@@ -35,6 +35,7 @@ class ModelRunner:
         self.model, self.block_size, self.vocab_sizes = model, block_size, vocab_sizes
         self.generator = torch.Generator().manual_seed(seed)
 
+    @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> dict[str, SampledToken]:
         """Compute the scheduled tokens; request id -> new token for the sequences that reached their end."""
         if not scheduled:
@@ -43,6 +44,7 @@ class ModelRunner:
         logits = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows)
         return self._sample(step, self.mask_missing_tokens(logits, step.batch))
 
+    @torch.inference_mode()
     def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
         """Every wanted row of each scheduled sequence, in the given order: float32 `[rows, vocabulary of its variant]`."""
         step = self.prepare(scheduled)
@@ -115,7 +117,6 @@ class ModelRunner:
                 logits[start:end, self.vocab_sizes[variant] :] = float("-inf")
         return logits
 
-    @torch.inference_mode()
     def _sample(self, step: PreparedStep, logits: torch.Tensor) -> dict[str, SampledToken]:
         rows: list[int] = []
         sequences = []

@@ -19,9 +19,9 @@ from polymoe.model.skeleton import (
     keeps_float32,
     retie,
     set_weight,
-    trace,
 )
 from polymoe.model.slots import Slots, copy_padded
+from polymoe.model.trial import trace
 from polymoe.model.variant_stack import VariantStack
 from polymoe.offline.bundle import Bundle
 
@@ -51,7 +51,9 @@ class ServedModel:
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         self.context = ForwardContext()
-        self.attention_layers: dict[int, AttentionLayer] = trace(bundle.config)
+        trial = trace(bundle.config)
+        self.attention_layers: dict[int, AttentionLayer] = trial.attention_layers
+        self._token_axes = trial.token_axes
         self.model = build_skeleton(bundle.config)
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
@@ -116,7 +118,7 @@ class ServedModel:
                 copy_padded(rows[row], self._read(version, name))
             assignment = tuple(versions.index(s) for s in sources)
             row_map = self._row_maps.setdefault(assignment, RowMap(list(assignment)))
-        set_weight(self.model, name, VariantStack(rows, row_map, self.context))
+        set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes[name]))
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         per_token = sum(layer.elements_per_token for layer in self.attention_layers.values())

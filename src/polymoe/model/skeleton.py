@@ -1,7 +1,7 @@
-"""The stock model definition with its weights left out, and a trial run that shows whether we can serve it.
+"""The stock model definition with its weights left out.
 
-Nothing here knows an architecture by name. The network comes from transformers on the meta device; the trial run puts
-variant stacks in every place and watches what attention asks for.
+Nothing here knows an architecture by name. The network comes from transformers on the meta device; experts and attention
+go through polymoe's entries in transformers' registries. `polymoe.model.trial` shows whether the result can be served.
 """
 
 import copy
@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AttentionInterface, PreTrainedMod
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.attention import AttentionLayer, polymoe_attention_forward
-from polymoe.model.context import ForwardBatch, ForwardContext, RowMap, segments_from_variants
+from polymoe.model.attention import polymoe_attention_forward
 from polymoe.model.expert_pool import polymoe_experts_forward
 from polymoe.model.variant_stack import VariantStack
 
@@ -26,15 +25,15 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, polymoe_experts_forward)
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def build_skeleton(config: Any) -> PreTrainedModel:
+def build_skeleton(config: Any, attention: str = IMPLEMENTATION) -> PreTrainedModel:
     """The stock causal-LM definition of `config`: parameters on the meta device, computed buffers on the CPU.
 
-    Experts and attention go through polymoe's entries in transformers' registries.
+    `attention` names the entry of transformers' attention registry that it uses.
     """
     config = copy.deepcopy(config)
     config._experts_implementation = IMPLEMENTATION
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.eval()
     model.set_experts_implementation(IMPLEMENTATION)
     _materialise_computed_buffers(model)
@@ -42,20 +41,27 @@ def build_skeleton(config: Any) -> PreTrainedModel:
 
 
 def _materialise_computed_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies …) are computed by the model's own initialiser."""
+    """Buffers that no checkpoint holds (rotary frequencies …) are computed by the model's own initialiser.
+
+    Raises `UnsupportedModelError` for one that the initialiser leaves as it was.
+    """
     for path, module in model.named_modules():
         computed = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
         if not computed:
             continue
+        results = []
+        for filling in (0, 1):  # what is still there in the end was not computed
+            for name in computed:
+                buffer = module._buffers[name]
+                assert buffer is not None
+                module._buffers[name] = torch.full_like(buffer, filling, device="cpu")
+            model._init_weights(module)
+            results.append({name: module._buffers[name] for name in computed})
         for name in computed:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            module._buffers[name] = torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu")
-        model._init_weights(module)
-        for name in computed:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            if buffer.is_floating_point() and buffer.isnan().any():
+            first, second = (result[name] for result in results)
+            assert first is not None
+            assert second is not None
+            if not torch.equal(first, second):
                 raise UnsupportedModelError(f"{path}.{name} is computed in a way that {type(model).__name__} does not expose.")
 
 
@@ -109,70 +115,6 @@ def context_limit(config: Any) -> int:
             )
             limit = min(limit, int(original or limit))
     return limit
-
-
-class _TrialAttention:
-    def __init__(self, layers: dict[int, AttentionLayer]) -> None:
-        self.layers = layers
-
-    def forward(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-        seen = AttentionLayer(kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
-        if layer in self.layers:
-            raise UnsupportedModelError(f"layer {layer} attends twice, which one cache a layer cannot hold.")
-        self.layers[layer] = seen
-        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
-
-
-class _TrialExperts:
-    def forward(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if index.shape != weights.shape or index.shape[0] != hidden.shape[0]:
-            raise UnsupportedModelError(f"{type(module).__name__} is not routed by (index, weight) pairs of each token.")
-        return torch.zeros_like(hidden)
-
-
-@torch.no_grad()
-def trace(config: Any) -> dict[int, AttentionLayer]:
-    """Run the stock forward pass once with two variants in every weight, and report each attention layer's cache shape.
-
-    Weights are zeros without memory (stride 0), experts and attention are left out, so this takes seconds for any
-    size. Raises `UnsupportedModelError` naming the operation or argument that cannot be served.
-    """
-    model = build_skeleton(config)
-    name = type(model).__name__
-    experts = expert_modules(model)
-    context = ForwardContext()
-    row_map = RowMap([0, 1])
-    layers: dict[int, AttentionLayer] = {}
-    expert_names = {f"{path}.{leaf}" for path, module in experts for leaf in expert_tensor_names(module)}
-    tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    for weight, tensor in list(model.state_dict().items()):
-        if weight not in expert_names and weight not in tied:
-            rows = torch.zeros((), dtype=torch.float32).expand(2, *tensor.shape)
-            set_weight(model, weight, VariantStack(rows, row_map, context))
-    retie(model, tied)
-    for module in model.modules():
-        module.polymoe_attention = _TrialAttention(layers)  # type: ignore[assignment]
-        module.polymoe_experts = _TrialExperts()  # type: ignore[assignment]
-
-    # Not a size that any axis of the model has, so that no other axis is taken for the tokens.
-    sizes = {size for p in model.state_dict().values() for size in p.shape} | {
-        v for v in vars(config).values() if isinstance(v, int)
-    }
-    num_tokens = next(t for t in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47) if t not in sizes and t - 6 not in sizes)
-    tokens = segments_from_variants([0, 1], [num_tokens - 6, 6])
-    context.set(ForwardBatch(tokens=tokens, sampled=segments_from_variants([0, 1], [1, 2])))
-    keep = torch.tensor([0, num_tokens - 2, num_tokens - 1])
-    options = {"logits_to_keep": keep} if accepts_logits_to_keep(model) else {}
-    ids = torch.zeros(1, num_tokens, dtype=torch.int64)
-    try:
-        model(input_ids=ids, position_ids=torch.arange(num_tokens)[None], use_cache=False, **options)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{name} cannot be served: {error}") from error
-    except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be served: its forward pass needs {error}") from error
-    if not layers:
-        raise UnsupportedModelError(f"{name} cannot be served: its attention does not go through transformers' registry.")
-    return layers
 
 
 def retie(model: PreTrainedModel, tied: dict[str, str]) -> None:

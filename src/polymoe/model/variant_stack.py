@@ -7,9 +7,14 @@ runs unchanged. It stores `rows [R, *shape]`. `__torch_function__` turns
 - `embedding` into a look-up in the flattened rows, offset by variant,
 - adding, subtracting, multiplying and dividing with a token tensor into a gather of the row of each token,
 - norms with a weight into the norm without one followed by those,
-- casts and arithmetic with a plain number into the same on all rows.
+- casts, arithmetic with a plain number, plain indexing and axes of one into the same on all rows.
 
 Any other operation is an error that names it: never a silent wrong answer.
+
+Which axis of a token tensor runs over the tokens is learned, not guessed. A norm may meet `[1, T, heads, D]` or
+`[1, heads, T, D]`, and a step may happen to have as many tokens as the model has heads. So each stack remembers the axis
+for each rank it has met; the trial run (`polymoe.model.skeleton.trace`) teaches it with a number of tokens that nothing
+else has as its size.
 """
 
 from collections.abc import Callable
@@ -30,18 +35,24 @@ class VariantStack(torch.Tensor):
         rows: `[R, *shape]`, R stored versions of a parameter of shape `shape`.
         row_map: which row serves which variant.
         context: the model's shared holder of the current batch.
+        token_axes: number of axes of a token tensor that this weight meets -> its axis that runs over tokens. Learned
+            at the first meeting that leaves no doubt; give what a trial run learned.
     """
 
     rows: torch.Tensor
     row_map: RowMap
     context: ForwardContext
+    token_axes: dict[int, int]
 
     @staticmethod
-    def __new__(cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext) -> "VariantStack":
+    def __new__(
+        cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext, token_axes: dict[int, int] | None = None
+    ) -> "VariantStack":
         stack: VariantStack = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, rows.shape[1:], dtype=rows.dtype, device=rows.device, requires_grad=False
         )
         stack.rows, stack.row_map, stack.context = rows, row_map, context
+        stack.token_axes = {} if token_axes is None else token_axes
         return stack
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -49,7 +60,7 @@ class VariantStack(torch.Tensor):
 
     def like(self, rows: torch.Tensor) -> "VariantStack":
         """The same variants with other rows."""
-        return VariantStack(rows, self.row_map, self.context)
+        return type(self)(rows, self.row_map, self.context, self.token_axes)
 
     def per_token(self, num_rows: int) -> torch.Tensor:
         """`[num_rows, *shape]`: each row's own version."""
@@ -104,26 +115,37 @@ def _handles(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
 
 
 def _token_axis(x: torch.Tensor, stack: VariantStack) -> int:
-    """Axis of `x` that runs over tokens: 1 of `[1, T, …]`, else 0 of `[T, …]`; left of the weight's own axes."""
+    """Axis of `x` that runs over tokens: where the weight, aligned at the right, has no axis or one of size 1."""
     batch = stack.context.batch
     counts = (batch.tokens.num_tokens, batch.sampled.num_tokens)
-    room = x.ndim - stack.ndim  # axes that the weight does not have
-    if room >= 2 and x.shape[0] == 1 and x.shape[1] in counts:
-        return 1
-    if room >= 1 and x.shape[0] in counts:
-        return 0
-    raise RuntimeError(f"no token axis: tensor {tuple(x.shape)} against a weight {tuple(stack.shape)}")
+    own = (1,) * (x.ndim - stack.ndim) + tuple(stack.shape)
+    possible = [axis for axis in range(x.ndim) if len(own) == x.ndim and own[axis] == 1 and x.shape[axis] in counts]
+    learned = stack.token_axes.get(x.ndim)
+    if learned is not None:
+        if learned in possible:
+            return learned
+        raise RuntimeError(f"tokens were axis {learned}: tensor {tuple(x.shape)} against a weight {tuple(stack.shape)}")
+    clear = [axis for axis in possible if x.shape[axis] > 1]
+    if len(clear) == 1:
+        return stack.token_axes.setdefault(x.ndim, clear[0])
+    if not clear and possible:  # one token: all these axes have size 1 and mean the same
+        return possible[0]
+    reason = "several possible token axes" if clear else "no token axis"
+    raise RuntimeError(f"{reason}: tensor {tuple(x.shape)} against a weight {tuple(stack.shape)}")
 
 
 def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
     """The stack's rows for the tokens of `x`, shaped to broadcast against it.
 
-    `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`.
+    `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`; with one `[1, 1, heads, 1]` it gives `[1, T, heads, 1]`.
     """
     axis = _token_axis(x, stack)
     count = x.shape[axis]
+    own = (1,) * (x.ndim - stack.ndim) + tuple(stack.shape)
     rows = stack.per_token(count)
-    return rows.view(*(1,) * axis, count, *(1,) * (x.ndim - axis - 1 - stack.ndim), *stack.shape)
+    if stack.ndim == 0 and x.is_floating_point():
+        rows = rows.to(x.dtype)  # a scalar never raises the precision of what it meets
+    return rows.reshape(count, *own).movedim(0, axis).squeeze(axis + 1)
 
 
 @_handles(F.linear)
@@ -213,9 +235,25 @@ for _unary in (torch.neg, torch.exp, torch.sigmoid):
 
 @_handles(torch.Tensor.unsqueeze, torch.unsqueeze)
 def _unsqueeze(stack: VariantStack, dim: int) -> VariantStack:
-    if dim != 0:
-        raise NotImplementedError("unsqueeze beyond axis 0 is not supported on weights that differ between variants")
-    return stack  # a leading axis of one changes nothing: weights are aligned at the right
+    return stack.like(stack.rows.unsqueeze(dim + 1 if dim >= 0 else dim))
+
+
+@_handles(torch.Tensor.squeeze, torch.squeeze)
+def _squeeze(stack: VariantStack, dim: int | None = None) -> VariantStack:
+    shape = list(stack.shape)
+    if dim is None:
+        shape = [size for size in shape if size != 1]
+    elif shape[dim] == 1:
+        del shape[dim]
+    return stack.like(stack.rows.reshape(stack.rows.shape[0], *shape))
+
+
+@_handles(torch.Tensor.__getitem__)
+def _getitem(stack: VariantStack, index: Any) -> VariantStack:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not isinstance(stack, VariantStack) or not all(p is None or p is ... or type(p) in (int, slice) for p in parts):
+        raise NotImplementedError("indexing by tensors is not supported with weights that differ between variants")
+    return stack.like(stack.rows[(slice(None), *parts)])
 
 
 @_handles(F.layer_norm, torch.layer_norm)

@@ -81,7 +81,7 @@ def _http_body(error: HTTPException) -> dict[str, dict[str, str | None]]:
 
 def _validation_body(errors: Sequence[Any]) -> dict[str, dict[str, str | None]]:
     """The first of pydantic's errors, in the words of this API."""
-    first = errors[0]
+    first = _most_telling([error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]])
     kind, loc, context = str(first["type"]), tuple(first["loc"]), first.get("ctx", {})
     if kind == "json_invalid":
         message = f"The request body is not valid JSON: {context.get('error')} at character {loc[-1]}."
@@ -100,6 +100,12 @@ def _validation_body(errors: Sequence[Any]) -> dict[str, dict[str, str | None]]:
     message = f"Invalid value for {param}: {first['msg']}. Got {_repr.repr(first['input'])[:_MAX_ECHO]}."
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return error_body(message, "invalid_request_error", param, code)
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """Of a field that may be several things pydantic reports what is wrong with each; the one that was meant is the
+    one that fits deepest."""
+    return max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def _is_union_tag(part: object) -> bool:
