@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ARCHITECTURES, make_family
 from rich.console import Console
-from test_offline_family import grown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import ARCHITECTURES, make_family
 from polymoe.errors import BundleError, PlanError
 from polymoe.offline import atomic, bundle_writer
 from polymoe.offline.api import inspect, make_plan
@@ -24,6 +23,7 @@ from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_writer import write_bundle
 from polymoe.offline.family import Family
 from polymoe.offline.scan import FamilyScan
+from test_offline_family import grown
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +226,14 @@ class TestOpen:
 
     @pytest.mark.parametrize(
         "file",
-        ["tables.safetensors", "experts/layer-001.safetensors", "host/layer-000.safetensors"]
-        + ["nonexperts/shared.safetensors", "nonexperts/variant.v1.safetensors", "variants/v2/config.json"],
+        [
+            "tables.safetensors",
+            "experts/layer-001.safetensors",
+            "host/layer-000.safetensors",
+            "nonexperts/shared.safetensors",
+            "nonexperts/variant.v1.safetensors",
+            "variants/v2/config.json",
+        ],
     )
     def test_missing_short_and_changed_files(self, folder: Path, file: str) -> None:
         path = folder / file
@@ -282,6 +288,18 @@ class TestWriting:
         write(family, scan, tmp_path / "b", "paper")
         write(family, scan, tmp_path / "b", "separate")
         assert Bundle.open(tmp_path / "b", verify=True).manifest.policy == "separate"
+        assert not self.leftovers(tmp_path)
+
+    def test_a_bundle_put_aside_by_a_dead_writer_returns(
+        self, family: Family, scan: FamilyScan, tmp_path: Path
+    ) -> None:
+        """Without an exchange in one step, a kill can fall between the two renames."""
+        write(family, scan, tmp_path / "b", "paper")
+        (tmp_path / ".b.old-12345678").mkdir()
+        (tmp_path / "b").rename(tmp_path / ".b.old-12345678" / "b")
+        with pytest.raises(PlanError, match="exists"):
+            write_bundle(family, scan, build_plan(scan, "separate"), tmp_path / "b")
+        assert Bundle.open(tmp_path / "b", verify=True).manifest.policy == "paper"
         assert not self.leftovers(tmp_path)
 
     def test_disk_too_small(

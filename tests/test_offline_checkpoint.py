@@ -9,10 +9,10 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from families import ARCHITECTURES, make_config, make_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import ARCHITECTURES, make_config, make_family
 from polymoe.errors import CheckpointError, UnsupportedModelError
 from polymoe.offline.architecture import build_on_meta, check_supported
 from polymoe.offline.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ def test_tensors_are_those_of_from_pretrained(arch: str, v5_names: bool, tmp_pat
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(info.vocab_tensors)
 
 
-def test_architecture_info(tmp_path: Path) -> None:
+def test_architecture_info() -> None:
     config = make_config("deepseek_v3")
     info = check_supported(config, build_on_meta(config))
     assert info.expert_modules == ("model.layers.1.mlp.experts", "model.layers.2.mlp.experts")  # layer 0 is dense

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import make_family, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+from families import make_family, make_tokenizer
 from polymoe.errors import CheckpointError, FamilyError
 from polymoe.offline.family import Family, max_model_len, parse_variant_specs
 from polymoe.offline.similarity import heatmap
@@ -214,7 +214,7 @@ def test_tokenizers_must_mean_the_same(pair: dict[str, Path]) -> None:
     first, second = [token for token, index in vocab.items() if index in (50, 51)]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (pair["v1"] / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(FamilyError, match="tokenizers differ: token 50 is .* in base and .* in v1"):
+    with pytest.raises(FamilyError, match=r"tokenizers differ: token 50 is .* in base and .* in v1"):
         Family.open(pair)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from polymoe.errors import PlanError
 from polymoe.offline.budget import build_plan, expert_capacity, parse_memory
 from polymoe.offline.plan import Plan, lay_out, paper_plan, round_robin_layout, separate_plan, table

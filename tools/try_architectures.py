@@ -32,6 +32,7 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,6 +51,7 @@ from families import randomize
 TOLERANCE = 1e-4
 NUM_VARIANTS = 3
 NUM_LAYERS = 4
+PLAIN = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 COLOURS = {"exact": "green", "refused": "yellow", "differs": "bold red", "fails": "red"}
 
 # Small values for the config fields that architectures share, each used where the config has the field.
@@ -66,7 +68,25 @@ SMALL: dict[str, Any] = {
 }
 
 # What shrinking alone does not get right, by model_type.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere2_moe": {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "layer_types": PLAIN},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
+        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 24, "num_kv_shared_layers": 2},
+    },
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "shared_intermediate_size": 20},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8], "layer_types": PLAIN},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},  # as the published model
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
+        **{"indexer_compress_ratio": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 2, "hc_lowrank": 4},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,9 @@ def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
     for index in range(NUM_VARIANTS):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model, seed=index)
+        for tensor in model.state_dict().values():
+            if not tensor.is_floating_point():  # tables of ids
+                tensor.copy_(torch.randint(0, 8, tensor.shape) if tensor.ndim else tensor)
         paths[f"v{index}"] = folder / f"v{index}"
         model.save_pretrained(paths[f"v{index}"])
     return paths
@@ -191,8 +214,9 @@ def try_one(name: str, model_type: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "vision_config", None) is not None:
-            config.save_pretrained(root / "v0")
             paths = {"v0": root / "v0"}
+            config.save_pretrained(paths["v0"])
+            save_file({"weight": torch.zeros(1)}, paths["v0"] / "model.safetensors")  # never gets that far
         else:
             paths = make_checkpoints(config, root)
         try:

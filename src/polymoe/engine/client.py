@@ -130,6 +130,11 @@ class AsyncEngineClient:
     def is_alive(self) -> bool:
         return self._reader_task is not None and self._death is None and not self._closing
 
+    @property
+    def open_streams(self) -> list[str]:
+        """Ids of the requests that somebody still waits for."""
+        return list(self._streams)
+
     def is_stuck(self, timeout: float) -> bool:
         """Whether there is work but nothing was heard for `timeout` seconds."""
         return bool(self._streams) and time.monotonic() - self.last_progress > timeout

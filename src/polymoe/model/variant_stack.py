@@ -217,6 +217,19 @@ for _function, _names in (
 _handles(torch.Tensor.__rsub__)(lambda a, b: _elementwise(torch.sub)(b, a))
 
 
+def _in_place(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def handler(x: Any, stack: Any) -> torch.Tensor:
+        if isinstance(x, VariantStack):
+            raise NotImplementedError("a weight that differs between variants cannot be changed in place")
+        return function(x, _gathered(x, stack))
+
+    return handler
+
+
+for _name in ("add_", "sub_", "mul_", "div_"):
+    _handles(getattr(torch.Tensor, _name))(_in_place(getattr(torch.Tensor, _name)))
+
+
 def _rowwise(method: Callable[..., torch.Tensor]) -> Callable[..., VariantStack]:
     def handler(stack: Any, *args: Any, **kwargs: Any) -> VariantStack:
         if not isinstance(stack, VariantStack):  # x.type_as(weight): the weight is an argument, not the subject
@@ -249,10 +262,16 @@ def _squeeze(stack: VariantStack, dim: int | None = None) -> VariantStack:
 
 
 @_handles(torch.Tensor.__getitem__)
-def _getitem(stack: VariantStack, index: Any) -> VariantStack:
+def _getitem(stack: VariantStack, index: Any) -> torch.Tensor:
+    """`weight[:, None]` of all rows, or `weight[ids]` with `ids [T, …]` from each token's own row."""
+    if isinstance(stack, VariantStack) and isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int64):
+        segments = stack.context.batch.segments(index.shape[0] if index.ndim else 0)
+        first = segments.row_of_token(stack.row_map) * stack.shape[0]
+        within = index % stack.shape[0]  # a negative index counts from the end of its own row
+        return stack.rows.flatten(0, 1)[within + first.view(-1, *(1,) * (index.ndim - 1))]
     parts = index if isinstance(index, tuple) else (index,)
     if not isinstance(stack, VariantStack) or not all(p is None or p is ... or type(p) in (int, slice) for p in parts):
-        raise NotImplementedError("indexing by tensors is not supported with weights that differ between variants")
+        raise NotImplementedError("this indexing is not supported on weights that differ between variants")
     return stack.like(stack.rows[(slice(None), *parts)])
 
 

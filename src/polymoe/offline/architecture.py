@@ -2,7 +2,7 @@
 
 Anything that goes through transformers' experts interface qualifies, unless it also has layers whose state does not
 fit a paged KV cache (state space, linear attention, convolution) or inputs other than text. The answer comes when a
-plan is made, by name, never at request time. The attention itself is traced later, by `polymoe.model.dryrun`.
+plan is made, by name, never at request time. A trial run of its forward pass follows (`polymoe.model.trial`).
 """
 
 import re

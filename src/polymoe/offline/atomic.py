@@ -2,6 +2,7 @@
 
 .NAME.tmp-XXXXXXXX   being written, locked by its writer
 NAME                 always whole: absent, the old one or the new one
+.NAME.old-XXXXXXXX   only where folders cannot be exchanged in one step: holds the old one for a moment
 """
 
 import ctypes
@@ -32,6 +33,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
+        check_target(target, overwrite)  # again: an old bundle may have returned
         folder, lock = _locked_folder(target)
     except OSError as error:
         raise _explained(error, target) from error
@@ -60,8 +62,12 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove temporary folders of `target` whose writers are dead (nobody holds their lock)."""
-    for folder in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+    """Remove temporary folders of `target` whose writers are dead (nobody holds their lock).
+
+    An old bundle that a dead writer had put aside returns to its place.
+    """
+    name, all_dead = _glob_escape(target.name), True
+    for folder in target.parent.glob(f".{name}.tmp-*"):
         try:
             lock = os.open(folder, os.O_RDONLY)
         except OSError:
@@ -70,12 +76,16 @@ def remove_leftovers(target: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            pass  # its writer lives
+            all_dead = False
         finally:
             os.close(lock)
+    for aside in target.parent.glob(f".{name}.old-*") if all_dead else ():
+        if (aside / target.name).exists() and not target.exists():
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def glob_escape(name: str) -> str:
+def _glob_escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
@@ -106,7 +116,7 @@ def _sync(folder: Path) -> None:
 
 
 def _publish(folder: Path, target: Path, overwrite: bool) -> None:
-    check_target(target, overwrite)  # again: building took a while
+    check_target(target, overwrite)  # and again: building took a while
     if not target.exists():
         folder.rename(target)
     elif _exchange(folder, target):

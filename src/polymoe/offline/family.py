@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from polymoe.errors import FamilyError
+from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
 from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.scan import FamilyScan, scan_family
@@ -80,12 +81,14 @@ class Family:
         self.vocab_sizes = tuple(int(c.config.get_text_config().vocab_size) for c in checkpoints)
         check_vocabularies(list(self.names), [c.path for c in checkpoints], list(self.vocab_sizes))
         _check_tensors(self.checkpoints)
+        trace(self.config)  # what cannot be served is refused now, not when a bundle is loaded
 
     @classmethod
     def open(cls, specs: Mapping[str, str | Path] | Sequence[str]) -> Self:
         """Open `{name: folder or Hub model}` or `["NAME=SPEC", …]`.
 
-        Raises `CheckpointError` for one that cannot be read, `FamilyError` when they do not belong together.
+        Raises `CheckpointError` for one that cannot be read, `UnsupportedModelError` for a model that cannot be served,
+        `FamilyError` when they do not belong together.
         """
         named = dict(specs) if isinstance(specs, Mapping) else dict(parse_variant_specs(specs))
         _check_names(list(named))

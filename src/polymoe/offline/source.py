@@ -51,12 +51,23 @@ def _download(spec: str) -> Path:
     import huggingface_hub  # here, since most runs never need it
 
     repo, _, revision = spec.partition("@")
-    try:
+
+    def snapshot(local_files_only: bool) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision or None, allow_patterns=_DOWNLOAD, ignore_patterns=_NO_DOWNLOAD
+                repo,
+                revision=revision or None,
+                allow_patterns=_DOWNLOAD,
+                ignore_patterns=_NO_DOWNLOAD,
+                local_files_only=local_files_only,
             )
         )
+
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Some versions of the client ask the network for a revision given as a commit even when told not to.
+            return snapshot(local_files_only=True)
+        return snapshot(local_files_only=False)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

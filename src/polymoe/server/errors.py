@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
 
 _MAX_ECHO = 200  # characters of the client's input that a message repeats
+_MAX_MESSAGE = 1000
 _repr = reprlib.Repr()  # looks only at the first items of a list of millions
 _repr.maxstring = _repr.maxother = _MAX_ECHO
 
@@ -43,7 +44,7 @@ def error_response(error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     match error:
         case RequestError():
-            status, body = error.status, error_body(str(error), error.type, error.param, error.code)
+            status, body = error.status, error_body(str(error)[:_MAX_MESSAGE], error.type, error.param, error.code)
             if isinstance(error, OverloadedError):
                 headers["Retry-After"] = str(max(1, round(error.retry_after)))
             elif isinstance(error, AuthenticationError):
@@ -103,9 +104,14 @@ def _validation_body(errors: Sequence[Any]) -> dict[str, dict[str, str | None]]:
 
 
 def _most_telling(errors: Sequence[Any]) -> Any:
-    """Of a field that may be several things pydantic reports what is wrong with each; the one that was meant is the
-    one that fits deepest."""
-    return max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+    """Of a field that may be several things pydantic reports what is wrong with each. The one that was meant is one
+    whose type is right, or else the one that fits deepest and farthest."""
+
+    def fit(error: Any) -> tuple[bool, int, list[int]]:
+        indices = [part for part in error["loc"] if isinstance(part, int)]
+        return not error["type"].endswith("_type"), len(error["loc"]), indices
+
+    return max(errors, key=fit)
 
 
 def _is_union_tag(part: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from polymoe.engine.request import MAX_LOGPROBS, MAX_N, MAX_STOPS, SamplingParams
+from polymoe.engine.request import MAX_LOGPROBS, MAX_N, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
 from polymoe.errors import RequestError
 
 MAX_PROMPTS = 256
@@ -17,6 +17,7 @@ _MAX_COUNT = 2**31 - 1
 
 # fail_fast: a list of a million wrong items is one error, not a million of them in memory.
 TokenId = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 # OpenAI parameters that this server does not implement -> values that ask for nothing and are therefore accepted.
@@ -104,7 +105,7 @@ class GenerationRequest(Ignored):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(None, ge=1, le=MAX_N)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None

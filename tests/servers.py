@@ -1,0 +1,106 @@
+"""Real servers for the tests: a tiny random bundle, the engine in its own process, HTTP on a free port."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import uvicorn
+
+from families import make_family
+from polymoe.config import EngineConfig
+from polymoe.engine.client import AsyncEngineClient
+from polymoe.engine.engine import EngineStats
+from polymoe.offline.api import make_plan
+from polymoe.server.app import create_app
+from polymoe.server.settings import ServerSettings
+
+T = TypeVar("T")
+
+CONTEXT = 1024  # tokens; long enough that a request surely runs when a test interferes
+
+
+def make_bundle(folder: Path) -> Path:
+    """Variants `base` and `v1`, unrelated random models with tokenizers and chat templates of their own."""
+    paths = make_family(
+        "mixtral", folder / "checkpoints", num_variants=2, perturb=None, tokenizer=True, max_position_embeddings=CONTEXT
+    )
+    make_plan(paths, "separate", None, folder / "bundle")
+    return folder / "bundle"
+
+
+def engine_config(bundle: Path, **options: Any) -> EngineConfig:
+    return EngineConfig(bundle=str(bundle), device="cpu", num_threads=1, kv_cache_bytes=1 << 24, **options)
+
+
+class ThreadServer:
+    """The application and the engine's client in a thread of the test process, so that a test can look inside."""
+
+    def __init__(self, config: EngineConfig, **settings: Any) -> None:
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.loop = asyncio.new_event_loop()
+        self.client = AsyncEngineClient(config)
+        app = create_app(self.client, ServerSettings(port=self.port, **settings))
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "ThreadServer":
+        self._thread.start()
+        self.wait_for(lambda: self._server.started)
+        self.call(self.client.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        async def main() -> None:
+            await self._server.serve()
+            await self.client.shutdown()
+
+        self.loop.run_until_complete(main())
+        self.loop.close()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def stats(self) -> EngineStats:
+        return self.call(self.client.stats())
+
+    def is_idle(self) -> bool:
+        """Nothing runs in the engine and nothing is remembered outside of it."""
+        stats = self.stats()
+        left = [*stats.running, *stats.waiting, self.client.processor.num_sequences, len(self.client.open_streams)]
+        return not any(left) and stats.kv_usage == 0
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+        wait_for(condition, timeout)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def events(response: httpx.Response) -> Iterator[Any]:
+    """The JSON of each server-sent event; "[DONE]" as it stands."""
+    for line in response.iter_lines():
+        if line:
+            assert line.startswith("data: ")
+            data = line.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)
