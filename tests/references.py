@@ -18,7 +18,7 @@ from polymoe.offline.plan import separate_plan
 
 @dataclass(frozen=True)
 class Case:
-    """One greedy request and its reference: the tokens and the logits `[max_tokens, vocabulary]` each was drawn from."""
+    """One greedy request and its reference: tokens, and the logits `[max_tokens, vocabulary]` they were drawn from."""
 
     variant: str
     prompt: list[int]

@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,9 +42,7 @@ class ThreadServer:
     """The application and the engine's client in a thread of the test process, so that a test can look inside."""
 
     def __init__(self, config: EngineConfig, **settings: Any) -> None:
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
         self.client = AsyncEngineClient(config)
@@ -88,6 +85,13 @@ class ThreadServer:
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def wait_for(condition: Callable[[], bool], timeout: float = 20.0) -> None:

@@ -67,7 +67,9 @@ def test_random_traffic_keeps_every_invariant() -> None:
         else:
             tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 18))]
             salt = salt_of(str(rng.randrange(2)), "")
-            if blocks.can_allocate(matched := blocks.match_prefix(tokens, salt), blocks.blocks_for(len(tokens)) - len(matched)):
+            if blocks.can_allocate(
+                matched := blocks.match_prefix(tokens, salt), blocks.blocks_for(len(tokens)) - len(matched)
+            ):
                 live.append(fill(blocks, tokens, salt))
         blocks.check_integrity()
         assert blocks.num_free == 20 - len({b for held in live for b in held})

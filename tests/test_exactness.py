@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import ARCHITECTURES
-from references import ReferenceFamily, served_logits
 
+from families import ARCHITECTURES
 from polymoe import LLM, RequestOutput, SamplingParams
+from references import ReferenceFamily, served_logits
 
 LOGITS_TOLERANCE = 1e-4
 

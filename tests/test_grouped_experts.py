@@ -28,7 +28,9 @@ def make_module(transposed: bool, bias: bool, gated: bool) -> tuple[Any, dict[st
     return SimpleNamespace(has_gate=gated, is_transposed=transposed, _apply_gate=apply_gate, act_fn=F.relu), pool
 
 
-def one_by_one(module: Any, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Any) -> torch.Tensor:
+def one_by_one(
+    module: Any, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Any
+) -> torch.Tensor:
     out = torch.zeros_like(hidden, dtype=torch.float64)
     for t in range(hidden.shape[0]):
         for k in range(physical.shape[1]):

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
 
 import polymoe
+from families import make_family
 from polymoe import LLM, SamplingParams
 from polymoe.demo import family_paths, text_paths
 from polymoe.errors import ConfigError, ContextLengthError, RequestError, UnknownVariantError
@@ -29,7 +29,8 @@ def llm(bundle: Path) -> LLM:
 
 def test_the_public_names_are_these() -> None:
     assert polymoe.__all__ == [
-        "LLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput", "SamplingParams", "__version__",
+        "LLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput", "SamplingParams",
+        "__version__",
     ]  # fmt: skip
     assert all(getattr(polymoe, name) is not None for name in polymoe.__all__)
 
@@ -56,7 +57,9 @@ def test_token_ids_and_text_are_the_same_request(llm: LLM) -> None:
 def test_stop_strings_end_the_text_and_the_work(llm: LLM) -> None:
     free = llm.generate("ROMEO:\n", SamplingParams(temperature=0, max_tokens=40), variants="drama")[0].outputs[0]
     stop = free.text[10:14]
-    output = llm.generate("ROMEO:\n", SamplingParams(temperature=0, max_tokens=40, stop=[stop]), variants="drama")[0].outputs[0]
+    output = llm.generate("ROMEO:\n", SamplingParams(temperature=0, max_tokens=40, stop=[stop]), variants="drama")[
+        0
+    ].outputs[0]
     assert output.text == free.text[: free.text.index(stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
     assert not llm.engine.has_work()

@@ -13,9 +13,15 @@ from polymoe.errors import RequestError
 VOCAB = 20
 
 
-def sequence(prompt: list[int] | None = None, output: list[int] | None = None, stop: list[int] | None = None, **sampling: Any) -> Sequence:
+def sequence(
+    prompt: list[int] | None = None, output: list[int] | None = None, stop: list[int] | None = None, **sampling: Any
+) -> Sequence:
     request = EngineRequest(
-        request_id="r", variant=0, prompt_token_ids=prompt or [1], sampling=SamplingParams(**sampling), stop_token_ids=stop or []
+        request_id="r",
+        variant=0,
+        prompt_token_ids=prompt or [1],
+        sampling=SamplingParams(**sampling),
+        stop_token_ids=stop or [],
     )
     made = Sequence(request, b"")
     made.token_ids += output or []
@@ -70,7 +76,8 @@ def test_a_seed_gives_the_same_tokens_in_any_company(logits: torch.Tensor) -> No
     def eight(company: int) -> list[int]:
         mine = sequence(seed=42)
         return [
-            draw(logits.expand(company + 1, -1), *(sequence() for _ in range(company)), mine, seed=step)[-1] for step in range(8)
+            draw(logits.expand(company + 1, -1), *(sequence() for _ in range(company)), mine, seed=step)[-1]
+            for step in range(8)
         ]
 
     assert eight(0) == eight(3)
@@ -82,7 +89,9 @@ def test_penalties(logits: torch.Tensor) -> None:
     second = int(logits.topk(2).indices[1])
     gap = float(logits[best] - logits[second])
     assert draw(logits[None], sequence(output=[best], temperature=0, presence_penalty=min(2.0, gap + 0.1))) == [second]
-    assert draw(logits[None], sequence(output=[best] * 4, temperature=0, frequency_penalty=min(2.0, gap / 4 + 0.1))) == [second]
+    assert draw(
+        logits[None], sequence(output=[best] * 4, temperature=0, frequency_penalty=min(2.0, gap / 4 + 0.1))
+    ) == [second]
     assert draw(logits[None], sequence(prompt=[best], temperature=0, repetition_penalty=100.0)) == [second]
     assert draw(logits[None], sequence(prompt=[best], temperature=0, presence_penalty=2.0)) == [best]  # output only
 
@@ -96,8 +105,8 @@ def test_logit_bias_and_minimum_length(logits: torch.Tensor) -> None:
 
 def test_logprobs_are_of_the_raw_logits_with_ranks(logits: torch.Tensor) -> None:
     expected = torch.log_softmax(logits, 0)
-    outcome = sample(logits[None].repeat(2, 1), [sequence(temperature=0, logprobs=3, logit_bias={7: 100.0}), sequence()],
-                     torch.Generator())  # fmt: skip
+    first = sequence(temperature=0, logprobs=3, logit_bias={7: 100.0})
+    outcome = sample(logits[None].repeat(2, 1), [first, sequence()], torch.Generator())
     report = outcome.logprobs[0]
     assert report is not None
     assert report.token_ids == [7, *expected.topk(3).indices.tolist()]
@@ -116,8 +125,9 @@ def test_the_greedy_token_has_exactly_the_top_logprob(logits: torch.Tensor) -> N
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"n": 0}, {"n": 1000}, {"max_tokens": 0}, {"logprobs": 99},
-     {"min_tokens": 5, "max_tokens": 2}, {"stop": [""]}, {"logit_bias": {-1: 1.0}}, {"repetition_penalty": 0}],
+    [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"n": 0}, {"n": 1000}, {"max_tokens": 0},
+     {"logprobs": 99}, {"min_tokens": 5, "max_tokens": 2}, {"stop": [""]}, {"logit_bias": {-1: 1.0}},
+     {"repetition_penalty": 0}],
 )  # fmt: skip
 def test_parameters_out_of_range_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as error:

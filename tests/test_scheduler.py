@@ -128,7 +128,7 @@ def test_with_few_slots_the_oldest_request_is_never_starved(slots: int) -> None:
 
 
 def test_a_paused_variant_gives_its_blocks_to_the_one_whose_turn_it_is() -> None:
-    """With one slot, sequences of the other variant may hold every block while their turn is over: that must not hang."""
+    """With one slot, sequences of another variant may hold every block while their turn is over: no hang."""
     scheduler = make(num_blocks=8, slots=1, max_num_seqs=4)
     old = sequence("old", variant=1, prompt=20, max_tokens=8)
     young = sequence("young", variant=0, prompt=24, max_tokens=8)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -135,14 +134,14 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_log_likelihoods_of_prompts(server: ThreadServer, as_ids: bool) -> None:
-    """What lm-eval's `local-completions` asks for: the prompt's logprobs, and by float equality whether it is greedy."""
+    """What lm-eval's `local-completions` asks: the prompt's logprobs, and (by float equality) whether it is greedy."""
     tokenizer = server.client.processor.require_tokenizer("base", "this test")
     context = tokenizer.encode(PROMPT)
     body = {"model": "base", "prompt": context, "max_tokens": 6, "temperature": 0, "logprobs": 1, "ignore_eos": True}
     generated = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
     by_text = {tokenizer.token_text(token): token for token in range(112)}
     greedy = context + [by_text[text] for text in generated["tokens"]]
-    prompts = [greedy, greedy[:-1] + [(greedy[-1] + 1) % 100 + 2], context[:1]]
+    prompts = [greedy, [*greedy[:-1], (greedy[-1] + 1) % 100 + 2], context[:1]]
     if not as_ids:  # text need not come back as the tokens it was made of
         prompts = [tokenizer.encode(tokenizer.decode(ids)) for ids in prompts]
     sent = prompts if as_ids else [tokenizer.decode(ids) for ids in prompts]
@@ -155,7 +154,9 @@ def test_log_likelihoods_of_prompts(server: ThreadServer, as_ids: bool) -> None:
         assert [len(array) for array in (tokens, logprobs, tops, offsets)] == [len(ids) + 1] * 4
         assert tokens[:-1] == [tokenizer.token_text(token) for token in ids]
         assert (logprobs[0], tops[0]) == (None, None)
-        assert all(top[token] == logprob for token, logprob, top in zip(tokens[1:], logprobs[1:], tops[1:], strict=True))
+        assert all(
+            top[token] == logprob for token, logprob, top in zip(tokens[1:], logprobs[1:], tops[1:], strict=True)
+        )
         assert all(1 <= len(top) <= 2 for top in tops[1:])
         assert all(choice["text"][o:].startswith(t) for t, o in zip(tokens, offsets, strict=True) if t != "</s>")
         greedy_flags.append([lp == max(top.values()) for lp, top in zip(logprobs[1:], tops[1:], strict=True)])
@@ -219,7 +220,9 @@ def test_operators_endpoints(server: ThreadServer) -> None:
 def test_metrics(client: openai.OpenAI, server: ThreadServer) -> None:
     def scrape() -> dict[str, float]:
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        return {
+            name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
 
     before = scrape()
     answer = client.completions.create(model="v1", prompt=PROMPT, max_tokens=5, extra_body={"ignore_eos": True})

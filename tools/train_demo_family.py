@@ -123,11 +123,15 @@ def save(model: MixtralForCausalLM, tokenizer: Tokenizer, variant: str, out: Pat
     shipped.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token=EOS, model_max_length=model.config.max_position_embeddings
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token=EOS,
+        model_max_length=model.config.max_position_embeddings,
     )
     wrapped.chat_template = CHAT_TEMPLATES[variant]
     wrapped.save_pretrained(folder)
-    GenerationConfig(bos_token_id=0, eos_token_id=1).save_pretrained(folder)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    GenerationConfig(bos_token_id=0, eos_token_id=1, **sampling).save_pretrained(folder)
 
 
 def write_texts(corpus: Path, folder: Path, characters: int = 30_000) -> None:

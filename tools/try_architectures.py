@@ -75,6 +75,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
         **{"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 24, "num_kv_shared_layers": 2},
+        **{"final_logit_softcapping": 30.0},
     },
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "shared_intermediate_size": 20},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -135,15 +136,18 @@ def tiny_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **{**values, **OVERRIDES.get(model_type, {})})
 
 
+@torch.no_grad()
 def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
     """Unrelated random models of one config, saved as users' checkpoints are."""
     paths = {}
     for index in range(NUM_VARIANTS):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         randomize(model, seed=index)
-        for tensor in model.state_dict().values():
-            if not tensor.is_floating_point():  # tables of ids
-                tensor.copy_(torch.randint(0, 8, tensor.shape) if tensor.ndim else tensor)
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim and not tensor.is_floating_point():  # tables of ids
+                tensor.copy_(torch.randint(0, 8, tensor.shape))
+            elif name.endswith(("scale", "scalar")):  # about one, as norms: small ones multiply rounding errors
+                tensor.add_(1)
         paths[f"v{index}"] = folder / f"v{index}"
         model.save_pretrained(paths[f"v{index}"])
     return paths

@@ -1,7 +1,7 @@
 """polymoe: several fully fine-tuned Mixture-of-Experts variants from one device.
 
-    from polymoe import LLM, SamplingParams
-    LLM("bundle").generate(["…"], SamplingParams(temperature=0), variants=["math"])
+from polymoe import LLM, SamplingParams
+LLM("bundle").generate(["…"], SamplingParams(temperature=0), variants=["math"])
 """
 
 import importlib

@@ -22,14 +22,18 @@ app = typer.Typer(
 )
 console = Console()
 
-Specs = Annotated[list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")]
+Specs = Annotated[
+    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
+]
 Policy = Annotated[str, typer.Option(help="paper: similar experts shared; separate: lossless, every variant its own")]
 Memory = Annotated[
     str | None, typer.Option(help="1.0x: expert bytes in multiples of one model's; 24GiB: all weights on the device")
 ]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-SlotsOption = Annotated[int | None, typer.Option(help="variants whose non-experts are on the device at once; default all")]
+SlotsOption = Annotated[
+    int | None, typer.Option(help="variants whose non-experts are on the device at once; default all")
+]
 KVCache = Annotated[str, typer.Option(help="memory for keys and values, for example 4GiB")]
 ExpertCache = Annotated[str, typer.Option(help="memory for absent experts that were fetched")]
 MaxLen = Annotated[int | None, typer.Option(help="longest sequence in tokens; default: what the variants support")]
@@ -123,7 +127,9 @@ def generate(
 
 @app.command()
 def serve(
-    sources: Annotated[list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to plan now")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to plan now")
+    ],
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -165,7 +171,9 @@ def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -
 @app.command(name="eval")
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
-    text: Annotated[list[str], typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant; may be repeated")],
+    text: Annotated[
+        list[str], typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant; may be repeated")
+    ],
     original: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT=PATH", help="its checkpoint, if it moved since the plan")
     ] = None,

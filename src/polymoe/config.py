@@ -46,7 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     expert_cache_bytes: int = 256 << 20  # room for absent experts that were fetched; 0: drop after use
     max_waiting: int = 1024  # requests waiting beyond this are refused with 429
-    num_threads: int | None = None  # CPU threads for torch; None: torch's default
+    num_threads: int | None = None  # CPU threads for torch; None: torch's default, one for a very small model
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,6 +19,8 @@ from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
 from polymoe.offline.bundle import Bundle
 
+# Below this the threads of one operation wait for each other longer than they compute.
+_SMALL_MODEL_BYTES = 64 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -108,10 +110,12 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
         self.config = config
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self.device = choose_device(config.device)
         bundle = Bundle.open(config.bundle)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
+            torch.set_num_threads(1)
         self.bundle = bundle
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
@@ -149,7 +153,9 @@ class EngineCore:
         asked = self.config.max_model_len
         if asked is not None and asked > limit:
             name = self.bundle.variants[variant].name
-            raise ConfigError(f"max_model_len {asked} is beyond the {limit} tokens that variant {name} was configured for.")
+            raise ConfigError(
+                f"max_model_len {asked} is beyond the {limit} tokens that variant {name} was configured for."
+            )
         return asked or limit
 
     def _num_kv_blocks(self, longest: int) -> int:
@@ -172,7 +178,9 @@ class EngineCore:
         folder = self.bundle.tokenizer_dir(index)
         generation = _generation_config(self.bundle.variant_folder(index))
         eos = generation.get("eos_token_id", self.bundle.variant_config(index).eos_token_id)
-        defaults = {k: generation[k] for k in ("temperature", "top_p", "top_k", "min_p") if generation.get(k) is not None}
+        defaults = {
+            k: generation[k] for k in ("temperature", "top_p", "top_k", "min_p") if generation.get(k) is not None
+        }
         return VariantInfo(
             name=record.name,
             version=record.version,
@@ -265,4 +273,3 @@ class EngineCore:
         self.model.pool.check_integrity()
         if self.model.slots.num_slots < len(self.info.variants):
             self.model.slots.check_integrity()
-

@@ -18,7 +18,7 @@ Prompt = str | Sequence[int]
 class LLM:
     """All variants of a bundle in this process.
 
-        outputs = LLM("bundle").generate(["2 + 2 =", "def f("], SamplingParams(temperature=0), variants=["math", "code"])
+        outputs = LLM("bundle").generate(["2+2=", "def f("], SamplingParams(temperature=0), variants=["math", "code"])
 
     Args:
         bundle: folder that `polymoe plan` wrote.

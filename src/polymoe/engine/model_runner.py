@@ -1,6 +1,7 @@
 """Turns a schedule into tensors, runs the model, and samples. The only part of a step that touches the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +47,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
-        """Every wanted row of each scheduled sequence, in the given order: float32 `[rows, vocabulary of its variant]`."""
+        """Every wanted row of each scheduled sequence, in the given order: float32 `[rows, vocabulary]`."""
         step = self.prepare(scheduled)
         rows = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows).float()
-        pieces = dict(zip((item.sequence for item in step.order), rows.split(list(step.num_rows)), strict=True))
+        pieces = dict(zip((item.sequence for item in step.order), torch.split(rows, list(step.num_rows)), strict=True))
         return [pieces[i.sequence][:, : self.vocab_sizes[i.sequence.variant]] for i in scheduled]
 
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
@@ -79,7 +80,10 @@ class ModelRunner:
             num_rows.append(self._rows_wanted(item))
             sampled += range(starts[i + 1] - num_rows[i], starts[i + 1])
         device = self.model.device
-        to = lambda array: torch.as_tensor(array, device=device)  # noqa: E731
+
+        def to(array: Any) -> torch.Tensor:
+            return torch.as_tensor(array, device=device)
+
         decodes = [i for i, count in enumerate(counts) if count == 1]
         attention = AttentionBatch(
             query_start_loc=starts,

@@ -1,4 +1,4 @@
-"""What a client asks of the engine and what it gets back. Field names follow vLLM's `SamplingParams` and `RequestOutput`.
+"""What a client asks of the engine and what it gets back; field names follow vLLM's classes of the same names.
 
 These types cross the process border (msgspec over a private socket), so they are plain msgspec structs.
 """
@@ -54,7 +54,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         check(len(self.stop) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings")
-        check(all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", f"strings of 1 to {MAX_STOP_CHARS} characters")
+        check(
+            all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", f"strings of 1 to {MAX_STOP_CHARS} characters"
+        )
         check(len(self.stop_token_ids) <= 128, "stop_token_ids", "at most 128 token ids")
         check(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", "token ids, zero or more")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")

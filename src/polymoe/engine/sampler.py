@@ -72,8 +72,10 @@ def _edit(logits: torch.Tensor, sequences: list[Sequence]) -> None:
             penalty = sampling.repetition_penalty
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            output = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=logits.device)
-            ids, counts = output.unique(return_counts=True)
+            output = torch.tensor(
+                sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=logits.device
+            )
+            ids, counts = torch.unique(output, return_counts=True)
             logits[row, ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=logits.device)

@@ -58,7 +58,11 @@ class Scheduler:
         max_model_len: list[int],
     ) -> None:
         self.blocks = blocks
-        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting = max_num_seqs, max_num_batched_tokens, max_waiting
+        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting = (
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_waiting,
+        )
         self.num_slots, self.max_model_len = num_slots, max_model_len
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -155,7 +159,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(postponed))
 
     def _make_room(self, matched: list[int], missing: int, allowed: set[int] | None) -> bool:
-        """Whether `missing` blocks can be had; sequences whose variant has no slot now give theirs up, youngest first."""
+        """Whether `missing` blocks can be had; sequences whose variant has no slot now give up theirs."""
         while not self.blocks.can_allocate(matched, missing):
             paused = [s for s in self.running if allowed is not None and s.variant not in allowed]
             if not paused:

@@ -102,7 +102,12 @@ def _table(results: dict[str, Fidelity]) -> Table:
         table.add_column(column, justify="right")
     for name, r in results.items():
         table.add_row(
-            name, f"{r.ppl_original:.2f}", f"{r.ppl_served:.2f}", f"{r.kl:.5f}", f"{r.top1_agreement:.3f}", f"{r.tokens:,}"
+            name,
+            f"{r.ppl_original:.2f}",
+            f"{r.ppl_served:.2f}",
+            f"{r.kl:.5f}",
+            f"{r.top1_agreement:.3f}",
+            f"{r.tokens:,}",
         )
     return table
 

@@ -17,18 +17,21 @@ from polymoe.model.context import AttentionBatch, ForwardContext
 from polymoe.model.variant_stack import VariantStack
 
 # What a stock attention may pass beside queries, keys and values, and what becomes of it.
-_USED = {"scaling", "sliding_window", "s_aux", "sinks", "softcap", "dropout", "is_causal"}
-_IGNORED_IF_FALSY = {"output_attentions", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"}
+_USED = {"scaling", "sliding_window", "s_aux", "sinks", "softcap", "is_causal"}
+_IGNORED_IF_FALSY = {
+    *("dropout", "output_attentions", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"),
+}
 _POSITIONS = {"position_ids", "cache_position", "position_embeddings", "logits_to_keep"}
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """Shape of one layer's cache, as seen in a trial run: `[block, block_size, kv_heads, key_dim / value_dim]`."""
+    """One attention layer as seen in a trial run; its cache is `[block, block_size, kv_heads, key_dim / value_dim]`."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    sliding_window: int | None = None  # tokens that one sees, itself included; None: all
 
     @property
     def elements_per_token(self) -> int:
@@ -44,7 +47,7 @@ class KVCache:
     def __init__(
         self, layers: dict[int, AttentionLayer], num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.layers, self.num_blocks, self.block_size = layers, num_blocks, block_size
         shape = (num_blocks, block_size)
         self.key = {i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()}
         self.value = {
@@ -91,7 +94,7 @@ class PagedAttention:
 
         Args:
             query: `[Hq, T, D]`; key `[Hk, T, D]`; value `[Hk, T, Dv]`.
-            options: scaling, sliding_window (tokens, or None), sinks (`[Hq]`, a stack or None), softcap (or None).
+            options: scaling, sinks (`[Hq]`, a stack or None), softcap (or None).
 
         Returns: `[T, Hq, Dv]`.
         """
@@ -99,6 +102,7 @@ class PagedAttention:
         assert batch is not None
         num_tokens = query.shape[1]
         self.cache.write(layer, batch.slot_mapping, key.transpose(0, 1), value.transpose(0, 1))
+        window = self.cache.layers[layer].sliding_window
         sinks = options.pop("sinks")
         if isinstance(sinks, VariantStack):
             sinks = sinks.per_token(num_tokens)
@@ -106,14 +110,15 @@ class PagedAttention:
             sinks = sinks.expand(num_tokens, -1)
         out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
         if batch.decode_rows is not None:
-            self._decode(layer, batch, query, sinks, out, **options)
+            self._decode(layer, batch, query, window, sinks, out, **options)
         for index in batch.prefill_seqs:
-            self._prefill(layer, batch, index, query, sinks, out, **options)
+            self._prefill(layer, batch, index, query, window, sinks, out, **options)
         return out
 
     def _decode(
-        self, layer: int, batch: AttentionBatch, query: torch.Tensor, sinks: Any, out: torch.Tensor, **options: Any
-    ) -> None:
+        self, layer: int, batch: AttentionBatch, query: torch.Tensor, window: int | None, sinks: Any, out: torch.Tensor,
+        **options: Any,
+    ) -> None:  # fmt: skip
         """All sequences with one query token, as one padded batch."""
         rows, seqs, lens = batch.decode_rows, batch.decode_seqs, batch.decode_lens
         assert rows is not None
@@ -124,7 +129,8 @@ class PagedAttention:
         keys, values = self.cache.gather(layer, batch.block_table[seqs, :used_blocks])
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]
-        window = options.pop("sliding_window")
+        for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away
+            gathered.masked_fill(~visible[..., None, None], 0)
         if window is not None:
             visible &= positions >= (lens - window)[:, None]
         q = query[:, rows].transpose(0, 1)[:, :, None]  # [D, Hq, 1, D]
@@ -132,8 +138,8 @@ class PagedAttention:
         out[rows] = result[:, :, 0]
 
     def _prefill(
-        self, layer: int, batch: AttentionBatch, index: int, query: torch.Tensor, sinks: Any, out: torch.Tensor,
-        **options: Any,
+        self, layer: int, batch: AttentionBatch, index: int, query: torch.Tensor, window: int | None, sinks: Any,
+        out: torch.Tensor, **options: Any,
     ) -> None:  # fmt: skip
         """One sequence with several query tokens, which stand at its end."""
         start, end = batch.query_start_loc[index], batch.query_start_loc[index + 1]
@@ -144,7 +150,6 @@ class PagedAttention:
         key_pos = torch.arange(seq_len, device=query.device)
         query_pos = key_pos[seq_len - (end - start) :, None]
         visible = key_pos <= query_pos  # [n, L]
-        window = options.pop("sliding_window")
         if window is not None:
             visible &= key_pos > query_pos - window
         sink = None if sinks is None else sinks[start:end].t()[None]  # [1, Hq, n]
@@ -208,7 +213,6 @@ def polymoe_attention_forward(
         key[0],
         value[0],
         scaling=kwargs["scaling"] if kwargs.get("scaling") is not None else query.shape[-1] ** -0.5,
-        sliding_window=kwargs.get("sliding_window"),
         sinks=kwargs.get("s_aux", kwargs.get("sinks")),
         softcap=kwargs.get("softcap"),
     )

@@ -82,7 +82,12 @@ class LayerExperts:
     """One layer's physical experts and its slice of the table; attached to the stock experts module."""
 
     def __init__(
-        self, layer: int, table: torch.Tensor, resident: dict[str, torch.Tensor], cache: ExpertCache, ctx: ForwardContext
+        self,
+        layer: int,
+        table: torch.Tensor,
+        resident: dict[str, torch.Tensor],
+        cache: ExpertCache,
+        ctx: ForwardContext,
     ) -> None:
         self.layer, self.table, self.resident, self.cache, self.context = layer, table, resident, cache, ctx
         self.all_resident = bool((table >= 0).all())

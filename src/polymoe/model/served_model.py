@@ -1,9 +1,10 @@
-"""A bundle on a device, ready for mixed-variant forward passes: stock definition, variant stacks, expert pool, KV cache.
+"""A bundle on a device, ready for mixed-variant passes: stock definition, variant stacks, expert pool, KV cache.
 
-    skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, experts in the pool, cache in attention
+skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, experts in the pool, cache in attention
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +24,9 @@ from polymoe.model.skeleton import (
 from polymoe.model.slots import Slots, copy_padded
 from polymoe.model.trial import trace
 from polymoe.model.variant_stack import VariantStack
-from polymoe.offline.bundle import Bundle
+
+if TYPE_CHECKING:  # offline asks model/trial.py what can be served; at run time the import goes only that way
+    from polymoe.offline.bundle import Bundle
 
 Progress = Callable[[str, float], None]
 
@@ -42,7 +45,7 @@ class ServedModel:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: "Bundle",
         device: torch.device,
         dtype: torch.dtype,
         slots: int,
@@ -58,7 +61,9 @@ class ServedModel:
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
         if [path for path, _ in experts] != list(bundle.expert_modules):
-            raise BundleError(f"the bundle's experts are at {bundle.expert_modules}, this transformers version's elsewhere")
+            raise BundleError(
+                f"the bundle's experts are at {bundle.expert_modules}, this transformers version's elsewhere"
+            )
         report = progress or (lambda _stage, _fraction: None)
 
         num_variants = len(bundle.variants)
@@ -129,10 +134,12 @@ class ServedModel:
         try:
             self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype)
         except RuntimeError as error:  # the allocator's own error names no option
-            raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller kv_cache_bytes. ({error})") from error
+            raise ConfigError(
+                f"no memory for {num_blocks} KV blocks; give a smaller kv_cache_bytes. ({error})"
+            ) from error
         attention = PagedAttention(self.context, self.kv_cache)
         for module in self.model.modules():
-            module.polymoe_attention = attention  # type: ignore[assignment]
+            module.polymoe_attention = attention
         return self.kv_cache
 
     @property

@@ -51,10 +51,16 @@ class _AskedMask:
     window: int | None
     length: int  # up to which this was looked at
 
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModelError("it computes with its attention mask, which paged attention never makes.")
+
+    def __getitem__(self, index: object) -> Any:
+        return self.__getattr__("")
+
 
 def _ask_mask(*, mask_function: Callable[..., Any], config: Any, **_: Any) -> _AskedMask:
     """The function registered with transformers' mask registry: look at some rows of the mask instead of making it."""
-    length = min(getattr(config, "max_position_embeddings", None) or 1 << 17, 1 << 20)
+    length = min(getattr(config, "max_position_embeddings", None) or 1 << 17, 1 << 24)
     keys = torch.arange(length)
     window = length
     for query in (length - 1, length - 1 - length // 3, length // 2):
@@ -72,12 +78,14 @@ def _trial_attention_forward(
     """Stands where `polymoe_attention_forward` stands in service; zeros of the right shape."""
     mask = attention_mask if isinstance(attention_mask, _AskedMask) else None
     check_attention_arguments(module, attention_mask if mask is None else None, kwargs)
-    window = kwargs.get("sliding_window")
-    if mask is not None and mask.window != (window if window is not None and window < mask.length else None):
+    # Only the mask counts in transformers' own attention; the argument is for kernels that build the mask themselves.
+    window = None if mask is None else mask.window
+    argument = kwargs.get("sliding_window")
+    if argument is not None and argument != window and not (window is None and mask and argument >= mask.length):
         raise UnsupportedModelError(
-            f"{type(module).__name__} masks all but the last {mask.window} tokens and gives attention a window of {window}."
+            f"{type(module).__name__} gives attention a sliding window of {argument} tokens and a mask of {window or 'all'}."
         )
-    module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0])
+    module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0], window)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -89,12 +97,16 @@ class _TrialAttention:
     def __init__(self, layers: dict[int, AttentionLayer], tainted: int) -> None:
         self.layers, self.tainted = layers, tainted
 
-    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def see(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> None:
         for tensor in (query, key, value):  # [heads, T, D]
             _check_local(tensor.transpose(0, 1).flatten(1), self.tainted, f"layer {layer}")
         if layer in self.layers:
             raise UnsupportedModelError(f"layer {layer} attends twice, which one cache a layer cannot hold.")
-        self.layers[layer] = AttentionLayer(kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
+        self.layers[layer] = AttentionLayer(
+            kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], sliding_window=window
+        )
 
 
 class _TrialExperts:
@@ -134,16 +146,18 @@ def trace(config: Any) -> Trial:
     if strange:
         raise UnsupportedModelError(
             f"{type(config).__name__} cannot be served: it has {', '.join(strange)} layers; "
-            "only full and sliding-window attention is."
+            "only full and sliding-window attention is served."
         )
-    model = build_skeleton(config, _TRIAL)
-    name = type(model).__name__
+    name = type(config).__name__
     try:
+        model = build_skeleton(config, _TRIAL)
+        name = type(model).__name__
         return _run(model, config)
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} cannot be served: {error}") from error
-    except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be served: its forward pass needs {error}") from error
+    except Exception as error:  # a stock definition can fail in any way when it meets what it does not expect
+        kind = type(error).__name__
+        raise UnsupportedModelError(f"{name} cannot be served: a trial run of it fails ({kind}: {error})") from error
 
 
 @torch.no_grad()

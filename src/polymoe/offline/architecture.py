@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from polymoe.errors import UnsupportedModelError
 
@@ -77,6 +77,8 @@ def check_supported_config(config: Any) -> None:
 
 def build_on_meta(config: Any) -> Any:
     """The stock transformers model without memory for its weights. Raises `UnsupportedModelError`."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refusal(config, "transformers has no text-generation model (…ForCausalLM) for it")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -27,7 +27,8 @@ def plan_cached(
 ) -> Path:
     """The bundle of these checkpoints with this policy and budget: found under `root`, or planned now.
 
-    A checkpoint whose files changed (name, size or modification time) gives another bundle. Raises what `make_plan` does.
+    A checkpoint whose files changed (name, size or modification time) gives another bundle.
+    Raises what `make_plan` does.
     """
     named = parse_variant_specs(specs)
     folder = root / f"{'-'.join(named)[:80]}-{_key(named, policy, memory)}"

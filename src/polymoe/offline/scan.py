@@ -94,8 +94,9 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     ):
 
         def load(name: str) -> list[Tensor]:
-            """The tensor in all variants, read side by side."""
-            tensors = list(pool.map(lambda checkpoint: checkpoint.tensor(name), variants))
+            """The tensor in all variants."""
+            # Not in the pool's threads: each would keep a heap of its own after stacking experts.
+            tensors = [checkpoint.tensor(name) for checkpoint in variants]
             advance(sum(tensor.nbytes for tensor in tensors))
             return tensors
 

@@ -1,0 +1,5 @@
+"""`python -m polymoe` is the same as `polymoe`."""
+
+from polymoe.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""The commands as a user types them, in a process of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from polymoe.cli import app, engine_config
+from polymoe.demo import family_paths
+from polymoe.errors import PolymoeError
+
+SPECS = [f"{name}={path}" for name, path in family_paths().items()]
+
+
+def polymoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "polymoe", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+    )
+
+
+def test_inspect_plan_generate(tmp_path: Path) -> None:
+    inspected = polymoe("inspect", *SPECS, "--png", "heat.png", cwd=tmp_path)
+    assert inspected.returncode == 0, inspected.stderr
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+    planned = polymoe("plan", *SPECS, "--policy", "paper", "--memory", "1.0x", "--out", "bundle", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "1.00x" in planned.stdout
+    assert "32 shared" in planned.stdout
+
+    generated = polymoe("generate", "bundle", "--prompt", "ROMEO:", "--max-tokens", "8", cwd=tmp_path)
+    assert generated.returncode == 0, generated.stderr
+    assert all(name in generated.stdout for name in family_paths())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "a"], "not a directory"),
+        (["plan", *SPECS, "--out", "b", "--memory", "1KiB"], "below the minimum"),
+        (["plan", *SPECS, "--out", "b", "--policy", "magic"], "unknown policy"),
+        (["plan", "a=/nowhere", "b=/nowhere", "--out", "b"], "/nowhere"),
+        (["plan", SPECS[0], SPECS[0], "--out", "b"], "twice"),
+        (["serve", "nowhere", "--host", "0.0.0.0"], "key"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_status_1(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = polymoe(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.startswith("error:")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_help_is_fast_and_complete() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert all(command in result.output for command in ("inspect", "plan", "generate", "serve", "demo", "eval"))
+    lazy = "import sys, polymoe.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", lazy], check=True)
+
+
+def test_sizes_and_types_on_the_command_line() -> None:
+    config = engine_config("b", kv_cache="2GiB", expert_cache="0", dtype="auto")
+    assert (config.kv_cache_bytes, config.expert_cache_bytes) == (2 << 30, 0)
+    for bad in ({"kv_cache": "lots"}, {"dtype": "int3"}):
+        with pytest.raises(PolymoeError):
+            engine_config("b", **bad)

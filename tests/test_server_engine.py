@@ -1,0 +1,207 @@
+"""The engine in its own process: what it answers, what it leaves behind, and how it dies."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from polymoe.config import EngineConfig
+from polymoe.engine.client import AsyncEngineClient
+from polymoe.engine.engine import EngineCore
+from polymoe.engine.messages import Add, Rejected, decode_command, decode_event, frame
+from polymoe.engine.output import OutputProcessor
+from polymoe.engine.request import RequestOutput, SamplingParams
+from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError, RequestError
+from servers import engine_config, make_bundle
+
+LONG = SamplingParams(max_tokens=900, ignore_eos=True)
+Scenario = Callable[[AsyncEngineClient], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("engine"))
+
+
+def run(config: EngineConfig, scenario: Scenario) -> None:
+    """A client with its engine for one scenario; in the end the process is gone."""
+
+    async def main() -> int | None:
+        client = AsyncEngineClient(config)
+        stages: list[str] = []
+        await client.start(lambda stage, fraction: stages.append(stage) if 0 <= fraction <= 1 else None)
+        try:
+            assert stages
+            await scenario(client)
+            return client.pid
+        finally:
+            await client.shutdown()
+
+    pid = asyncio.run(main())
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+
+
+async def is_idle(client: AsyncEngineClient) -> bool:
+    stats = await client.stats()
+    left = [*stats.running, *stats.waiting, client.processor.num_sequences, len(client.open_streams)]
+    return not any(left) and stats.kv_usage == 0
+
+
+def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(bundle: Path) -> None:
+    """300 streams that are left at random moments, among them some that nobody ever looked at, leave nothing behind;
+    those that are read to the end get what the same engine gives in this process."""
+    config = engine_config(bundle, max_num_seqs=32)
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1, n=2)
+    prompts = [[3 + i, 5, 9 + i] for i in range(6)]
+    expected = in_this_process(config, prompts, params)
+
+    async def scenario(client: AsyncEngineClient) -> None:
+        rng = random.Random(1)
+
+        async def leave(number: int) -> None:
+            with await client.submit(f"left-{number}", "v1", [(None, [7, 8, number % 100])] * 2, LONG) as stream:
+                for _ in range(rng.randrange(0, 4)):
+                    await anext(stream)
+
+        async def cancelled(number: int) -> None:
+            task = asyncio.create_task(leave(number))
+            await asyncio.sleep(rng.random() * 0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        async def read(number: int) -> RequestOutput:
+            stream = await client.submit(f"read-{number}", "base", [(None, prompts[number])], params)
+            tokens: dict[int, list[int]] = {0: [], 1: []}
+            async for deltas in stream:
+                for delta in deltas:
+                    tokens[delta.index] += delta.token_ids
+            result = stream.results[f"read-{number}-0"]
+            assert tokens == {output.index: output.token_ids for output in result.outputs}
+            return result
+
+        leaving = [leave(i) if i % 3 else cancelled(i) for i in range(300)]
+        results = await asyncio.gather(*(read(i) for i in range(6)), *leaving)
+        for got, wanted in zip(results, expected, strict=False):
+            assert isinstance(got, RequestOutput)
+            assert [o.token_ids for o in got.outputs] == [o.token_ids for o in wanted.outputs]
+            assert [o.text for o in got.outputs] == [o.text for o in wanted.outputs]
+            assert got.prompt_logprobs is not None
+            assert [list(p or {}) for p in got.prompt_logprobs] == [list(p or {}) for p in wanted.prompt_logprobs or []]
+        assert await is_idle(client)
+
+    run(config, scenario)
+
+
+def in_this_process(config: EngineConfig, prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]:
+    core = EngineCore(config)
+    processor = OutputProcessor(core.info)
+    for number, prompt in enumerate(prompts):
+        for request in processor.add_request(str(number), "base", prompt, params):
+            core.add_request(request)
+    done: dict[str, RequestOutput] = {}
+    while core.has_work():
+        done |= {output.request_id: output for output in processor.process(core.step()).finished}
+    return [done[str(number)] for number in range(len(prompts))]
+
+
+def test_wrong_requests_and_too_many(bundle: Path) -> None:
+    async def scenario(client: AsyncEngineClient) -> None:
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            await client.submit("a", "base", [(None, [5]), (None, [112])], LONG)
+        assert await is_idle(client)
+        streams = [await client.submit(f"b{i}", "base", [(None, [5, i])], LONG) for i in range(4)]
+        await anext(streams[0])
+        with pytest.raises(OverloadedError) as refused:
+            await client.submit("c", "base", [(None, [5])] * 5, LONG)
+        assert refused.value.retry_after > 0
+        # The engine's own limit: five more would fit by number, but only four may wait.
+        assert client.processor.num_sequences == 4
+        for stream in streams:
+            stream.close()
+        assert await is_idle(client)
+
+    run(engine_config(bundle, max_num_seqs=4, max_waiting=4), scenario)
+
+
+def test_requests_end_when_they_are_aborted_by_id(bundle: Path) -> None:
+    async def scenario(client: AsyncEngineClient) -> None:
+        deltas = [
+            delta
+            async for delta in client.generate(
+                "g", "base", ("the", [5, 6]), SamplingParams(max_tokens=3, ignore_eos=True)
+            )
+        ]
+        assert sum(len(delta.token_ids) for delta in deltas) == 3
+        stream = await client.submit("x", "base", [(None, [5])], LONG)
+        await anext(stream)
+        client.abort(["x-0"])
+        reasons = [delta.finish_reason async for deltas in stream for delta in deltas]
+        assert reasons[-1] == "abort"
+        assert stream.results["x-0"].finished
+        assert await is_idle(client)
+
+    run(engine_config(bundle), scenario)
+
+
+def test_a_killed_engine_ends_every_wait(bundle: Path) -> None:
+    async def scenario(client: AsyncEngineClient) -> None:
+        streams = [await client.submit(f"s{i}", "base", [(None, [5, i])], LONG) for i in range(5)]
+        await anext(streams[0])
+
+        async def drain(number: int) -> None:
+            async for _ in streams[number]:
+                pass
+
+        waits = [asyncio.create_task(drain(i)) for i in range(5)]
+        await asyncio.sleep(0)
+        stats = asyncio.create_task(client.stats())
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        results = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 5)
+        assert [type(result) for result in results] == [EngineDeadError] * 5
+        await asyncio.gather(stats, return_exceptions=True)
+        assert not client.is_alive
+        assert client.dead.is_set()
+        assert client.open_streams == []
+        assert client.processor.num_sequences == 0
+        with pytest.raises(EngineDeadError):
+            await client.submit("late", "base", [(None, [5])], LONG)
+        with pytest.raises(EngineDeadError):
+            await client.stats()
+
+    run(engine_config(bundle), scenario)
+
+
+def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:
+    """The operator sees the message of the engine's own error, not that "something" went wrong."""
+
+    async def main() -> None:
+        client = AsyncEngineClient(engine_config(tmp_path))
+        with pytest.raises(PolymoeError, match=tmp_path.name) as failed:
+            await client.start()
+        assert not isinstance(failed.value, EngineDeadError)
+        assert not client.is_alive
+        assert client.pid is not None
+        assert not psutil.pid_exists(client.pid)
+
+    asyncio.run(main())
+
+
+def test_messages_survive_the_wire_and_nonsense_does_not() -> None:
+    add = Add(3, [])
+    assert decode_command(frame(add)[4:]) == add
+    error = Rejected.of(1, OverloadedError("busy", 2.5)).error()
+    assert isinstance(error, OverloadedError)
+    assert (error.status, error.code, error.retry_after) == (429, "rate_limit_exceeded", 2.5)
+    other = Rejected.of(1, RequestError("wrong", param="n")).error()
+    assert (str(other), other.status, other.param) == ("wrong", 400, "n")
+    for nonsense in (b"", b"\xc1", msgspec.msgpack.encode({"kind": "Outputs", "outputs": 5})):
+        with pytest.raises(EngineDeadError, match="malformed"):
+            decode_event(nonsense)

@@ -1,0 +1,149 @@
+"""`run_server` from the start to the exit code, as a supervisor sees it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from servers import CONTEXT, events, free_port, make_bundle, wait_for
+
+BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True}
+
+
+class ProcessServer:
+    """A server in its own process, with its output in a file."""
+
+    def __init__(self, bundle: Path, folder: Path, grace: float) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1"]
+        script = "from polymoe.cli import main; main()"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", "16MB"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return httpx.get(f"{self.url}/ready").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, timeout=120)
+
+    def engine(self) -> psutil.Process:
+        (engine,) = psutil.Process(self.process.pid).children()
+        return engine
+
+    def stream(self, seen: list[Any], running: threading.Event, max_tokens: int) -> None:
+        """Read a stream to its end, in a thread."""
+        with httpx.stream(
+            "POST", f"{self.url}/v1/completions", json={**BODY, "max_tokens": max_tokens}, timeout=60
+        ) as r:
+            for event in events(r):
+                seen.append(event)
+                if len(seen) == 5:
+                    running.set()
+
+    def during_a_stream(self, action: Any, max_tokens: int = CONTEXT - 50) -> tuple[list[Any], int]:
+        """(what a client receives, the exit code) when `action` happens while it streams."""
+        self.wait_until_ready()
+        engine = self.engine()
+        seen: list[Any] = []
+        running = threading.Event()
+        reader = threading.Thread(target=self.stream, args=(seen, running, max_tokens))
+        reader.start()
+        assert running.wait(30)
+        action(engine)
+        code = self.process.wait(30)
+        reader.join(10)
+        assert not reader.is_alive(), "the client hangs"
+        wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+        return seen, code
+
+    def stop(self, _: psutil.Process) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("life"))
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Iterator[ProcessServer]:
+    """One a test, since each test ends its server; the parameter is its grace time in seconds."""
+    server = ProcessServer(bundle, tmp_path, getattr(request, "param", 30.0))
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
+    def stop(engine: psutil.Process) -> None:
+        # A supervisor or Ctrl-C signals the whole group; the engine must not die of it.
+        engine.send_signal(signal.SIGTERM)
+        engine.send_signal(signal.SIGINT)
+        server.stop(engine)
+        wait_for(lambda: not accepts(server.port))
+
+    seen, code = server.during_a_stream(stop)
+    assert code == 0
+    assert seen[-1] == "[DONE]"
+    assert seen[-2]["choices"][0]["finish_reason"] == "length"
+    assert len(seen) == CONTEXT - 50 + 1
+    printed = server.log.read_text()
+    for words in ("base", "v1", "16 resident, 0 absent", "slots", "KV cache", f"{server.url}/v1", "curl "):
+        assert words in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("server", [0.0], indirect=True)
+def test_after_the_grace_time_streams_end_with_an_error(server: ProcessServer) -> None:
+    server.wait_until_ready()
+    (curl,) = (line for line in server.log.read_text().splitlines() if line.startswith("curl "))
+    answer = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert '"chat.completion"' in answer, "the curl line it prints works"
+    seen, code = server.during_a_stream(server.stop)
+    assert code == 0
+    assert seen[-1] == "[DONE]"
+    assert seen[-2]["error"]["code"] == "draining"
+
+
+def test_a_killed_engine_ends_streams_and_server(server: ProcessServer) -> None:
+    seen, code = server.during_a_stream(lambda engine: engine.kill())
+    assert code == 1
+    assert seen[-1] == "[DONE]"
+    assert seen[-2]["error"]["code"] == "engine_dead"
+    assert "engine stopped unexpectedly" in server.log.read_text()
+
+
+def test_a_killed_server_leaves_no_engine(server: ProcessServer) -> None:
+    server.wait_until_ready()
+    engine = server.engine()
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+
+
+def accepts(port: int) -> bool:
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/health")
+    except httpx.ConnectError:
+        return False
+    except httpx.TransportError:
+        return True
+    return True
