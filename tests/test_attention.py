@@ -45,7 +45,9 @@ def naive(
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(4, 4, 8, 8), (6, 2, 8, 8), (4, 1, 8, 12), (3, 3, 12, 5)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim"), [(4, 4, 8, 8), (6, 2, 8, 8), (4, 1, 8, 12), (3, 3, 12, 5)]
+)
 def test_attend(
     heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, with_sinks: bool, softcap: float | None
 ) -> None:
@@ -83,7 +85,10 @@ class Simulation:
         order = sorted(counts, key=lambda s: s % self.num_variants)
         size, layer, total = self.cache.block_size, self.layer, sum(counts.values())
         query = torch.randn(total, self.heads, layer.key_dim)
-        key, value = torch.randn(total, layer.kv_heads, layer.key_dim), torch.randn(total, layer.kv_heads, layer.value_dim)
+        key, value = (
+            torch.randn(total, layer.kv_heads, layer.key_dim),
+            torch.randn(total, layer.kv_heads, layer.value_dim),
+        )
         starts, lens, slots = [0], [], []
         for s in order:
             first = len(self.past[s][0]) if s in self.past else 0
@@ -155,7 +160,13 @@ def module(**attributes: Any) -> Any:
 
 
 def test_arguments_that_change_nothing_are_accepted() -> None:
-    arguments = {"scaling": 0.5, "dropout": 0.0, "position_ids": torch.arange(3), "output_attentions": False, "new": None}
+    arguments = {
+        "scaling": 0.5,
+        "dropout": 0.0,
+        "position_ids": torch.arange(3),
+        "output_attentions": False,
+        "new": None,
+    }
     check_attention_arguments(module(is_causal=True), None, arguments)
 
 

@@ -117,7 +117,7 @@ def test_chat_stream(server: ThreadServer) -> None:
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="base", messages=USER, max_tokens=9, logprobs=True, top_logprobs=3, temperature=0,
+        model="base", messages=USER, max_tokens=9, logprobs=True, top_logprobs=3, temperature=0,  # type: ignore[arg-type]
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     logprobs = answer.choices[0].logprobs

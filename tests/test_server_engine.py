@@ -4,8 +4,12 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import psutil
@@ -14,38 +18,48 @@ import pytest
 from polymoe.config import EngineConfig
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.engine import EngineCore
-from polymoe.engine.messages import Add, Rejected, decode_command, decode_event, frame
+from polymoe.engine.messages import (
+    Accepted,
+    Add,
+    Event,
+    Ready,
+    Rejected,
+    Start,
+    body_length,
+    decode_command,
+    decode_event,
+    frame,
+)
 from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import RequestOutput, SamplingParams
+from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams
 from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError, RequestError
 from servers import engine_config, make_bundle
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
-Scenario = Callable[[AsyncEngineClient], Awaitable[None]]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("engine"))
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return engine_config(make_bundle(tmp_path_factory.mktemp("engine")), max_num_seqs=32)
 
 
-def run(config: EngineConfig, scenario: Scenario) -> None:
-    """A client with its engine for one scenario; in the end the process is gone."""
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all tests: a client belongs to the loop it was started in."""
+    with asyncio.Runner() as runner:
+        yield runner
 
-    async def main() -> int | None:
-        client = AsyncEngineClient(config)
-        stages: list[str] = []
-        await client.start(lambda stage, fraction: stages.append(stage) if 0 <= fraction <= 1 else None)
-        try:
-            assert stages
-            await scenario(client)
-            return client.pid
-        finally:
-            await client.shutdown()
 
-    pid = asyncio.run(main())
-    assert pid is not None
-    assert not psutil.pid_exists(pid)
+@pytest.fixture(scope="module")
+def client(config: EngineConfig, runner: asyncio.Runner) -> Iterator[AsyncEngineClient]:
+    stages: list[str] = []
+    client = AsyncEngineClient(config)
+    runner.run(client.start(lambda stage, fraction: stages.append(stage) if 0 <= fraction <= 1 else None))
+    assert stages
+    yield client
+    runner.run(client.shutdown())
+    assert client.pid is not None
+    assert not psutil.pid_exists(client.pid)
 
 
 async def is_idle(client: AsyncEngineClient) -> bool:
@@ -54,15 +68,16 @@ async def is_idle(client: AsyncEngineClient) -> bool:
     return not any(left) and stats.kv_usage == 0
 
 
-def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(bundle: Path) -> None:
+def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(
+    config: EngineConfig, client: AsyncEngineClient, runner: asyncio.Runner
+) -> None:
     """300 streams that are left at random moments, among them some that nobody ever looked at, leave nothing behind;
     those that are read to the end get what the same engine gives in this process."""
-    config = engine_config(bundle, max_num_seqs=32)
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1, n=2)
     prompts = [[3 + i, 5, 9 + i] for i in range(6)]
     expected = in_this_process(config, prompts, params)
 
-    async def scenario(client: AsyncEngineClient) -> None:
+    async def scenario() -> None:
         rng = random.Random(1)
 
         async def leave(number: int) -> None:
@@ -96,7 +111,7 @@ def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(bundle
             assert [list(p or {}) for p in got.prompt_logprobs] == [list(p or {}) for p in wanted.prompt_logprobs or []]
         assert await is_idle(client)
 
-    run(config, scenario)
+    runner.run(scenario())
 
 
 def in_this_process(config: EngineConfig, prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]:
@@ -111,27 +126,25 @@ def in_this_process(config: EngineConfig, prompts: list[list[int]], params: Samp
     return [done[str(number)] for number in range(len(prompts))]
 
 
-def test_wrong_requests_and_too_many(bundle: Path) -> None:
-    async def scenario(client: AsyncEngineClient) -> None:
+def test_wrong_requests_and_too_many(client: AsyncEngineClient, runner: asyncio.Runner) -> None:
+    async def scenario() -> None:
         with pytest.raises(RequestError, match="outside the vocabulary"):
             await client.submit("a", "base", [(None, [5]), (None, [112])], LONG)
         assert await is_idle(client)
-        streams = [await client.submit(f"b{i}", "base", [(None, [5, i])], LONG) for i in range(4)]
-        await anext(streams[0])
-        with pytest.raises(OverloadedError) as refused:
-            await client.submit("c", "base", [(None, [5])] * 5, LONG)
-        assert refused.value.retry_after > 0
-        # The engine's own limit: five more would fit by number, but only four may wait.
-        assert client.processor.num_sequences == 4
-        for stream in streams:
-            stream.close()
+        limit = client.config.max_num_seqs + client.config.max_waiting
+        with await client.submit("b", "base", [(None, [5])], LONG) as stream:
+            await anext(stream)
+            with pytest.raises(OverloadedError) as refused:
+                await client.submit("c", "base", [(None, [5])] * limit, LONG)
+            assert refused.value.retry_after > 0
+            assert client.processor.num_sequences == 1
         assert await is_idle(client)
 
-    run(engine_config(bundle, max_num_seqs=4, max_waiting=4), scenario)
+    runner.run(scenario())
 
 
-def test_requests_end_when_they_are_aborted_by_id(bundle: Path) -> None:
-    async def scenario(client: AsyncEngineClient) -> None:
+def test_requests_end_when_they_are_aborted_by_id(client: AsyncEngineClient, runner: asyncio.Runner) -> None:
+    async def scenario() -> None:
         deltas = [
             delta
             async for delta in client.generate(
@@ -147,11 +160,13 @@ def test_requests_end_when_they_are_aborted_by_id(bundle: Path) -> None:
         assert stream.results["x-0"].finished
         assert await is_idle(client)
 
-    run(engine_config(bundle), scenario)
+    runner.run(scenario())
 
 
-def test_a_killed_engine_ends_every_wait(bundle: Path) -> None:
-    async def scenario(client: AsyncEngineClient) -> None:
+def test_a_killed_engine_ends_every_wait(config: EngineConfig) -> None:
+    async def scenario() -> None:
+        client = AsyncEngineClient(config)
+        await client.start()
         streams = [await client.submit(f"s{i}", "base", [(None, [5, i])], LONG) for i in range(5)]
         await anext(streams[0])
 
@@ -175,8 +190,29 @@ def test_a_killed_engine_ends_every_wait(bundle: Path) -> None:
             await client.submit("late", "base", [(None, [5])], LONG)
         with pytest.raises(EngineDeadError):
             await client.stats()
+        await client.shutdown()
 
-    run(engine_config(bundle), scenario)
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_with_its_server(config: EngineConfig) -> None:
+    """A killed server says nothing: the kernel closes its end of the socket. No engine may stay behind, busy or not."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "polymoe.engine.process", "--fd", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        with ours, ours.makefile("rb") as stream:
+            ours.sendall(frame(Start(config)))
+            while not isinstance(read(stream), Ready):
+                pass
+            request = EngineRequest(request_id="r", variant=0, prompt_token_ids=[5], sampling=LONG)
+            ours.sendall(frame(Add(1, [request])))
+            assert isinstance(read(stream), Accepted)
+        assert process.wait(10) == 0
+
+
+def read(stream: BinaryIO) -> Event:
+    return decode_event(stream.read(body_length(stream.read(4))))
 
 
 def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:

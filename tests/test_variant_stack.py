@@ -102,7 +102,9 @@ def make_stack(context: ForwardContext, shape: tuple[int, ...], rows: list[int] 
     return VariantStack(torch.randn(NUM_VARIANTS, *shape), row_map, context)
 
 
-def by_token(operation: Operation, x: torch.Tensor, stacks: list[VariantStack], token_variant: list[int]) -> torch.Tensor:
+def by_token(
+    operation: Operation, x: torch.Tensor, stacks: list[VariantStack], token_variant: list[int]
+) -> torch.Tensor:
     """The slow reference: each token alone, with the plain weights of its variant."""
     pieces = []
     for token, variant in enumerate(token_variant):

@@ -74,7 +74,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "layer_types": PLAIN},
     "gemma4_text": {
         **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
-        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 24, "num_kv_shared_layers": 2},
+        **{
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 24,
+            "num_kv_shared_layers": 2,
+        },
         **{"final_logit_softcapping": 30.0},
     },
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "shared_intermediate_size": 20},
@@ -112,7 +116,9 @@ def architectures() -> dict[str, str]:
         if "@use_experts_implementation" not in source:
             continue
         classes = set(re.findall(r"^class (\w+)\(", source, re.MULTILINE))
-        types = [t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in classes and "ForCausalLM" in name]
+        types = [
+            t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in classes and "ForCausalLM" in name
+        ]
         types.sort(key=lambda t: not t.endswith("_text"))
         found[path.parent.name] = types[0] if types else path.parent.name
     return found
@@ -169,8 +175,8 @@ def make_requests(vocab_size: int) -> list[EngineRequest]:
 def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
     """Greedy tokens of each request from one engine, and all logits of the finished sequences from one mixed pass."""
     config = EngineConfig(
-        bundle=str(bundle), device="cpu", dtype="float32", slots=slots, block_size=4, num_kv_blocks=150, max_model_len=64,
-        max_num_seqs=8, max_num_batched_tokens=13, num_threads=1,
+        bundle=str(bundle), device="cpu", dtype="float32", slots=slots, block_size=4, num_kv_blocks=150,
+        max_model_len=64, max_num_seqs=8, max_num_batched_tokens=13, num_threads=1,
     )  # fmt: skip
     engine = EngineCore(config)
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
@@ -280,12 +286,14 @@ def show(outcomes: list[Outcome], markdown: bool) -> None:
     counts = {result: sum(o.result == result for o in outcomes) for result in COLOURS}
     summary = ", ".join(f"{count} {result}" for result, count in counts.items() if count)
     if markdown:
-        print(f"| architecture | model_type | result | note |\n|---|---|---|---|")
+        print("| architecture | model_type | result | note |\n|---|---|---|---|")
         for o in sorted(outcomes, key=lambda o: (list(COLOURS).index(o.result), o.name)):
             print(f"| {o.name} | `{o.model_type}` | {o.result} | {short_note(o).replace('|', '/')} |")
         print(f"\n{summary}; transformers {transformers.__version__}")
         return
-    table = Table("architecture", "model_type", "result", "note", title=f"transformers {transformers.__version__}: {summary}")
+    table = Table(
+        "architecture", "model_type", "result", "note", title=f"transformers {transformers.__version__}: {summary}"
+    )
     for o in outcomes:
         table.add_row(o.name, o.model_type, f"[{COLOURS[o.result]}]{o.result}[/]", short_note(o))
     Console(width=None if sys.stdout.isatty() else 180).print(table)

@@ -18,8 +18,13 @@ from polymoe.model.variant_stack import VariantStack
 
 # What a stock attention may pass beside queries, keys and values, and what becomes of it.
 _USED = {"scaling", "sliding_window", "s_aux", "sinks", "softcap", "is_causal"}
-_IGNORED_IF_FALSY = {
-    *("dropout", "output_attentions", "use_cache", "output_router_logits", "output_hidden_states", "return_dict"),
+_FINE_IF_FALSY = {
+    "dropout",
+    "output_attentions",
+    "use_cache",
+    "output_router_logits",
+    "output_hidden_states",
+    "return_dict",
 }
 _POSITIONS = {"position_ids", "cache_position", "position_embeddings", "logits_to_keep"}
 
@@ -45,11 +50,18 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: dict[int, AttentionLayer], num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        layers: dict[int, AttentionLayer],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.layers, self.num_blocks, self.block_size = layers, num_blocks, block_size
         shape = (num_blocks, block_size)
-        self.key = {i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()}
+        self.key = {
+            i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()
+        }
         self.value = {
             i: torch.zeros(*shape, s.kv_heads, s.value_dim, device=device, dtype=dtype) for i, s in layers.items()
         }
@@ -76,7 +88,7 @@ def check_attention_arguments(module: Any, attention_mask: Any, kwargs: dict[str
     if not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{name} is not causal; only decoder attention is served.")
     for key, value in kwargs.items():
-        if key in _USED or key in _POSITIONS or value is None or (key in _IGNORED_IF_FALSY and not value):
+        if key in _USED or key in _POSITIONS or value is None or (key in _FINE_IF_FALSY and not value):
             continue
         raise UnsupportedModelError(f"{name} passes `{key}` to attention, which paged attention does not support.")
 
@@ -130,11 +142,13 @@ class PagedAttention:
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]
         for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away
-            gathered.masked_fill(~visible[..., None, None], 0)
+            gathered.masked_fill_(~visible[..., None, None], 0)
         if window is not None:
             visible &= positions >= (lens - window)[:, None]
         q = query[:, rows].transpose(0, 1)[:, :, None]  # [D, Hq, 1, D]
-        result = attend(q, keys, values, visible[:, None], sinks=None if sinks is None else sinks[rows, :, None], **options)
+        result = attend(
+            q, keys, values, visible[:, None], sinks=None if sinks is None else sinks[rows, :, None], **options
+        )
         out[rows] = result[:, :, 0]
 
     def _prefill(
@@ -153,7 +167,9 @@ class PagedAttention:
         if window is not None:
             visible &= key_pos > query_pos - window
         sink = None if sinks is None else sinks[start:end].t()[None]  # [1, Hq, n]
-        out[start:end] = attend(query[None, :, start:end], keys, values, visible[None], sinks=sink, **options)[0].transpose(0, 1)
+        out[start:end] = attend(query[None, :, start:end], keys, values, visible[None], sinks=sink, **options)[
+            0
+        ].transpose(0, 1)
 
 
 def attend(

@@ -1,7 +1,8 @@
 """The stock model definition with its weights left out.
 
-Nothing here knows an architecture by name. The network comes from transformers on the meta device; experts and attention
-go through polymoe's entries in transformers' registries. `polymoe.model.trial` shows whether the result can be served.
+Nothing here knows an architecture by name. The network comes from transformers on the meta device; experts and
+attention go through polymoe's entries in transformers' registries. `polymoe.model.trial` shows whether the result can
+be served.
 """
 
 import copy
@@ -9,7 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from polymoe.errors import UnsupportedModelError
@@ -62,7 +63,9 @@ def _materialise_computed_buffers(model: PreTrainedModel) -> None:
             assert first is not None
             assert second is not None
             if not torch.equal(first, second):
-                raise UnsupportedModelError(f"{path}.{name} is computed in a way that {type(model).__name__} does not expose.")
+                raise UnsupportedModelError(
+                    f"{path}.{name} is computed in a way that {type(model).__name__} does not expose."
+                )
 
 
 def expert_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:

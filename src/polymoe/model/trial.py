@@ -83,7 +83,8 @@ def _trial_attention_forward(
     argument = kwargs.get("sliding_window")
     if argument is not None and argument != window and not (window is None and mask and argument >= mask.length):
         raise UnsupportedModelError(
-            f"{type(module).__name__} gives attention a sliding window of {argument} tokens and a mask of {window or 'all'}."
+            f"{type(module).__name__} gives attention a sliding window of {argument} tokens and a mask of "
+            f"{window or 'all'}."
         )
     module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0], window)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -97,9 +98,7 @@ class _TrialAttention:
     def __init__(self, layers: dict[int, AttentionLayer], tainted: int) -> None:
         self.layers, self.tainted = layers, tainted
 
-    def see(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
-    ) -> None:
+    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
         for tensor in (query, key, value):  # [heads, T, D]
             _check_local(tensor.transpose(0, 1).flatten(1), self.tainted, f"layer {layer}")
         if layer in self.layers:
@@ -118,11 +117,15 @@ class _TrialExperts:
         if index.shape != weights.shape or index.shape[0] != hidden.shape[0]:
             raise UnsupportedModelError(f"{name} is not routed by (index, weight) pairs of each token.")
         if getattr(module, "has_post_expert_norm", False):
-            raise UnsupportedModelError(f"{name} normalises the output of each expert, which the expert pool does not do.")
+            raise UnsupportedModelError(
+                f"{name} normalises the output of each expert, which the expert pool does not do."
+            )
         if strange := set(expert_tensor_names(module)) - _EXPERT_TENSORS:
-            raise UnsupportedModelError(f"{name} has expert tensors that the pool does not use: {', '.join(sorted(strange))}.")
+            raise UnsupportedModelError(
+                f"{name} has expert tensors that the pool does not use: {', '.join(sorted(strange))}."
+            )
         self.context.batch.segments(hidden.shape[0])
-        return torch.zeros_like(hidden)
+        return hidden * 0 + weights.sum(dim=-1, keepdim=True).to(hidden.dtype) * 0  # zeros that keep NaN
 
 
 class _TrialStack(VariantStack):
@@ -170,8 +173,8 @@ def _run(model: PreTrainedModel, config: Any) -> Trial:
     layers: dict[int, AttentionLayer] = {}
     tainted = num_tokens - 2
     for module in model.modules():
-        module.polymoe_attention = _TrialAttention(layers, tainted)  # type: ignore[assignment]
-        module.polymoe_experts = _TrialExperts(context)  # type: ignore[assignment]
+        module.polymoe_attention = _TrialAttention(layers, tainted)
+        module.polymoe_experts = _TrialExperts(context)
 
     def taint(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
@@ -225,7 +228,8 @@ def _check_local(rows: torch.Tensor, tainted: int, where: str) -> None:
     others[tainted] = False
     if others.any():
         raise UnsupportedModelError(
-            f"tokens reach each other before {where} other than through attention, and a paged KV cache keeps no such state."
+            f"tokens reach each other before {where} other than through attention, and a paged KV cache keeps no such "
+            "state."
         )
 
 

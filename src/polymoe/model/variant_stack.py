@@ -12,8 +12,8 @@ runs unchanged. It stores `rows [R, *shape]`. `__torch_function__` turns
 Any other operation is an error that names it: never a silent wrong answer.
 
 Which axis of a token tensor runs over the tokens is learned, not guessed. A norm may meet `[1, T, heads, D]` or
-`[1, heads, T, D]`, and a step may happen to have as many tokens as the model has heads. So each stack remembers the axis
-for each rank it has met; the trial run (`polymoe.model.skeleton.trace`) teaches it with a number of tokens that nothing
+`[1, heads, T, D]`, and a step may happen to have as many tokens as the model has heads. So each stack remembers the
+axis for each rank it has met; the trial run (`polymoe.model.trial`) teaches it with a number of tokens that nothing
 else has as its size.
 """
 
@@ -48,14 +48,14 @@ class VariantStack(torch.Tensor):
     def __new__(
         cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext, token_axes: dict[int, int] | None = None
     ) -> "VariantStack":
-        stack: VariantStack = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        stack: VariantStack = torch.Tensor._make_wrapper_subclass(
             cls, rows.shape[1:], dtype=rows.dtype, device=rows.device, requires_grad=False
         )
         stack.rows, stack.row_map, stack.context = rows, row_map, context
         stack.token_axes = {} if token_axes is None else token_axes
         return stack
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VariantStack(rows={self.rows.shape[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def like(self, rows: torch.Tensor) -> "VariantStack":
@@ -85,7 +85,7 @@ class VariantStack(torch.Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"{func} is not supported on weights that differ between variants")
 
 
@@ -137,7 +137,7 @@ def _token_axis(x: torch.Tensor, stack: VariantStack) -> int:
 def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
     """The stack's rows for the tokens of `x`, shaped to broadcast against it.
 
-    `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`; with one `[1, 1, heads, 1]` it gives `[1, T, heads, 1]`.
+    `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`, with one `[1, 1, heads, 1]` `[1, T, heads, 1]`.
     """
     axis = _token_axis(x, stack)
     count = x.shape[axis]
@@ -264,7 +264,11 @@ def _squeeze(stack: VariantStack, dim: int | None = None) -> VariantStack:
 @_handles(torch.Tensor.__getitem__)
 def _getitem(stack: VariantStack, index: Any) -> torch.Tensor:
     """`weight[:, None]` of all rows, or `weight[ids]` with `ids [T, …]` from each token's own row."""
-    if isinstance(stack, VariantStack) and isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int64):
+    if (
+        isinstance(stack, VariantStack)
+        and isinstance(index, torch.Tensor)
+        and index.dtype in (torch.int32, torch.int64)
+    ):
         segments = stack.context.batch.segments(index.shape[0] if index.ndim else 0)
         first = segments.row_of_token(stack.row_map) * stack.shape[0]
         within = index % stack.shape[0]  # a negative index counts from the end of its own row

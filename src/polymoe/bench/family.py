@@ -1,0 +1,50 @@
+"""Random families of real shapes for benchmarks: speed does not depend on the values of weights.
+
+Routing of random weights is near uniform, unlike a trained router's; every report says so.
+"""
+
+from pathlib import Path
+from typing import Any
+
+# 430M parameters: what one batch on a few CPU cores can show of a Mixtral.
+SMALL_MIXTRAL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+
+def make_random_family(folder: Path, num_variants: int = 4, shape: dict[str, Any] | None = None) -> dict[str, Path]:
+    """Variant name -> checkpoint (bfloat16 Mixtral of `shape`); made once, found again later.
+
+    Variants are a base with 2 % noise, as real fine-tunes are close to theirs.
+    """
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
+    if all((path / "config.json").exists() for path in paths.values()):
+        return paths
+    config = MixtralConfig(**(shape or SMALL_MIXTRAL))
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(config).to(torch.bfloat16)
+    for index, path in enumerate(paths.values()):
+        generator = torch.Generator().manual_seed(index)
+        variant = MixtralForCausalLM(config).to(torch.bfloat16)
+        for target, source in zip(variant.parameters(), base.parameters(), strict=True):
+            noise = torch.randn(source.shape, generator=generator) * 0.02 * source.detach().float().std()
+            target.data.copy_(source.detach().float() + noise)
+        partial = path.with_name(f".{path.name}.partial")
+        variant.save_pretrained(partial)
+        partial.rename(path)
+    return paths
