@@ -35,7 +35,7 @@ types: dev
 	$(BIN)/mypy
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 
 format: dev
 	$(BIN)/ruff format .

@@ -15,7 +15,7 @@ import uvicorn
 from families import make_family
 from polymoe.config import EngineConfig
 from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.engine import EngineStats
+from polymoe.engine.info import EngineStats
 from polymoe.offline.api import make_plan
 from polymoe.server.app import create_app
 from polymoe.server.settings import ServerSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from families import make_tokenizer
-from polymoe.engine.engine import EngineInfo, VariantInfo
+from polymoe.engine.info import EngineInfo, VariantInfo
 from polymoe.engine.output import OutputProcessor
 from polymoe.engine.request import SamplingParams, TokenLogprobs, TokenOutput
 from polymoe.engine.stop_strings import StopStrings

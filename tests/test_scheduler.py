@@ -80,7 +80,7 @@ def test_under_pressure_the_youngest_gives_way_and_all_finish() -> None:
         scheduler.add(sequence(name, prompt=6, max_tokens=12))
     counts = run_dry(scheduler)
     assert counts == {"a": 12, "b": 12, "c": 12}
-    assert scheduler.num_preemptions > 0
+    assert sum(scheduler.preemptions) > 0
     assert scheduler.blocks.num_free == 6
 
 
@@ -138,7 +138,7 @@ def test_a_paused_variant_gives_its_blocks_to_the_one_whose_turn_it_is() -> None
     scheduler.add(old)
     old.added_time = young.added_time - 1  # preempted earlier, say: it is older although it waits
     assert run_dry(scheduler) == {"old": 8, "young": 7}  # one token of the young one was drawn above
-    assert scheduler.num_preemptions == 1
+    assert scheduler.preemptions == [1, 0, 0]
 
 
 def test_random_traffic_finishes_and_loses_nothing() -> None:

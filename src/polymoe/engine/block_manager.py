@@ -7,7 +7,7 @@ holds stays known until it is needed for something else (least recently freed fi
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,21 +23,12 @@ def salt_of(version: str, cache_salt: str) -> bytes:
 
 
 @dataclass
-class PrefixCacheStats:
-    """In tokens, counted when a request is first scheduled."""
-
-    queries: int = 0
-    hits: int = 0
-
-
-@dataclass
 class BlockManager:
     """Allocates `num_blocks` blocks of `block_size` tokens. All methods take and return block indices."""
 
     num_blocks: int
     block_size: int
     enable_prefix_caching: bool = True
-    stats: PrefixCacheStats = field(default_factory=PrefixCacheStats)
 
     def __post_init__(self) -> None:
         # Ordered by when a block became free; blocks with a known hash among them are the cache.

@@ -1,6 +1,7 @@
 """The engine process as seen from an asyncio program."""
 
 import asyncio
+import importlib
 import itertools
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineInfo, EngineStats
+from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.messages import (
     HEADER_BYTES,
     Abort,
@@ -77,8 +78,10 @@ class AsyncEngineClient:
         self._ready = asyncio.get_running_loop().create_future()
         self._send(Start(self.config))
         self._reader_task = asyncio.create_task(self._read(reader))
+        imported = asyncio.create_task(asyncio.to_thread(importlib.import_module, "transformers.models.auto"))
         try:
             info = await self._ready
+            await imported  # for the tokenizers; while the engine loaded
             processor = OutputProcessor(info)
             for variant in info.variants:  # now rather than during the first request
                 await asyncio.to_thread(processor.tokenizer, variant.name)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.engine.block_manager import BlockManager, salt_of
+from polymoe.engine.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.engine.model_runner import ModelRunner
 from polymoe.engine.request import EngineRequest, SamplingParams, TokenOutput
 from polymoe.engine.scheduler import ScheduledSequence, Scheduler
@@ -22,55 +22,6 @@ from polymoe.offline.bundle import Bundle
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What clients may know of a variant."""
-
-    name: str
-    version: str
-    max_model_len: int  # tokens
-    vocab_size: int
-    root: str  # the checkpoint it was planned from
-    created: int  # seconds since the epoch
-    tokenizer_dir: str | None
-    eos_token_ids: list[int]
-    generation: dict[str, float]  # sampling defaults of its generation config
-
-
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided at start-up."""
-
-    variants: list[VariantInfo]
-    policy: str
-    resident_bytes: dict[str, int]
-    slots: int
-    num_kv_blocks: int
-    block_size: int
-    experts_resident: int
-    experts_absent: int
-    max_concurrency: float  # sequences of full length that the KV cache holds
-    device: str
-    dtype: str
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the start, gauges of now. Lists are per variant, in order; times are seconds."""
-
-    running: list[int]
-    waiting: list[int]
-    kv_usage: float
-    prefix_cache_queries: int  # tokens
-    prefix_cache_hits: int  # tokens
-    preemptions: int
-    reconfigurations: int
-    reconfiguration_seconds: float
-    reconfiguration_bytes: int
-    expert_hits: int
-    expert_misses: int
-    expert_host_bytes: int
-    expert_fetch_seconds: float
-    resident_bytes: dict[str, int]
 
 
 def choose_device(name: str) -> torch.device:
@@ -254,9 +205,9 @@ class EngineCore:
             running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
             waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
             kv_usage=self.blocks.usage,
-            prefix_cache_queries=self.blocks.stats.queries,
-            prefix_cache_hits=self.blocks.stats.hits,
-            preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=list(self.scheduler.prefix_queries),
+            prefix_cache_hits=list(self.scheduler.prefix_hits),
+            preemptions=list(self.scheduler.preemptions),
             reconfigurations=reconfiguration.count,
             reconfiguration_seconds=reconfiguration.seconds,
             reconfiguration_bytes=reconfiguration.nbytes,

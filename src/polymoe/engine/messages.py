@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineInfo, EngineStats
+from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.request import EngineRequest, TokenOutput
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
 

@@ -16,7 +16,7 @@ from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
 
 if TYPE_CHECKING:
-    from polymoe.engine.engine import EngineInfo, VariantInfo
+    from polymoe.engine.info import EngineInfo, VariantInfo
 
 
 @dataclass(frozen=True, slots=True)

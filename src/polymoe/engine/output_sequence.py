@@ -27,7 +27,7 @@ class CompletionDelta:
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    # (queue, prefill, decode) seconds, as the engine measured them; only where the engine ended the sequence.
+    # (queue, prefill, decode) seconds, as the engine measured them; with the last token.
     timing: tuple[float, float, float] | None = None
 
 
@@ -119,7 +119,7 @@ class OutputSequence:
             num_cached_tokens=new.num_cached_tokens,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            timing=(new.queue_time, new.prefill_time, new.decode_time) if new.finish_reason is not None else None,
+            timing=None if finish_reason is None else (new.queue_time, new.prefill_time, new.decode_time),
         )
 
     def finish(self, reason: str) -> CompletionDelta:

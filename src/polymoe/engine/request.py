@@ -42,7 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         def check(ok: bool, param: str, rule: str) -> None:
             if not ok:
-                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}.", param=param)
+                given = repr(getattr(self, param))
+                shown = given if len(given) <= 200 else given[:200] + "…"
+                raise RequestError(f"{param} must be {rule}, got {shown}.", param=param)
 
         check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
@@ -108,7 +110,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_reason: int | None = None  # the stop token id that ended it
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    # Seconds, set with the last output: waiting, prefill (scheduled to first token), decode.
+    # Seconds so far: waiting, prefill (scheduled to first token), decode.
     queue_time: float = 0.0
     prefill_time: float = 0.0
     decode_time: float = 0.0

@@ -66,7 +66,10 @@ class Scheduler:
         self.num_slots, self.max_model_len = num_slots, max_model_len
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
+        # Since the start, a variant each: tokens looked up in and found in the prefix cache, sequences put back.
+        self.prefix_queries = [0] * len(max_model_len)
+        self.prefix_hits = [0] * len(max_model_len)
+        self.preemptions = [0] * len(max_model_len)
 
     @property
     def sequences(self) -> Iterable[Sequence]:
@@ -151,8 +154,8 @@ class Scheduler:
             if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = cached
                 sequence.first_scheduled_time = time.monotonic()
-                self.blocks.stats.queries += len(sequence.token_ids)
-                self.blocks.stats.hits += cached
+                self.prefix_queries[sequence.variant] += len(sequence.token_ids)
+                self.prefix_hits[sequence.variant] += cached
             self.running.append(sequence)
             chosen[sequence] = count
             budget -= count
@@ -181,7 +184,7 @@ class Scheduler:
         self.blocks.release(sequence.block_ids)
         sequence.block_ids, sequence.block_hashes, sequence.num_computed_tokens = [], [], 0
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
+        self.preemptions[sequence.variant] += 1
         self.waiting.appendleft(sequence)
 
     def update(self, scheduled: list[ScheduledSequence], sampled: dict[str, SampledToken]) -> list[TokenOutput]:

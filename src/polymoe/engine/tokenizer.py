@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer
 
 from polymoe.engine.detokenizer import IncrementalDetokenizer
 from polymoe.errors import BundleError, RequestError
@@ -28,6 +27,8 @@ class VariantTokenizer:
             file = path / name
             if file.is_file() and "auto_map" in json.loads(file.read_text()):
                 raise BundleError(f"{name} of the tokenizer asks for remote code (auto_map), which is never run.")
+        from transformers import AutoTokenizer  # here: it takes seconds, in which the server's port is already open
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

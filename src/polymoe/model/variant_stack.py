@@ -58,6 +58,11 @@ class VariantStack(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VariantStack(rows={self.rows.shape[0]}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    @property
+    def own_shape(self) -> torch.Size:
+        """`shape`, without the detour that every attribute of a tensor subclass takes: for the hot paths."""
+        return self.rows.shape[1:]
+
     def like(self, rows: torch.Tensor) -> "VariantStack":
         """The same variants with other rows."""
         return type(self)(rows, self.row_map, self.context, self.token_axes)
@@ -67,7 +72,7 @@ class VariantStack(torch.Tensor):
         segments = self.context.batch.segments(num_rows)
         spans = segments.row_spans(self.row_map)
         if len(spans) == 1:  # one version for all: a view, no gather
-            return self.rows[spans[0][0]].expand(num_rows, *self.shape)
+            return self.rows[spans[0][0]].expand(num_rows, *self.own_shape)
         return self.rows[segments.row_of_token(self.row_map)]
 
     @classmethod
@@ -114,11 +119,16 @@ def _handles(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
     return register
 
 
+def _aligned(x: torch.Tensor, stack: VariantStack) -> tuple[int, ...]:
+    """The weight's shape with axes of 1 at its left, as many as `x` has."""
+    return (1,) * (x.ndim - len(stack.own_shape)) + stack.own_shape
+
+
 def _token_axis(x: torch.Tensor, stack: VariantStack) -> int:
     """Axis of `x` that runs over tokens: where the weight, aligned at the right, has no axis or one of size 1."""
     batch = stack.context.batch
     counts = (batch.tokens.num_tokens, batch.sampled.num_tokens)
-    own = (1,) * (x.ndim - stack.ndim) + tuple(stack.shape)
+    own = _aligned(x, stack)
     possible = [axis for axis in range(x.ndim) if len(own) == x.ndim and own[axis] == 1 and x.shape[axis] in counts]
     learned = stack.token_axes.get(x.ndim)
     if learned is not None:
@@ -141,11 +151,10 @@ def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
     """
     axis = _token_axis(x, stack)
     count = x.shape[axis]
-    own = (1,) * (x.ndim - stack.ndim) + tuple(stack.shape)
     rows = stack.per_token(count)
-    if stack.ndim == 0 and x.is_floating_point():
+    if not stack.own_shape and x.is_floating_point():
         rows = rows.to(x.dtype)  # a scalar never raises the precision of what it meets
-    return rows.reshape(count, *own).movedim(0, axis).squeeze(axis + 1)
+    return rows.reshape(count, *_aligned(x, stack)).movedim(0, axis).squeeze(axis + 1)
 
 
 @_handles(F.linear)
@@ -159,14 +168,14 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     if len(spans) == 1:
         out = F.linear(flat, weight.rows[spans[0][0]])
     else:
-        out = flat.new_empty(flat.shape[0], weight.shape[0])
+        out = flat.new_empty(flat.shape[0], weight.own_shape[0])
         for row, start, end in spans:
             torch.mm(flat[start:end], weight.rows[row].t(), out=out[start:end])
     if isinstance(bias, VariantStack):
         out = out + bias.per_token(flat.shape[0])
     elif bias is not None:
         out = out + bias
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out.view(*x.shape[:-1], weight.own_shape[0])
 
 
 @_handles(F.embedding)
@@ -182,8 +191,8 @@ def _embedding(
     if max_norm is not None:
         raise NotImplementedError("embedding with max_norm is not supported on weights that differ between variants")
     segments = weight.context.batch.segments(ids.numel())
-    offsets = segments.row_of_token(weight.row_map) * weight.shape[0]
-    return F.embedding(ids + offsets.view(ids.shape), weight.rows.view(-1, *weight.shape[1:]))
+    offsets = segments.row_of_token(weight.row_map) * weight.own_shape[0]
+    return F.embedding(ids + offsets.view(ids.shape), weight.rows.view(-1, *weight.own_shape[1:]))
 
 
 def _is_number(x: Any) -> bool:
@@ -270,8 +279,8 @@ def _getitem(stack: VariantStack, index: Any) -> torch.Tensor:
         and index.dtype in (torch.int32, torch.int64)
     ):
         segments = stack.context.batch.segments(index.shape[0] if index.ndim else 0)
-        first = segments.row_of_token(stack.row_map) * stack.shape[0]
-        within = index % stack.shape[0]  # a negative index counts from the end of its own row
+        first = segments.row_of_token(stack.row_map) * stack.own_shape[0]
+        within = index % stack.own_shape[0]  # a negative index counts from the end of its own row
         return stack.rows.flatten(0, 1)[within + first.view(-1, *(1,) * (index.ndim - 1))]
     parts = index if isinstance(index, tuple) else (index,)
     if not isinstance(stack, VariantStack) or not all(p is None or p is ... or type(p) in (int, slice) for p in parts):

@@ -10,7 +10,6 @@ from rich.console import Console
 
 import polymoe
 from polymoe.errors import BundleError
-from polymoe.offline.api import make_plan
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import parse_variant_specs
 from polymoe.offline.manifest import FORMAT_VERSION
@@ -35,6 +34,8 @@ def plan_cached(
     try:
         Bundle.open(folder)
     except BundleError:
+        from polymoe.offline.api import make_plan  # here, since it loads transformers
+
         root.mkdir(parents=True, exist_ok=True)
         make_plan(specs, policy, memory, folder, overwrite=folder.exists(), console=console)
     else:

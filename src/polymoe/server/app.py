@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.engine import EngineInfo, VariantInfo
+from polymoe.engine.info import EngineInfo, VariantInfo
 from polymoe.errors import EngineDeadError, RequestError
 from polymoe.server.errors import install_error_handlers
 from polymoe.server.generate import create_chat_completion, create_completion, encode, encode_chat

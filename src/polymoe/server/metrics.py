@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from polymoe.engine.engine import EngineInfo, EngineStats
+from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.output_sequence import CompletionDelta
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -107,8 +107,7 @@ class RequestTimer:
 
 
 class _EngineCollector(Collector):
-    """The engine's last statistics. Of what the engine keeps for all variants together, gauges are repeated for each
-    variant and counters stand once, under an empty `model_name`, so that sums over variants stay right."""
+    """The engine's last statistics. The use of the one KV cache is repeated for each variant."""
 
     info: EngineInfo | None = None
     stats: EngineStats | None = None
@@ -119,19 +118,26 @@ class _EngineCollector(Collector):
             return
         names = [variant.name for variant in info.variants]
 
-        def per_variant(name: str, text: str, values: Sequence[float]) -> Metric:
-            family = GaugeMetricFamily(name, text, labels=["model_name"])
+        def per_variant(
+            name: str, text: str, values: Sequence[float], kind: type[GaugeMetricFamily | CounterMetricFamily]
+        ) -> Metric:
+            family = kind(name, text, labels=["model_name"])
             for variant, value in zip(names, values, strict=True):
                 family.add_metric([variant], value)
             return family
 
-        yield per_variant("vllm:num_requests_running", "Sequences in the batch.", stats.running)
-        yield per_variant("vllm:num_requests_waiting", "Sequences waiting.", stats.waiting)
-        yield per_variant("vllm:kv_cache_usage_perc", "Used part of the KV cache.", [stats.kv_usage] * len(names))
-        for name, text, value in (
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        usage = [stats.kv_usage] * len(names)
+        yield per_variant("vllm:num_requests_running", "Sequences in the batch.", stats.running, gauge)
+        yield per_variant("vllm:num_requests_waiting", "Sequences waiting.", stats.waiting, gauge)
+        yield per_variant("vllm:kv_cache_usage_perc", "Used part of the KV cache.", usage, gauge)
+        for name, text, values in (
             ("vllm:num_preemptions", "Sequences put back for want of KV blocks.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
+        ):
+            yield per_variant(name, text, values, counter)
+        for name, text, value in (
             ("polymoe:reconfigurations", "Non-experts loaded into a slot.", stats.reconfigurations),
             ("polymoe:reconfiguration_seconds", "Time that took.", stats.reconfiguration_seconds),
             ("polymoe:reconfiguration_bytes", "Bytes that moved.", stats.reconfiguration_bytes),
@@ -140,10 +146,7 @@ class _EngineCollector(Collector):
             ("polymoe:expert_host_bytes", "Bytes fetched for them.", stats.expert_host_bytes),
             ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
         ):
-            labels = ["model_name"] if name.startswith("vllm:") else []
-            family = CounterMetricFamily(name, text, labels=labels)
-            family.add_metric([""] if labels else [], value)
-            yield family
+            yield CounterMetricFamily(name, text, value=value)
         resident = GaugeMetricFamily("polymoe:resident_bytes", "Bytes on the device.", labels=["kind"])
         for kind, count in stats.resident_bytes.items():
             resident.add_metric([kind], count)

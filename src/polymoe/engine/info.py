@@ -1,0 +1,52 @@
+"""What an engine tells of itself, once at the start and again and again while it runs. Imports no torch."""
+
+import msgspec
+
+
+class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients may know of a variant."""
+
+    name: str
+    version: str
+    max_model_len: int  # tokens
+    vocab_size: int
+    root: str  # the checkpoint it was planned from
+    created: int  # seconds since the epoch
+    tokenizer_dir: str | None
+    eos_token_ids: list[int]
+    generation: dict[str, float]  # sampling defaults of its generation config
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided at start-up."""
+
+    variants: list[VariantInfo]
+    policy: str
+    resident_bytes: dict[str, int]
+    slots: int
+    num_kv_blocks: int
+    block_size: int
+    experts_resident: int
+    experts_absent: int
+    max_concurrency: float  # sequences of full length that the KV cache holds
+    device: str
+    dtype: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start, gauges of now. Lists are per variant, in order; times are seconds."""
+
+    running: list[int]
+    waiting: list[int]
+    kv_usage: float
+    prefix_cache_queries: list[int]  # tokens
+    prefix_cache_hits: list[int]  # tokens
+    preemptions: list[int]
+    reconfigurations: int
+    reconfiguration_seconds: float
+    reconfiguration_bytes: int
+    expert_hits: int
+    expert_misses: int
+    expert_host_bytes: int
+    expert_fetch_seconds: float
+    resident_bytes: dict[str, int]
