@@ -35,7 +35,7 @@ types: dev
 	$(BIN)/mypy
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 format: dev
 	$(BIN)/ruff format .

@@ -16,7 +16,7 @@ from references import ReferenceFamily, served_logits
 LOGITS_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=[pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ARCHITECTURES])
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
     return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param))
 

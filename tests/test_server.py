@@ -12,8 +12,6 @@ from servers import CONTEXT, ThreadServer, engine_config, events, make_bundle
 PROMPT = "the quick brown fox"
 USER = [{"role": "user", "content": "hi"}]
 
-pytestmark = pytest.mark.xdist_group("server")  # one server for the module, not one a worker
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:

@@ -37,8 +37,6 @@ from servers import engine_config, make_bundle
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
 
-pytestmark = pytest.mark.xdist_group("engine")  # one server for the module, not one a worker
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:

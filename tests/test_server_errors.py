@@ -22,8 +22,6 @@ from servers import CONTEXT, ThreadServer, engine_config, events, make_bundle
 COMPLETION = {"model": "base", "prompt": "the fox", "max_tokens": 2}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
-pytestmark = pytest.mark.xdist_group("errors")  # one server for the module, not one a worker
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:

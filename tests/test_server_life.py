@@ -16,8 +16,6 @@ from servers import CONTEXT, events, free_port, make_bundle, wait_for
 
 BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True}
 
-pytestmark = pytest.mark.xdist_group("life")  # one server for the module, not one a worker
-
 
 class ProcessServer:
     """A server in its own process, with its output in a file."""
