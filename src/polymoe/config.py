@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
     slots: int | None = None  # None: one a variant, so no switch ever happens
+    max_variants_per_step: int | None = None  # None: as many as there are slots; 1: no mixing in a batch
     block_size: int = 16
     num_kv_blocks: int | None = None  # None: from kv_cache_bytes
     kv_cache_bytes: int = 1 << 30
@@ -53,7 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("slots", "num_kv_blocks", "max_model_len", "num_threads"):
+        for name in ("slots", "max_variants_per_step", "num_kv_blocks", "max_model_len", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")

@@ -80,7 +80,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
-            num_slots=self.model.slots.num_slots,
+            num_slots=min(self.model.slots.num_slots, config.max_variants_per_step or len(bundle.variants)),
             max_model_len=lengths,
         )
         self.runner = ModelRunner(self.model, config.block_size, [v.vocab_size for v in bundle.variants], config.seed)
