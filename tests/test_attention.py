@@ -111,7 +111,7 @@ class Simulation:
             block_table=block_table,
             slot_mapping=torch.tensor(slots),
             decode_rows=torch.tensor([starts[i] for i in decodes]) if decodes else None,
-            decode_seqs=torch.tensor(decodes) if decodes else None,
+            decode_table=block_table[decodes] if decodes else None,
             decode_lens=torch.tensor([lens[i] for i in decodes]) if decodes else None,
             prefill_seqs=tuple(i for i, s in enumerate(order) if counts[s] > 1),
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polymoe.kernels.grouped_experts import experts_by_grouped_mm, experts_by_loop
+from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 
 H, INNER, P, K = 16, 24, 6, 3
 
@@ -62,5 +62,8 @@ def test_against_one_token_at_a_time(layout: tuple[bool, bool, bool], routing: s
     expected = one_by_one(module, hidden, physical, gate, pool)
     by_loop = experts_by_loop(module, hidden, physical, gate, lambda p: {n: w[p] for n, w in pool.items()})
     torch.testing.assert_close(by_loop, expected, atol=1e-4, rtol=1e-4)
+    if not module.is_transposed:
+        by_group = experts_by_group(module, hidden, physical, gate, pool)
+        torch.testing.assert_close(by_group, expected, atol=1e-4, rtol=1e-4)
     grouped = experts_by_grouped_mm(module, hidden, physical, gate, pool)
     torch.testing.assert_close(grouped, expected, atol=1e-4, rtol=1e-4)

@@ -2,14 +2,18 @@
 
     y_t = Σ_k g_tk · (act(x_t G_p) ∘ (x_t U_p)) D_p ,   p = physical id of (variant of t, k-th expert of t)
 
-Letters: T tokens, K experts a token, P physical experts, H hidden, I intermediate. Two implementations of the same
-function: `experts_by_loop` (any device, any dtype, experts may come from anywhere) is the reference;
-`experts_by_grouped_mm` runs one grouped matmul over a stacked pool and never waits for the device.
+Letters: T tokens, K experts a token, P physical experts, H hidden, I intermediate. Three implementations of the same
+function: `experts_by_loop` (any device, any dtype, experts may come from anywhere) is the reference; `experts_by_group`
+runs over a stacked pool on a CPU, two grouped linears in all; `experts_by_grouped_mm` is the same for a GPU and never
+waits for the device.
 """
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
+
+from polymoe.kernels.grouped_linear import grouped_linear
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -32,7 +36,7 @@ def experts_by_loop(
 
     Returns: `[T, H]` in `hidden`'s dtype.
     """
-    num_tokens, top_k = physical.shape
+    top_k = physical.shape[1]
     order = torch.argsort(physical.reshape(-1), stable=True)
     ids, counts = torch.unique_consecutive(physical.reshape(-1)[order], return_counts=True)
     inputs = hidden[order // top_k]
@@ -46,7 +50,28 @@ def experts_by_loop(
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
         pieces.append(_project(module, x, weights, "down_proj"))
         start += count
-    return _combine(torch.cat(pieces), order, gate, num_tokens, top_k, hidden.dtype)
+    return _combine(torch.cat(pieces), order, gate, hidden.dtype)
+
+
+def experts_by_group(
+    module: torch.nn.Module, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Weights
+) -> torch.Tensor:
+    """The same over stacked tensors `[P, …]` with ids in `[0, P)`.
+
+    Args: as `experts_by_loop`, with `pool` name -> `[P, *shape]`, stored as `[out, in]` (not `is_transposed`).
+    """
+    top_k = physical.shape[1]
+    flat = physical.reshape(-1).numpy()
+    order = np.argsort(flat, kind="stable")
+    ids, starts = np.unique(flat[order], return_index=True)
+    bounds = [*starts.tolist(), len(flat)]
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        return grouped_linear(x, pool[name], ids, bounds, pool.get(f"{name}_bias"))
+
+    x = project(hidden[torch.from_numpy(order // top_k)], "gate_up_proj" if module.has_gate else "up_proj")
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
+    return _combine(project(x.contiguous(), "down_proj"), torch.from_numpy(order), gate, hidden.dtype)
 
 
 def experts_by_grouped_mm(
@@ -60,7 +85,7 @@ def experts_by_grouped_mm(
 
     Args: as `experts_by_loop`, with `pool` name -> `[P, *shape]`.
     """
-    num_tokens, top_k = physical.shape
+    top_k = physical.shape[1]
     flat = physical.reshape(-1)
     order = torch.argsort(flat, stable=True)
     sorted_ids = flat[order]
@@ -77,7 +102,7 @@ def experts_by_grouped_mm(
 
     x = project(x, "gate_up_proj" if module.has_gate else "up_proj")
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
-    return _combine(project(x, "down_proj"), order, gate, num_tokens, top_k, hidden.dtype)
+    return _combine(project(x, "down_proj"), order, gate, hidden.dtype)
 
 
 def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
@@ -86,11 +111,8 @@ def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: s
     return out if bias is None else out + bias
 
 
-def _combine(
-    out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, num_tokens: int, top_k: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weigh the expert outputs (sorted by expert) and sum each token's; the order of the sum is the router's."""
-    weighted = out * gate.reshape(-1)[order, None]
-    restored = torch.empty_like(weighted)
-    restored[order] = weighted
-    return restored.view(num_tokens, top_k, -1).sum(dim=1).to(dtype)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)  # where the output for each (token, k) is
+    return (out[place].view(*gate.shape, -1) * gate[..., None]).sum(dim=1).to(dtype)

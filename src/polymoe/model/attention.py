@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from polymoe.errors import UnsupportedModelError
+from polymoe.kernels.paged_decode import paged_decode
 from polymoe.model.context import AttentionBatch, ForwardContext
 from polymoe.model.variant_stack import VariantStack
 
@@ -132,13 +133,17 @@ class PagedAttention:
         **options: Any,
     ) -> None:  # fmt: skip
         """All sequences with one query token, as one padded batch."""
-        rows, seqs, lens = batch.decode_rows, batch.decode_seqs, batch.decode_lens
+        rows, table, lens = batch.decode_rows, batch.decode_table, batch.decode_lens
         assert rows is not None
-        assert seqs is not None
+        assert table is not None
         assert lens is not None
-        block_size = self.cache.block_size
-        used_blocks = (max(batch.seq_lens[i] for i in seqs.tolist()) + block_size - 1) // block_size
-        keys, values = self.cache.gather(layer, batch.block_table[seqs, :used_blocks])
+        if sinks is None and options.get("softcap") is None:
+            caches = self.cache.key[layer], self.cache.value[layer]
+            fast = paged_decode(query.transpose(0, 1)[rows], *caches, table, lens, options["scaling"], window)
+            if fast is not None:
+                out[rows] = fast
+                return
+        keys, values = self.cache.gather(layer, table)
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]
         for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away

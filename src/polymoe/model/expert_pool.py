@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from polymoe.kernels.grouped_experts import experts_by_grouped_mm, experts_by_loop
+from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 from polymoe.model.context import ForwardContext
 
 Weights = Mapping[str, torch.Tensor]
@@ -104,9 +104,14 @@ class LayerExperts:
         """The layer's experts for `hidden [T, H]` with each variant's own routing `[T, K]`."""
         token_variant = self.context.batch.segments(hidden.shape[0]).token_variant
         physical = self.table[token_variant[:, None], top_k_index]
-        # One grouped matmul never waits for the device; on a CPU it is a loop as well, over absent experts too.
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
+        if (
+            hidden.device.type == "cpu"
+            and not module.is_transposed
+            and (self.all_resident or bool((physical >= 0).all()))
+        ):
+            return experts_by_group(module, hidden, physical, top_k_weights, self.resident)
         return experts_by_loop(module, hidden, physical, top_k_weights, self.weights_of)
 
 

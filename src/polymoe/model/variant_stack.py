@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from polymoe.kernels.grouped_linear import grouped_linear
 from polymoe.model.context import ForwardContext, RowMap
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -163,14 +164,9 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         out: torch.Tensor = F.linear(x, weight)
         return out + _gathered(out, bias)
     flat = x.reshape(-1, x.shape[-1])
-    segments = weight.context.batch.segments(flat.shape[0])
-    spans = segments.row_spans(weight.row_map)
-    if len(spans) == 1:
-        out = F.linear(flat, weight.rows[spans[0][0]])
-    else:
-        out = flat.new_empty(flat.shape[0], weight.own_shape[0])
-        for row, start, end in spans:
-            torch.mm(flat[start:end], weight.rows[row].t(), out=out[start:end])
+    spans = weight.context.batch.segments(flat.shape[0]).row_spans(weight.row_map)
+    starts = [0, *(end for _, _, end in spans)]
+    out = grouped_linear(flat.contiguous(), weight.rows, [row for row, _, _ in spans], starts)
     if isinstance(bias, VariantStack):
         out = out + bias.per_token(flat.shape[0])
     elif bias is not None:

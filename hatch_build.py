@@ -1,0 +1,50 @@
+"""Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch's matmuls alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+KERNELS = Path("src/polymoe/kernels")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
+
+
+class CustomBuildHook(BuildHookInterface):
+    """Writes `libpolymoe_cpu.so` beside its sources."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        target = Path(self.root) / KERNELS / "libpolymoe_cpu.so"
+        if compile_kernels(Path(self.root) / KERNELS, target):
+            build_data["artifacts"].append(f"{KERNELS}/{target.name}")
+            build_data["pure_python"] = False
+            build_data["infer_tag"] = True
+
+
+def compile_kernels(folder: Path, target: Path) -> bool:
+    """Whether it worked. OpenMP's symbols stay open on purpose: torch's own runtime answers them."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        print("polymoe: no C++ compiler, the CPU kernels are not built", file=sys.stderr)
+        return False
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            objects = []
+            for source in sorted(folder.glob("*.cpp")):
+                objects.append(str(Path(temporary) / f"{source.stem}.o"))
+                subprocess.run(
+                    [compiler, *FLAGS, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
+                )
+            # Linked apart, since -fopenmp at the link would bring a second OpenMP runtime.
+            library = Path(temporary) / target.name
+            subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True, capture_output=True)
+            library.rename(target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
+            print(f"polymoe: the CPU kernels are not built ({error}) {detail}", file=sys.stderr)
+            return False
+    return True

@@ -1,0 +1,36 @@
+"""The compiled CPU kernels (grouped_linear.cpp, paged_decode.cpp), where they are built and the processor can run them.
+
+hatch_build.py compiles them when the package is installed; they need AVX512-BF16. Each has a torch implementation with
+the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them off.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
+_POINTER, _NUMBER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+@functools.cache
+def cpu_kernels() -> ctypes.CDLL | None:
+    """The library, or None: not built, not for this processor, or turned off."""
+    if os.environ.get("POLYMOE_NO_KERNELS") or not LIBRARY.exists():
+        return None
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
+        return None
+    # The library leaves its OpenMP symbols open. They must come from the runtime that torch has loaded: two pools of
+    # threads would keep each other from running.
+    with Path("/proc/self/maps").open() as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    if len(runtimes) != 1:
+        return None
+    ctypes.CDLL(runtimes.pop(), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(LIBRARY))
+    linear, decode = library.polymoe_grouped_linear_bf16, library.polymoe_paged_decode_bf16
+    linear.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 4, _INT]
+    decode.argtypes = [*[_POINTER] * 4, _NUMBER, _POINTER, *[_NUMBER] * 7, _FLOAT, _POINTER, _INT]
+    linear.restype = decode.restype = None
+    return library

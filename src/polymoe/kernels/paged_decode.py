@@ -1,0 +1,42 @@
+"""Attention of single query tokens over the paged cache: the compiled kernel where it applies, else None."""
+
+import torch
+
+from polymoe.kernels.cpu import cpu_kernels
+
+
+def paged_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor | None:
+    """softmax(scaling · q kᵀ) v of each sequence over its own blocks, without gathering them.
+
+    Args:
+        query: `[B, Hq, D]`, contiguous, one token a sequence, which stands at its end.
+        key, value: the cache of one layer, `[blocks, block_size, Hk, D]` and `[…, Dv]`.
+        block_table: `[B, M]` int64, contiguous; seq_lens `[B]` int64.
+        window: only the last `window` tokens are visible; None: all.
+
+    Returns: `[B, Hq, Dv]`, or None where there is no kernel for these arguments (not a CPU with AVX512-BF16, another
+    dtype, odd sizes): the caller then gathers and uses torch, which gives the same up to bfloat16 rounding.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or query.shape[2] % 32 or value.shape[3] % 16:
+        return None
+    kernels = cpu_kernels()
+    if kernels is None:
+        return None
+    assert query.is_contiguous()
+    assert block_table.is_contiguous()
+    batch, q_heads, dim = query.shape
+    out = query.new_empty(batch, q_heads, value.shape[3])
+    kernels.polymoe_paged_decode_bf16(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), block_table.data_ptr(), block_table.shape[1],
+        seq_lens.data_ptr(), window or 0, batch, q_heads, key.shape[2], dim, value.shape[3], key.shape[1], scaling,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

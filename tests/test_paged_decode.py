@@ -1,0 +1,63 @@
+"""The compiled decode kernel against attention in float64 on the gathered keys and values."""
+
+import pytest
+import torch
+
+from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.paged_decode import paged_decode
+
+pytestmark = pytest.mark.skipif(
+    cpu_kernels() is None, reason="the CPU kernels are not built, or this processor has no AVX512-BF16"
+)
+
+
+@pytest.mark.parametrize("lens", [[1], [16, 1, 17, 33, 5], [200, 3]])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (8, 2), (6, 2), (5, 1), (16, 4)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (64, 64), (96, 48), (128, 128)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_against_float64(
+    lens: list[int], q_heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(len(lens))
+    block_size, width = 16, (max(lens) + 15) // 16
+    num_blocks = len(lens) * width + 3
+    key = torch.randn(num_blocks, block_size, kv_heads, dim, generator=generator).to(torch.bfloat16)
+    value = torch.randn(num_blocks, block_size, kv_heads, value_dim, generator=generator).to(torch.bfloat16)
+    table = torch.randperm(num_blocks, generator=generator)[: len(lens) * width].view(len(lens), width)
+    query = torch.randn(len(lens), q_heads, dim, generator=generator).to(torch.bfloat16)
+    for i, length in enumerate(lens):  # what lies behind the end must not matter
+        for t in range(length, width * block_size):
+            key[table[i, t // block_size], t % block_size] = float("nan")
+            value[table[i, t // block_size], t % block_size] = float("nan")
+    out = paged_decode(query, key, value, table, torch.tensor(lens), 0.3, window)
+    assert out is not None
+    for i, length in enumerate(lens):
+        first = max(0, length - window) if window else 0
+        k = key[table[i]].flatten(0, 1)[first:length].double()
+        v = value[table[i]].flatten(0, 1)[first:length].double()
+        for head in range(q_heads):
+            shared = head // (q_heads // kv_heads)
+            weights = torch.softmax(0.3 * (k[:, shared] @ query[i, head].double()), dim=0)
+            torch.testing.assert_close(out[i, head].double(), weights @ v[:, shared], atol=4e-3, rtol=8e-3)
+
+
+def test_very_large_and_equal_scores() -> None:
+    key = torch.zeros(1, 16, 1, 32, dtype=torch.bfloat16)
+    key[0, 3] = 1000.0
+    value = torch.arange(16.0).repeat_interleave(32).view(1, 16, 1, 32).to(torch.bfloat16)
+    query = torch.ones(1, 1, 32, dtype=torch.bfloat16)
+    table, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([16])
+    out = paged_decode(query, key, value, table, lens, 1.0, None)
+    assert out is not None
+    assert (out == 3.0).all()
+    out = paged_decode(query, torch.zeros_like(key), value, table, lens, 1.0, None)
+    assert out is not None
+    torch.testing.assert_close(out.float(), torch.full((1, 1, 32), 7.5))
+
+
+def test_other_dtypes_and_sizes_are_left_to_torch() -> None:
+    cache = torch.zeros(1, 16, 1, 32)
+    table, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([1])
+    assert paged_decode(torch.zeros(1, 1, 32), cache, cache, table, lens, 1.0, None) is None
+    odd = torch.zeros(1, 16, 1, 24, dtype=torch.bfloat16)
+    assert paged_decode(torch.zeros(1, 1, 24, dtype=torch.bfloat16), odd, odd, table, lens, 1.0, None) is None
