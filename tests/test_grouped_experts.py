@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 
-H, INNER, P, K = 16, 24, 6, 3
+H, INNER, P, K = 32, 64, 6, 3
 
 
 def make_module(transposed: bool, bias: bool, gated: bool) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -67,3 +67,13 @@ def test_against_one_token_at_a_time(layout: tuple[bool, bool, bool], routing: s
         torch.testing.assert_close(by_group, expected, atol=1e-4, rtol=1e-4)
     grouped = experts_by_grouped_mm(module, hidden, physical, gate, pool)
     torch.testing.assert_close(grouped, expected, atol=1e-4, rtol=1e-4)
+
+    rounded = {n: w.to(torch.bfloat16) for n, w in pool.items()}
+    exact = one_by_one(module, hidden.to(torch.bfloat16), physical, gate, rounded)
+    functions = [lambda *a: experts_by_loop(*a, lambda p: {n: w[p] for n, w in rounded.items()})]
+    if not module.is_transposed:
+        functions.append(lambda *a: experts_by_group(*a, rounded))
+    for function in functions:  # in bfloat16 each step of the chain rounds: compared by the size of the whole
+        out = function(module, hidden.to(torch.bfloat16), physical, gate)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).norm() < 0.02 * exact.norm()

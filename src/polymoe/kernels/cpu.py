@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (grouped_linear.cpp, paged_decode.cpp), where they are built and the processor can run them.
+"""The compiled CPU kernels (the .cpp files beside this), where they are built and the processor can run them.
 
 hatch_build.py compiles them when the package is installed; they need AVX512-BF16. Each has a torch implementation with
 the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them off.
@@ -30,7 +30,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     ctypes.CDLL(runtimes.pop(), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(LIBRARY))
     linear, decode = library.polymoe_grouped_linear_bf16, library.polymoe_paged_decode_bf16
+    combine = library.polymoe_combine_bf16
     linear.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 4, _INT]
     decode.argtypes = [*[_POINTER] * 4, _NUMBER, _POINTER, *[_NUMBER] * 7, _FLOAT, _POINTER, _INT]
-    linear.restype = decode.restype = None
+    combine.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _POINTER, _INT]
+    linear.restype = decode.restype = combine.restype = None
     return library

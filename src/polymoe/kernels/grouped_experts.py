@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from polymoe.kernels.cpu import cpu_kernels
 from polymoe.kernels.grouped_linear import grouped_linear
 
 Weights = Mapping[str, torch.Tensor]
@@ -112,7 +113,21 @@ def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: s
 
 
 def _combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weigh the expert outputs (sorted by expert) and sum each token's; the order of the sum is the router's."""
+    """Weigh the expert outputs (sorted by expert) and sum each token's, in float32 where the gate is.
+
+    Args:
+        out: `[T * K, H]`, row i for the (token, k) pair `order[i]`.
+        gate: `[T, K]`.
+    """
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)  # where the output for each (token, k) is
-    return (out[place].view(*gate.shape, -1) * gate[..., None]).sum(dim=1).to(dtype)
+    kernels = cpu_kernels() if out.device.type == "cpu" and out.dtype == dtype == torch.bfloat16 else None
+    if kernels is None or gate.dtype != torch.float32 or out.shape[1] % 16 or not out.is_contiguous():
+        return (out[place].view(*gate.shape, -1) * gate[..., None]).sum(dim=1).to(dtype)
+    summed = out.new_empty(gate.shape[0], out.shape[1])
+    gate = gate.contiguous()
+    kernels.polymoe_combine_bf16(
+        out.data_ptr(), place.data_ptr(), gate.data_ptr(), *gate.shape, out.shape[1], summed.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return summed
