@@ -65,9 +65,9 @@ def test_preemption(family: ReferenceFamily) -> None:
     assert sum(llm.engine.stats().preemptions) > 0
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int) -> None:
-    llm = load(family.bundle, slots=slots, num_kv_blocks=20, max_model_len=48)
+@pytest.mark.parametrize(("slots", "prefetch"), [(1, False), (1, True), (2, False)])
+def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
+    llm = load(family.bundle, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
     check(llm, family)
     stats = llm.engine.stats()
     assert stats.reconfigurations > 0

@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, generate, serve, demo, eval. Heavy imports wait until a command needs them."""
+"""The command line: inspect, plan, generate, serve, demo, eval, bench. Heavy imports wait until they are needed."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polymoe.config import EngineConfig, parse_bytes
+from polymoe.bench.cli import app as bench
+from polymoe.config import EngineConfig, parse_bytes, parse_numbers
 from polymoe.errors import PolymoeError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench)
 console = Console()
 
 Specs = Annotated[
@@ -39,6 +41,20 @@ ExpertCache = Annotated[str, typer.Option(help="memory for absent experts that w
 MaxLen = Annotated[int | None, typer.Option(help="longest sequence in tokens; default: what the variants support")]
 MaxSeqs = Annotated[int, typer.Option(help="sequences that run at once")]
 MaxBatched = Annotated[int, typer.Option(help="tokens in one step")]
+Weight = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=WEIGHT", help="share of a variant when all are busy; default 1 each; may be repeated"),
+]
+Slo = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=SECONDS", help="class of requests and its time to first token; may be repeated"),
+]
+AdmissionFactor = Annotated[
+    float, typer.Option(help="refuse what would take this many times its SLO class; 0: refuse nothing for that")
+]
+TargetItl = Annotated[
+    float | None, typer.Option(help="seconds: prompts are cut smaller so that no token takes longer; default no limit")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's")]
 Host = Annotated[str, typer.Option(help="address to listen on; another than 127.0.0.1 needs --api-key")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -48,12 +64,17 @@ Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running req
 
 def engine_config(bundle: str | Path, **options: Any) -> EngineConfig:
     """Options as typed on the command line -> `EngineConfig`."""
+    return EngineConfig(bundle=str(bundle), **engine_options(**options))
+
+
+def engine_options(**options: Any) -> dict[str, Any]:
+    """Options as typed on the command line -> fields of `EngineConfig`."""
     for name in ("kv_cache", "expert_cache"):
         if name in options:
             options[f"{name}_bytes"] = parse_bytes(options.pop(name))
     if options.get("dtype") not in (None, "auto", "float32", "bfloat16", "float16"):
         raise PolymoeError(f"--dtype {options['dtype']} is unknown; use auto, float32, bfloat16 or float16.")
-    return EngineConfig(bundle=str(bundle), **options)
+    return options
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:
@@ -144,6 +165,10 @@ def serve(
     max_num_seqs: MaxSeqs = 64,
     max_num_batched_tokens: MaxBatched = 2048,
     max_waiting: Annotated[int, typer.Option(help="requests waiting beyond this are refused with 429")] = 1024,
+    weight: Weight = None,
+    slo: Slo = None,
+    admission_factor: AdmissionFactor = 1.5,
+    target_itl: TargetItl = None,
     threads: Threads = None,
     grace: Grace = 30.0,
 ) -> None:
@@ -151,12 +176,15 @@ def serve(
     from polymoe.server.serve import check_address, run_server
 
     check_address(host, port, api_key)
-    bundle = _bundle_for(sources, policy, memory)
-    config = engine_config(
-        bundle, dtype=dtype, device=device, slots=slots, kv_cache=kv_cache, expert_cache=expert_cache,
+    options = engine_options(
+        dtype=dtype, device=device, slots=slots, kv_cache=kv_cache, expert_cache=expert_cache,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        max_waiting=max_waiting, num_threads=threads,
+        max_waiting=max_waiting, weights=parse_numbers(weight or [], "--weight", "WEIGHT"),
+        slo=parse_numbers(slo or [], "--slo", "SECONDS"), admission_factor=admission_factor or None,
+        target_itl=target_itl, num_threads=threads,
     )  # fmt: skip
+    EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
+    config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
     raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
 
 

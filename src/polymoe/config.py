@@ -1,12 +1,15 @@
 """Options of the engine and the units they are given in."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from polymoe.errors import ConfigError
 
+_CLASS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -27,6 +30,27 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
+def parse_numbers(values: Sequence[str], option: str, meaning: str) -> dict[str, float]:
+    """`["math=2", "code=0.5"]` -> `{"math": 2.0, "code": 0.5}`. Raises `ConfigError` for anything else.
+
+    Args:
+        option: as typed, for the message; `meaning`: of its number.
+    """
+    found: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.rpartition("=")
+        try:
+            parsed = float(number)
+        except ValueError:
+            parsed = math.nan
+        if not name or math.isnan(parsed):
+            raise ConfigError(f"{option} {value!r}: write NAME={meaning}, for example {option} a=2.")
+        if name in found:
+            raise ConfigError(f"{option} names {name} twice; give it once.")
+        found[name] = parsed
+    return found
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine serves one bundle.
 
@@ -38,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
     slots: int | None = None  # None: one a variant, so no switch ever happens
     max_variants_per_step: int | None = None  # None: as many as there are slots; 1: no mixing in a batch
+    prefetch: bool = True  # with fewer slots than variants: one staging row more, for the variant that runs next
     block_size: int = 16
     num_kv_blocks: int | None = None  # None: from kv_cache_bytes
     kv_cache_bytes: int = 1 << 30
@@ -47,6 +72,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     expert_cache_bytes: int = 256 << 20  # room for absent experts that were fetched; 0: drop after use
     max_waiting: int = 1024  # requests waiting beyond this are refused with 429
+    weights: dict[str, float] = {}  # variant -> its share of the tokens when all want some; 1 where nothing is said
+    slo: dict[str, float] = {}  # class of requests -> seconds to the first token; "default": those that name none
+    admission_factor: float | None = 1.5  # refuse what would take this many times its class; None: never
+    target_itl: float | None = None  # seconds; prompts are cut smaller so that no sequence waits longer for a token
     num_threads: int | None = None  # CPU threads for torch; None: torch's default, one for a very small model
     seed: int = 0
 
@@ -61,3 +90,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("kv_cache_bytes", "expert_cache_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for variant, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"the weight of {variant} must be more than 0, got {weight:g}; 1 is an equal share.")
+        for name, seconds in self.slo.items():
+            if _CLASS_NAME.fullmatch(name) is None:
+                raise ConfigError(f"{name[:64]!r} is no name of an SLO class; use letters, digits, '.', '_' and '-'.")
+            if not 0 < seconds < math.inf:
+                raise ConfigError(f"SLO class {name} must be more than 0 seconds, got {seconds:g}.")
+        for name in ("admission_factor", "target_itl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be more than 0, got {value:g}; leave it out to switch it off.")
+
+    def weights_of(self, variants: Sequence[str]) -> list[float]:
+        """One weight for each of `variants`. Raises `ConfigError` if weights are given to others."""
+        unknown = [name for name in self.weights if name not in variants]
+        if unknown:
+            raise ConfigError(
+                f"a weight is given to {', '.join(unknown)}, which is not served; the variants are "
+                f"{', '.join(variants)}."
+            )
+        return [self.weights.get(name, 1.0) for name in variants]

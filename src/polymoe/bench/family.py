@@ -3,6 +3,8 @@
 Routing of random weights is near uniform, unlike a trained router's; every report says so.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,44 @@ SMALL_MIXTRAL: dict[str, Any] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+# Seconds for the whole benchmark: to try the commands, and for the tests. Its figures mean nothing.
+TINY_MIXTRAL: dict[str, Any] = {
+    **SMALL_MIXTRAL,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL}
+
+
+def cached_family(root: Path, num_variants: int, shape: str) -> dict[str, Path]:
+    """Variant name -> checkpoint of a shape in `SHAPES`, made below `root` once and found again later."""
+    digest = hashlib.sha256(json.dumps(SHAPES[shape], sort_keys=True).encode()).hexdigest()[:8]
+    folder = root / f"mixtral-{shape}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return make_random_family(folder, num_variants, SHAPES[shape])
 
 
 def make_random_family(folder: Path, num_variants: int = 4, shape: dict[str, Any] | None = None) -> dict[str, Path]:
-    """Variant name -> checkpoint (bfloat16 Mixtral of `shape`); made once, found again later.
+    """Variant name -> checkpoint (bfloat16 Mixtral of `shape`); those that are there already are kept.
 
     Variants are a base with 2 % noise, as real fine-tunes are close to theirs.
     """
+    paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
+    missing = {i: path for i, path in enumerate(paths.values()) if not (path / "config.json").exists()}
+    if not missing:
+        return paths
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
-    if all((path / "config.json").exists() for path in paths.values()):
-        return paths
     config = MixtralConfig(**(shape or SMALL_MIXTRAL))
     torch.manual_seed(0)
     base = MixtralForCausalLM(config).to(torch.bfloat16)
-    for index, path in enumerate(paths.values()):
+    for index, path in missing.items():
         generator = torch.Generator().manual_seed(index)
         variant = MixtralForCausalLM(config).to(torch.bfloat16)
         for target, source in zip(variant.parameters(), base.parameters(), strict=True):

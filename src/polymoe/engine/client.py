@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from polymoe.config import EngineConfig
+from polymoe.engine.admission import has_room
 from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.messages import (
     HEADER_BYTES,
@@ -33,10 +34,11 @@ from polymoe.engine.messages import (
 )
 from polymoe.engine.output import OutputProcessor, StepOutput
 from polymoe.engine.output_sequence import CompletionDelta
-from polymoe.engine.request import SamplingParams
+from polymoe.engine.request import QoS, SamplingParams
 from polymoe.engine.request_stream import RequestStream
 from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
 
+_EQUAL = QoS()
 Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token ids)
 
 
@@ -152,6 +154,7 @@ class AsyncEngineClient:
         sampling: SamplingParams,
         *,
         cache_salt: str = "",
+        qos: QoS = _EQUAL,
     ) -> RequestStream:
         """Give prompts to the engine, all or none; prompt p becomes request `{request_id}-{p}`.
 
@@ -160,12 +163,15 @@ class AsyncEngineClient:
         """
         processor = self.processor
         self._check_alive()
-        count = len(prompts) * sampling.n
-        room = self.config.max_num_seqs + self.config.max_waiting - processor.num_sequences
-        if count > room:
+        processor.variant(variant)
+        weights = dict.fromkeys(processor.variants, 1.0) | self.config.weights
+        limit = self.config.max_num_seqs + self.config.max_waiting
+        more = len(prompts) * sampling.n - 1
+        total, own = processor.num_sequences + more, processor.num_sequences_of(variant) + more
+        if not has_room(limit, total, own, weights[variant] / sum(weights.values())):
             raise OverloadedError(
-                f"Too many requests: {processor.num_sequences} sequences are in progress and the limit is "
-                f"{self.config.max_num_seqs + self.config.max_waiting}. Please retry later.",
+                f"Too many requests: {processor.num_sequences} sequences are in progress and the limit is {limit}. "
+                "Please retry later.",
                 retry_after=1.0,
             )
         request_ids = [f"{request_id}-{p}" for p in range(len(prompts))]
@@ -184,6 +190,7 @@ class AsyncEngineClient:
                     sampling,
                     text=text,
                     cache_salt=cache_salt,
+                    qos=qos,
                     arrival_time=time.monotonic(),
                 )
                 self._streams[name] = stream

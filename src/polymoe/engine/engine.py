@@ -1,6 +1,7 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from polymoe.config import EngineConfig, format_bytes
 from polymoe.engine.block_manager import BlockManager, salt_of
 from polymoe.engine.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.engine.model_runner import ModelRunner
-from polymoe.engine.request import EngineRequest, SamplingParams, TokenOutput
-from polymoe.engine.scheduler import ScheduledSequence, Scheduler
+from polymoe.engine.policies import Policies
+from polymoe.engine.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
+from polymoe.engine.scheduler import Scheduler
 from polymoe.engine.sequence import Sequence
+from polymoe.engine.step_plan import ScheduledSequence
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
@@ -68,20 +71,33 @@ class EngineCore:
         elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
             torch.set_num_threads(1)
         self.bundle = bundle
+        weights = config.weights_of([variant.name for variant in bundle.variants])
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
-        self.model = ServedModel(bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress)
+        self.model = ServedModel(
+            bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch
+        )
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        policies = Policies.of(
+            weights,
+            num_slots=self.model.slots.num_slots,
+            max_variants_per_step=config.max_variants_per_step,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            target_itl=config.target_itl,
+            admission_factor=config.admission_factor,
+            clock=time.monotonic,
+        )
         self.scheduler = Scheduler(
             self.blocks,
+            policies,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
-            num_slots=min(self.model.slots.num_slots, config.max_variants_per_step or len(bundle.variants)),
             max_model_len=lengths,
+            reconfigurations=lambda: (self.model.slots.stats.count, self.model.slots.stats.seconds),
         )
         self.runner = ModelRunner(self.model, config.block_size, [v.vocab_size for v in bundle.variants], config.seed)
         table = bundle.table
@@ -145,7 +161,7 @@ class EngineCore:
         )
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `RequestError` for one that could never run."""
+        """Queue a request. Raises `RequestError` for one that could never run, or (`OverloadedError`) not in time."""
         if not 0 <= request.variant < len(self.info.variants):
             raise RequestError(f"variant index {request.variant} does not exist.", param="model")
         info = self.info.variants[request.variant]
@@ -157,7 +173,16 @@ class EngineCore:
         ids = (*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias)
         if min(ids) < 0 or max(ids) >= info.vocab_size:
             raise RequestError(f"token ids must be in [0, {info.vocab_size}) for model {info.name}.", param="prompt")
-        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt)))
+        target = self._ttft_target(request.qos.slo_class)
+        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt), target))
+
+    def _ttft_target(self, slo_class: str) -> float | None:
+        if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
+            known = ", ".join(dict.fromkeys([DEFAULT_SLO_CLASS, *self.config.slo]))
+            raise RequestError(
+                f"The SLO class {slo_class[:64]!r} does not exist; use one of: {known}.", param="slo_class"
+            )
+        return self.config.slo.get(slo_class)
 
     def abort(self, request_ids: list[str]) -> None:
         """Drop requests and free their blocks; ids that are not running are ignored."""
@@ -205,9 +230,11 @@ class EngineCore:
             running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
             waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
             kv_usage=self.blocks.usage,
-            prefix_cache_queries=list(self.scheduler.prefix_queries),
-            prefix_cache_hits=list(self.scheduler.prefix_hits),
-            preemptions=list(self.scheduler.preemptions),
+            prefix_cache_queries=list(self.scheduler.places.prefix_queries),
+            prefix_cache_hits=list(self.scheduler.places.prefix_hits),
+            preemptions=list(self.scheduler.places.preemptions),
+            tokens_served=list(self.scheduler.tokens_served),
+            deadline_misses=list(self.scheduler.deadline_misses),
             reconfigurations=reconfiguration.count,
             reconfiguration_seconds=reconfiguration.seconds,
             reconfiguration_bytes=reconfiguration.nbytes,

@@ -42,6 +42,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_queries: list[int]  # tokens
     prefix_cache_hits: list[int]  # tokens
     preemptions: list[int]
+    tokens_served: list[int]  # computed, of prompts and answers
+    deadline_misses: list[int]  # first tokens that came later than the request's SLO class says
     reconfigurations: int
     reconfiguration_seconds: float
     reconfiguration_bytes: int

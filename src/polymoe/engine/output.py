@@ -4,6 +4,7 @@ Synchronous, so that the offline `LLM` class and the server's asyncio client sha
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from polymoe.engine.output_sequence import ClientRequest, CompletionDelta, OutputSequence
-from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
+from polymoe.engine.request import EngineRequest, QoS, RequestOutput, SamplingParams, TokenOutput
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
 
 if TYPE_CHECKING:
     from polymoe.engine.info import EngineInfo, VariantInfo
+
+
+_EQUAL = QoS()  # no more urgent than others
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,16 @@ class OutputProcessor:
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
         self._requests: dict[str, ClientRequest] = {}
         self._sequences: dict[str, OutputSequence] = {}  # engine request id -> its sequence
+        self._num_sequences: Counter[str] = Counter()  # in flight, of each variant
 
     @property
     def num_sequences(self) -> int:
         """Sequences in flight, running or waiting."""
         return len(self._sequences)
+
+    def num_sequences_of(self, variant: str) -> int:
+        """Those of one variant."""
+        return self._num_sequences[variant]
 
     def variant(self, name: str) -> "VariantInfo":
         """Raises `UnknownVariantError`."""
@@ -76,6 +85,7 @@ class OutputProcessor:
         *,
         text: str | None = None,
         cache_salt: str = "",
+        qos: QoS = _EQUAL,
         arrival_time: float = 0.0,
     ) -> list[EngineRequest]:
         """Check a request and take note of it.
@@ -107,6 +117,7 @@ class OutputProcessor:
             sequence = OutputSequence(request, k, engine_id, frozenset(stop_ids))
             request.sequences.append(sequence)
             self._sequences[engine_id] = sequence
+            self._num_sequences[variant] += 1
             engine_requests.append(
                 EngineRequest(
                     request_id=engine_id,
@@ -115,6 +126,7 @@ class OutputProcessor:
                     sampling=_sampling_of(sampling, k),
                     stop_token_ids=stop_ids,
                     cache_salt=cache_salt,
+                    qos=qos,
                     arrival_time=arrival_time,
                 )
             )
@@ -151,6 +163,7 @@ class OutputProcessor:
     def _end(self, sequence: "OutputSequence", step: StepOutput) -> None:
         request = sequence.request
         del self._sequences[sequence.engine_id]
+        self._num_sequences[request.variant] -= 1
         if all(other.output.finish_reason is not None for other in request.sequences):
             del self._requests[request.request_id]
             step.finished.append(request.result())

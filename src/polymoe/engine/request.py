@@ -11,6 +11,8 @@ MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
+MAX_PRIORITY = 1000
+DEFAULT_SLO_CLASS = "default"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +77,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature == 0.0
 
 
+class QoS(msgspec.Struct, frozen=True, kw_only=True):
+    """How urgent a request is, and for whom.
+
+    Raises `RequestError` for a priority out of range; whether the class exists is the engine's to say.
+    """
+
+    tenant: str = ""  # tenants of a variant share its tokens equally
+    priority: int = 0  # lower comes earlier, among the requests of one tenant for one variant
+    slo_class: str = DEFAULT_SLO_CLASS
+
+    def __post_init__(self) -> None:
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {self.priority}.", param="priority"
+            )
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to extend. A client request with `n > 1` becomes n of these.
 
@@ -88,6 +107,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     stop_token_ids: list[int] = []
     cache_salt: str = ""  # separates tenants in the prefix cache
+    qos: QoS = QoS()
     arrival_time: float = 0.0  # seconds, time.monotonic() of the machine
 
 

@@ -1,31 +1,30 @@
 """Which tokens run in the next step: continuous batching with chunked prefill and preemption by recomputation.
 
-There are no phases. Every sequence has tokens whose keys and values are not computed yet; a step gives each some of
-its share of the token budget, oldest first. A sequence whose last token is computed samples a new one.
+There are no phases. Every sequence has tokens whose keys and values are not computed yet. A step gives each running
+sequence at its end the one token it waits for; the rest of the step's tokens go to prompts, by turns of the flows
+(variant and tenant), the most urgent of a flow first. A sequence whose last token is computed samples a new one.
+
+How much and whose turn it is, is decided by the policies (`policies.py`); here is how it is carried out.
 """
 
+import math
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from polymoe.engine.block_manager import BlockManager, hash_block
+from polymoe.engine.admission import has_room
+from polymoe.engine.block_manager import BlockManager
+from polymoe.engine.outlook import look_out
+from polymoe.engine.places import Places
+from polymoe.engine.policies import Policies
 from polymoe.engine.request import TokenLogprobs, TokenOutput
 from polymoe.engine.sequence import Sequence
+from polymoe.engine.slot_policy import VariantWork
+from polymoe.engine.step_plan import PrefillQueues, ScheduledSequence, StepPlan
+from polymoe.engine.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
 
-
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """`num_tokens` tokens of `sequence` from its `num_computed_tokens` on run in this step."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the end of the sequence, so that a new token is drawn."""
-        return self.num_tokens == self.sequence.num_uncomputed
+__all__ = ["SampledToken", "ScheduledSequence", "Scheduler"]
 
 
 @dataclass(frozen=True)
@@ -43,33 +42,38 @@ class Scheduler:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens a step.
         max_waiting: requests waiting beyond this are refused (`OverloadedError`).
-        num_slots: variants that one step may mix.
         max_model_len: [V] longest sequence of each variant, in tokens.
+        clock: seconds; the one that the policies were made with.
+        reconfigurations: how many there were so far, and their seconds.
     """
 
     def __init__(
         self,
         blocks: BlockManager,
+        policies: Policies,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_waiting: int,
-        num_slots: int,
         max_model_len: list[int],
+        clock: Callable[[], float] = time.monotonic,
+        reconfigurations: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
     ) -> None:
-        self.blocks = blocks
-        self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting = (
-            max_num_seqs,
-            max_num_batched_tokens,
-            max_waiting,
-        )
-        self.num_slots, self.max_model_len = num_slots, max_model_len
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        # Since the start, a variant each: tokens looked up in and found in the prefix cache, sequences put back.
-        self.prefix_queries = [0] * len(max_model_len)
-        self.prefix_hits = [0] * len(max_model_len)
-        self.preemptions = [0] * len(max_model_len)
+        self.policies, self.clock = policies, clock
+        self.max_num_batched_tokens, self.max_waiting = max_num_batched_tokens, max_waiting
+        self.max_model_len = max_model_len
+        self.waiting = WaitingQueue()
+        self.places = Places(blocks, self.waiting, policies.fair, max_num_seqs, clock)
+        self.upcoming_variants: list[int] = []  # that wait for a slot, the next one first
+        # Since the start, a variant each: tokens computed, first tokens that came later than their class promised.
+        self.tokens_served = [0] * len(max_model_len)
+        self.deadline_misses = [0] * len(max_model_len)
+        self._reconfigurations = reconfigurations
+        self._step_started = (0.0, 0, 0.0)  # time, reconfigurations until then, their seconds
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self.places.running
 
     @property
     def sequences(self) -> Iterable[Sequence]:
@@ -77,12 +81,24 @@ class Scheduler:
         yield from self.waiting
 
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running) or len(self.waiting) > 0
 
     def add(self, sequence: Sequence) -> None:
-        if len(self.waiting) >= self.max_waiting:
+        """Queue a sequence. Raises `OverloadedError` if the queue is full or its first token would come too late."""
+        weights = self.policies.fair.weights
+        share = weights[sequence.variant] / sum(weights)
+        if not has_room(self.max_waiting, len(self.waiting), self.waiting.count(sequence.variant), share):
             raise OverloadedError(f"{len(self.waiting)} requests are waiting; try again later.", retry_after=1.0)
-        self.waiting.append(sequence)
+        if self.has_work():  # an idle engine can only be as fast as it is
+            self.policies.admission.check(
+                sequence.ttft_target,
+                lambda: look_out(
+                    sequence, self.policies, self.places, self.waiting, self.max_num_batched_tokens, self.clock()
+                ),
+            )
+        else:
+            self.policies.admission.started()
+        self.waiting.add(sequence)
 
     def abort(self, request_ids: set[str]) -> list[Sequence]:
         """Forget these sequences and free their blocks; unknown ids are finished ones and fine."""
@@ -90,119 +106,127 @@ class Scheduler:
         self._drop(gone)
         return gone
 
+    # --- the plan of a step
+
     def schedule(self) -> list[ScheduledSequence]:
         """Choose this step's tokens and give their sequences the blocks for them."""
-        budget = self.max_num_batched_tokens
-        allowed = self._allowed_variants()
-        chosen: dict[Sequence, int] = {}
-        preempted = False
-        self.running.sort(key=lambda s: s.arrival)
-        for sequence in list(self.running):
-            if budget == 0:
-                break
-            if sequence not in self.running or (allowed is not None and sequence.variant not in allowed):
-                continue  # preempted a moment ago for an older one, or its variant's turn is later
-            count = min(sequence.num_uncomputed, budget)
-            missing = self.blocks.blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
-            while not self.blocks.can_allocate([], missing):
-                victim = self.running[-1]
-                budget += chosen.pop(victim, 0)
-                self._preempt(victim)
-                preempted = True
-                if victim is sequence:
-                    break
-            else:
-                sequence.block_ids += self.blocks.allocate(missing)
-                chosen[sequence] = count
-                budget -= count
-        if not preempted:  # who was just preempted would only be preempted again
-            self._admit(chosen, budget, allowed)
-        return [ScheduledSequence(s, n) for s, n in chosen.items()]
+        now = self.clock()
+        self._step_started = (now, *self._reconfigurations())
+        plan = self._plan(now, self._allowed_variants(now))
+        if not plan.chosen and plan.allowed is not None and self.has_work():
+            # Places or blocks are held by the oldest sequence, which never loses them, while it is not its turn.
+            plan = self._plan(now, self._variants_of_the_oldest(now))
+        return [ScheduledSequence(s, n) for s, n in plan.chosen.items()]
 
-    def _allowed_variants(self) -> set[int] | None:
-        """With fewer slots than variants: those of the oldest requests, so that nobody starves. None: all."""
-        if self.num_slots >= len(self.max_model_len):
+    def _plan(self, now: float, allowed: frozenset[int] | None) -> StepPlan:
+        plan = StepPlan(self.max_num_batched_tokens, allowed)
+        self.running.sort(key=lambda s: s.rank)
+        for sequence in list(self.running):
+            if sequence.num_uncomputed == 1 and plan.budget > 0 and plan.allows(sequence):
+                self.places.grow(sequence, 1, plan)
+        limit = self.policies.budget.prefill_tokens(len(plan.chosen), plan.budget)
+        beyond, plan.budget = plan.budget - limit, limit
+        queues = PrefillQueues(plan, self.running, self.waiting)
+        self._serve_urgent(now, queues, plan)
+        self._serve_by_turns(queues, plan)
+        self.policies.fair.settle(contended=bool(queues.ready or queues.blocked))
+        plan.budget += beyond
+        return plan
+
+    def _serve_urgent(self, now: float, queues: PrefillQueues, plan: StepPlan) -> None:
+        """Requests that would miss their deadline if they waited for their turn come before it: with at most half of
+        the step, and for no more than their flow can pay back within a few turns."""
+        cost = self.policies.cost
+        reserved = plan.budget // 2
+        for sequence in sorted(queues.heads(), key=lambda s: s.deadline):
+            if sequence.ttft_target is None or sequence.num_output_tokens > 0 or not cost.ready:
+                continue
+            needed = 2 * cost.prefill_seconds(plan.left(sequence), len(plan.chosen), plan.budget)
+            late = sequence.deadline - needed < now < sequence.deadline
+            most = min(plan.left(sequence), plan.budget - reserved)
+            if late and most > 0 and self.policies.fair.may_overdraw(sequence.flow):
+                self._give(sequence, most, queues, plan)
+
+    def _serve_by_turns(self, queues: PrefillQueues, plan: StepPlan) -> None:
+        fair = self.policies.fair
+        for sequence in queues.heads():
+            fair.enter(sequence.flow)
+        for flow in [(v, t) for v, tenants in queues.ready.items() for t in tenants if queues.head((v, t)) is None]:
+            queues.drop(flow)
+        while plan.budget > 0 and queues.ready:
+            flow, most = fair.turn(queues.ready)
+            head = queues.head(flow)
+            if head is None:
+                queues.drop(flow)
+            else:
+                self._give(head, min(most, plan.left(head), plan.budget), queues, plan)
+
+    def _give(self, sequence: Sequence, most: int, queues: PrefillQueues, plan: StepPlan) -> None:
+        """Up to `most` tokens for the head of a flow, which may have to be admitted first."""
+        if sequence not in self.waiting:
+            self.places.grow(sequence, most, plan)
+        elif self.places.admit(sequence, most, plan):
+            queues.started(sequence)
+        else:
+            queues.blocked.add(sequence.flow)
+
+    # --- variants
+
+    def _allowed_variants(self, now: float) -> frozenset[int] | None:
+        """With fewer slots than variants, or a limit on the variants of a step: those that may run. None: all."""
+        slots, mix = self.policies.slots, self.policies.mix
+        if slots is None and mix is None:
             return None
-        allowed: set[int] = set()
-        for sequence in sorted(self.sequences, key=lambda s: s.arrival):
-            if len(allowed) == self.num_slots:
-                break
-            allowed.add(sequence.variant)
+        work = self._work_by_variant()
+        allowed = frozenset(work)
+        if slots is not None:
+            allowed = slots.choose(now, work)
+            self.upcoming_variants = slots.upcoming(work)
+        if mix is not None:
+            allowed &= mix.choose(now, {v: w for v, w in work.items() if v in allowed})
         return allowed
 
-    def _admit(self, chosen: dict[Sequence, int], budget: int, allowed: set[int] | None) -> None:
-        """Start waiting sequences, first come first served, while tokens, places and blocks last."""
-        postponed: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting.popleft()
-            if allowed is not None and sequence.variant not in allowed:
-                postponed.append(sequence)
-                continue
-            matched: list[int] = []
-            if sequence.request.sampling.prompt_logprobs is None:  # those need every prompt token's logits
-                matched = self.blocks.match_prefix(sequence.token_ids, sequence.salt)
-            cached = len(matched) * self.blocks.block_size
-            count = min(len(sequence.token_ids) - cached, budget)
-            missing = self.blocks.blocks_for(cached + count) - len(matched)
-            if not self._make_room(matched, missing, allowed):
-                postponed.append(sequence)
-                break
-            self.blocks.take(matched)
-            sequence.block_ids = matched + self.blocks.allocate(missing)
-            sequence.block_hashes = self._hashes(sequence, [], len(matched))
-            sequence.num_computed_tokens = cached
-            if sequence.num_preemptions == 0:
-                sequence.num_cached_tokens = cached
-                sequence.first_scheduled_time = time.monotonic()
-                self.prefix_queries[sequence.variant] += len(sequence.token_ids)
-                self.prefix_hits[sequence.variant] += cached
-            self.running.append(sequence)
-            chosen[sequence] = count
-            budget -= count
-        self.waiting.extendleft(reversed(postponed))
+    def _variants_of_the_oldest(self, now: float) -> frozenset[int]:
+        variants = list(dict.fromkeys(s.variant for s in sorted(self.sequences, key=lambda s: s.arrival)))
+        allowed = frozenset(variants)
+        for policy in (self.policies.slots, self.policies.mix):
+            if policy is not None:
+                allowed = policy.force(now, [v for v in variants if v in allowed])
+        return allowed
 
-    def _make_room(self, matched: list[int], missing: int, allowed: set[int] | None) -> bool:
-        """Whether `missing` blocks can be had; sequences whose variant has no slot now give up theirs."""
-        while not self.blocks.can_allocate(matched, missing):
-            paused = [s for s in self.running if allowed is not None and s.variant not in allowed]
-            if not paused:
-                return False
-            self._preempt(paused[-1])
-        return True
+    def _work_by_variant(self) -> dict[int, VariantWork]:
+        cost, slots = self.policies.cost, self.policies.slots
+        load = 0.0 if slots is None else slots.cost
+        work: dict[int, VariantWork] = {}
+        for sequence in self.sequences:
+            start_by = math.inf
+            if sequence.ttft_target is not None and sequence.num_output_tokens == 0:
+                start_by = sequence.deadline - load - cost.seconds(sequence.num_uncomputed, 0)
+            known = work.get(sequence.variant, VariantWork(math.inf))
+            work[sequence.variant] = VariantWork(min(known.since, sequence.arrival[0]), min(known.start_by, start_by))
+        return work
 
-    def _hashes(self, sequence: Sequence, known: list[bytes], num_blocks: int) -> list[bytes]:
-        size = self.blocks.block_size
-        hashes = list(known)
-        while len(hashes) < num_blocks:
-            start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else sequence.salt, sequence.token_ids[start : start + size]))
-        return hashes
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take back all blocks; what was computed is computed again later (or found in the prefix cache)."""
-        self.running.remove(sequence)
-        self.blocks.release(sequence.block_ids)
-        sequence.block_ids, sequence.block_hashes, sequence.num_computed_tokens = [], [], 0
-        sequence.num_preemptions += 1
-        self.preemptions[sequence.variant] += 1
-        self.waiting.appendleft(sequence)
+    # --- the end of a step
 
     def update(self, scheduled: list[ScheduledSequence], sampled: dict[str, SampledToken]) -> list[TokenOutput]:
         """Book the step's progress, append sampled tokens, and finish what is finished."""
         outputs = []
         finished = []
+        now = self.clock()
+        self._measure(scheduled, now)
         for item in scheduled:
             sequence = item.sequence
-            sequence.num_computed_tokens += item.num_tokens
-            self._remember_full_blocks(sequence)
+            self.places.advance(sequence, item.num_tokens)
+            self.tokens_served[sequence.variant] += item.num_tokens
             token = sampled.get(sequence.request_id)
             if token is None:
                 continue
             first = sequence.num_output_tokens == 0
             sequence.token_ids.append(token.token_id)
-            now = time.monotonic()
             if first:
                 sequence.first_token_time = now
+                late = sequence.ttft_target is not None and now > sequence.deadline
+                self.deadline_misses[sequence.variant] += late
             reason, stop = self._finish_reason(sequence)
             if reason is not None:
                 finished.append(sequence)
@@ -221,16 +245,20 @@ class Scheduler:
                     decode_time=now - sequence.first_token_time,
                 )
             )
+        if finished:
+            self.policies.admission.ended(len(finished))
         self._drop(finished)
         return outputs
 
-    def _remember_full_blocks(self, sequence: Sequence) -> None:
-        full = sequence.num_computed_tokens // self.blocks.block_size
-        if full > len(sequence.block_hashes):
-            start = len(sequence.block_hashes)
-            sequence.block_hashes = self._hashes(sequence, sequence.block_hashes, full)
-            for block, digest in zip(sequence.block_ids[start:full], sequence.block_hashes[start:], strict=True):
-                self.blocks.remember(block, digest)
+    def _measure(self, scheduled: list[ScheduledSequence], now: float) -> None:
+        """Tell the policies how long the step and its reconfigurations took."""
+        started, count, seconds = self._step_started
+        new_count, new_seconds = self._reconfigurations()
+        if new_count > count and self.policies.slots is not None:
+            self.policies.slots.observe((new_seconds - seconds) / (new_count - count))
+        decodes = sum(item.sequence.num_uncomputed == 1 for item in scheduled)
+        tokens = sum(item.num_tokens for item in scheduled) - decodes
+        self.policies.cost.observe(tokens, decodes, now - started - (new_seconds - seconds))
 
     def _finish_reason(self, sequence: Sequence) -> tuple[str | None, int | None]:
         sampling = sequence.request.sampling
@@ -244,20 +272,12 @@ class Scheduler:
         return None, None
 
     def _drop(self, sequences: list[Sequence]) -> None:
-        gone = set(sequences)
-        if not gone:
-            return
         for sequence in sequences:
-            self.blocks.release(sequence.block_ids)
-            sequence.block_ids = []
-        self.running = [s for s in self.running if s not in gone]
-        self.waiting = deque(s for s in self.waiting if s not in gone)
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+        self.places.leave(set(sequences))
 
     def check_integrity(self) -> None:
-        """Every held block belongs to a running sequence, and enough of them for what is computed."""
-        self.blocks.check_integrity()
-        held = [b for s in self.running for b in s.block_ids]
-        assert len(set(held)) == self.blocks.num_blocks - self.blocks.num_free
-        for sequence in self.running:
-            assert len(sequence.block_ids) * self.blocks.block_size >= sequence.num_computed_tokens
-        assert not any(s.block_ids for s in self.waiting)
+        """No block is lost, and no sequence is in two places."""
+        self.places.check_integrity()
+        assert len({id(s) for s in self.sequences}) == len(self.running) + len(self.waiting)

@@ -1,11 +1,19 @@
 """One sequence as the engine sees it while it lives. Progress is one number: `num_computed_tokens`."""
 
+import itertools
 import time
 from dataclasses import dataclass, field
 
 import torch
 
 from polymoe.engine.request import EngineRequest, TokenLogprobs
+
+Rank = tuple[int, float, float, float, int]
+
+# The deadline of a request without a target, in seconds after its arrival: whoever has a target comes first, but only
+# for so long.
+_PATIENCE = 60.0
+_numbers = itertools.count()
 
 
 @dataclass(eq=False)
@@ -18,6 +26,7 @@ class Sequence:
 
     request: EngineRequest
     salt: bytes  # root of the prefix-cache hash chain
+    ttft_target: float | None = None  # seconds, of the request's SLO class
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -29,6 +38,7 @@ class Sequence:
     first_scheduled_time: float = 0.0  # time.monotonic(), as the two below
     first_token_time: float = 0.0
     added_time: float = field(default_factory=time.monotonic)
+    number: int = field(default_factory=lambda: next(_numbers))  # tells apart what is equal otherwise
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -42,6 +52,11 @@ class Sequence:
     @property
     def variant(self) -> int:
         return self.request.variant
+
+    @property
+    def flow(self) -> tuple[int, str]:
+        """Whose share it uses: (variant, tenant)."""
+        return self.request.variant, self.request.qos.tenant
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -59,3 +74,13 @@ class Sequence:
     def arrival(self) -> tuple[float, float]:
         """Older sorts first."""
         return (self.request.arrival_time or self.added_time, self.added_time)
+
+    @property
+    def deadline(self) -> float:
+        """When the first token is due."""
+        return self.arrival[0] + (_PATIENCE if self.ttft_target is None else self.ttft_target)
+
+    @property
+    def rank(self) -> Rank:
+        """The more urgent sorts first, among the requests of one tenant for one variant."""
+        return (self.request.qos.priority, self.deadline, *self.arrival, self.number)

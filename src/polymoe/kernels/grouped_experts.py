@@ -64,7 +64,8 @@ def experts_by_group(
     top_k = physical.shape[1]
     flat = physical.reshape(-1).numpy()
     order = np.argsort(flat, kind="stable")
-    ids, starts = np.unique(flat[order], return_index=True)
+    found, starts = np.unique(flat[order], return_index=True)
+    ids = found.tolist()
     bounds = [*starts.tolist(), len(flat)]
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:

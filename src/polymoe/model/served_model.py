@@ -39,6 +39,7 @@ class ServedModel:
         device, dtype: where and in what precision everything is held and computed (weights that transformers keeps in
             float32 stay so).
         slots: rows for non-experts; fewer than variants means reconfiguration at run time.
+        staging: with fewer slots than variants, one more row for the variant that runs next.
         expert_cache_bytes: device memory for absent experts that were fetched.
         progress: called with (stage, fraction done).
     """
@@ -51,6 +52,7 @@ class ServedModel:
         slots: int,
         expert_cache_bytes: int,
         progress: Progress | None = None,
+        staging: bool = True,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         self.context = ForwardContext()
@@ -67,7 +69,10 @@ class ServedModel:
         report = progress or (lambda _stage, _fraction: None)
 
         num_variants = len(bundle.variants)
-        self.slots = Slots(min(slots, num_variants), RowMap([-1] * num_variants), self._read)
+        slots = min(slots, num_variants)
+        # With one slot less than variants a staging row would make a slot for everyone.
+        spare = int(staging and slots < num_variants)
+        self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
         names = bundle.nonexpert_names
@@ -111,8 +116,8 @@ class ServedModel:
             self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
             set_weight(self.model, name, value)
             return
-        in_slots = len(versions) > self.slots.num_slots
-        num_rows = self.slots.num_slots if in_slots else len(versions)
+        in_slots = len(versions) > self.slots.num_rows
+        num_rows = self.slots.num_rows if in_slots else len(versions)
         rows = torch.empty(num_rows, *meta.shape, device=self.device, dtype=dtype)
         self._bytes["nonexperts_own"] += rows.numel() * rows.element_size()
         if in_slots:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from polymoe.engine.client import Prompt
 from polymoe.engine.request import SamplingParams
 from polymoe.engine.tokenizer import VariantTokenizer
-from polymoe.errors import ContextLengthError, RequestError
+from polymoe.errors import ContextLengthError, OverloadedError, RequestError
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
@@ -85,7 +85,13 @@ async def _answer(
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
-    stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "")
+    try:
+        stream = await state.client.submit(
+            request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "", qos=body.qos
+        )
+    except OverloadedError:
+        state.metrics.rejected.labels(body.model).inc()
+        raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
     num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
     timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n)

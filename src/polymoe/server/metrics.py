@@ -31,6 +31,7 @@ class Metrics:
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens taken in.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.rejected = counter("polymoe:requests_rejected", "Requests refused with 429.")
         self.success = counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
         self.first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
         self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Token to token.", _BETWEEN_TOKENS)
@@ -43,7 +44,7 @@ class Metrics:
         """All series of all variants exist from then on, at zero. Idempotent."""
         self._engine.info = info
         for variant in info.variants:
-            for counter in (self.prompt_tokens, self.generation_tokens):
+            for counter in (self.prompt_tokens, self.generation_tokens, self.rejected):
                 counter.labels(variant.name)
             for reason in ("stop", "length", "abort"):
                 self.success.labels(variant.name, reason)
@@ -135,6 +136,8 @@ class _EngineCollector(Collector):
             ("vllm:num_preemptions", "Sequences put back for want of KV blocks.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
+            ("polymoe:tokens_served", "Tokens computed, of prompts and answers.", stats.tokens_served),
+            ("polymoe:deadline_misses", "First tokens later than their SLO class says.", stats.deadline_misses),
         ):
             yield per_variant(name, text, values, counter)
         for name, text, value in (

@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from polymoe.engine.request import MAX_LOGPROBS, MAX_N, MAX_STOP_CHARS, MAX_STOPS, SamplingParams
+from polymoe.engine.request import (
+    DEFAULT_SLO_CLASS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_PRIORITY,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    QoS,
+    SamplingParams,
+)
 from polymoe.errors import RequestError
 
 MAX_PROMPTS = 256
@@ -82,7 +91,6 @@ class Ignored(Strict):
     safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None
-    user: str | None = None
 
 
 class StreamOptions(Strict):
@@ -116,6 +124,9 @@ class GenerationRequest(Ignored):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, max_length=256)
+    user: str | None = Field(None, max_length=512)
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    slo_class: str | None = Field(None, min_length=1, max_length=64)
 
     @model_validator(mode="after")
     def check_stream_options(self) -> "GenerationRequest":
@@ -132,6 +143,11 @@ class GenerationRequest(Ignored):
         return (
             self.include_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
         )
+
+    @property
+    def qos(self) -> QoS:
+        """`user` is the tenant: OpenAI's name for the end user on whose behalf a client asks."""
+        return QoS(tenant=self.user or "", priority=self.priority or 0, slo_class=self.slo_class or DEFAULT_SLO_CLASS)
 
     def sampling(
         self, defaults: Mapping[str, float], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None

@@ -1,0 +1,129 @@
+"""From checkpoints to the systems that are compared: bundles planned once and kept, options of each engine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+
+from polymoe.bench.machine import available_cores, available_memory, split_cores
+from polymoe.bench.partition import PartitionSystem
+from polymoe.bench.swap import SwapSystem
+from polymoe.bench.systems import SYSTEMS, EngineSystem, System
+from polymoe.config import EngineConfig, format_bytes
+from polymoe.errors import PolymoeError
+from polymoe.offline.bundle import Bundle
+from polymoe.offline.cache import plan_cached
+
+# What a process holds beside weights and KV cache (interpreter, torch, transformers, activations), in bytes.
+_PROCESS_BYTES = 700 << 20
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes systems that differ in nothing but what their names say.
+
+    `checkpoints`: variant -> folder. `root`: where bundles are kept. `memory`: budget of the bundle of all variants.
+    """
+
+    checkpoints: Mapping[str, Path]
+    root: Path
+    memory: str = "1.0x"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = None
+    kv_cache_bytes: int = 256 << 20
+    max_num_seqs: int = 64
+
+    @property
+    def variants(self) -> list[str]:
+        return list(self.checkpoints)
+
+    def shared_bundle(self) -> Bundle:
+        """The bundle of all variants, policy `paper`."""
+        return self._bundle(self.variants, "paper", self.memory)
+
+    def system(self, name: str) -> System:
+        """A system of `SYSTEMS`, not started yet."""
+        if name == "swap":
+            bundles = {v: self._bundle([v], "separate", None) for v in self.variants}
+            sizes = {v: sum(b.resident_bytes.values()) for v, b in bundles.items()}
+            return SwapSystem({v: self._config(b) for v, b in bundles.items()}, sizes)
+        if name == "partition":
+            return self._partition()
+        config = self._config(self.shared_bundle())
+        if name == "per-variant":
+            config = msgspec.structs.replace(config, max_variants_per_step=1)
+        elif name == "reconfigure":
+            config = msgspec.structs.replace(config, slots=1)
+        elif name == "paper":
+            config = msgspec.structs.replace(
+                config, slots=1, max_num_seqs=1, expert_cache_bytes=0, enable_prefix_caching=False
+            )
+        return EngineSystem(config, self.variants[0] if name == "single" else None)
+
+    def check_memory(self, names: Sequence[str]) -> None:
+        """All systems are loaded at once. Raises `PolymoeError` when that would not fit this machine."""
+        available = available_memory()
+        needed = sum(self._bytes_of(name) for name in names)
+        if available is not None and needed > available:
+            raise PolymoeError(
+                f"these {len(names)} systems need about {format_bytes(needed)} at the same time and "
+                f"{format_bytes(available)} are free; choose fewer with --systems."
+            )
+
+    def _bytes_of(self, name: str) -> int:
+        if name == "partition":
+            share = sum(self.shared_bundle().resident_bytes.values())
+            return share + self.kv_cache_bytes + len(self.variants) * _PROCESS_BYTES
+        bundle = self._bundle(self.variants[:1], "separate", None) if name == "swap" else self.shared_bundle()
+        return sum(bundle.resident_bytes.values()) + self.kv_cache_bytes + _PROCESS_BYTES
+
+    def _partition(self) -> PartitionSystem:
+        count = len(self.variants)
+        share = sum(self.shared_bundle().resident_bytes.values()) // count
+        configs = {}
+        for variant in self.variants:
+            bundle = self._bundle([variant], "separate", str(share))
+            configs[variant] = msgspec.structs.replace(
+                self._config(bundle),
+                kv_cache_bytes=self.kv_cache_bytes // count,
+                expert_cache_bytes=share - sum(bundle.resident_bytes.values()),
+            )
+        return PartitionSystem(configs, split_cores(available_cores()[: self.threads], count))
+
+    def _config(self, bundle: Bundle) -> EngineConfig:
+        return EngineConfig(
+            bundle=str(bundle.path),
+            device=self.device,
+            dtype=self.dtype,
+            num_threads=self.threads,
+            kv_cache_bytes=self.kv_cache_bytes,
+            max_num_seqs=self.max_num_seqs,
+            max_waiting=1 << 20,  # an open loop may pile up requests; none is refused
+        )
+
+    def _bundle(self, variants: Sequence[str], policy: str, memory: str | None) -> Bundle:
+        specs = [f"{variant}={self.checkpoints[variant]}" for variant in variants]
+        return Bundle.open(plan_cached(specs, policy, memory, self.root))
+
+
+def check_systems(names: Sequence[str]) -> list[str]:
+    """The names, each once. Raises `PolymoeError` for one that does not exist."""
+    chosen = list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in SYSTEMS]
+    if unknown or not chosen:
+        raise PolymoeError(f"unknown system {', '.join(unknown) or '(none)'}; there are {', '.join(SYSTEMS)}.")
+    return chosen
+
+
+def build_systems(builder: Builder, names: Sequence[str], console: Console) -> dict[str, System]:
+    """Plan what is missing. Raises `PolymoeError` for too little memory or a family that cannot be served."""
+    systems = {}
+    for name in names:
+        with console.status(f"planning {name}"):
+            systems[name] = builder.system(name)
+    builder.check_memory(names)
+    return systems

@@ -1,0 +1,71 @@
+"""Whether a request is taken: by the length of the queue, and by the time to first token that it would see."""
+
+import math
+from collections.abc import Callable
+
+from polymoe.engine.outlook import Outlook
+from polymoe.engine.step_cost import StepCost
+from polymoe.errors import OverloadedError
+
+_SMOOTHING = 0.05  # weight of the newest interval between two ends of sequences
+
+
+def has_room(limit: int, total: int, own: int, share: float) -> bool:
+    """Whether one more fits into a queue of `limit`. Beyond it a variant may still fill its own `share` (0 to 1) of
+    the limit, so that the queue of one variant never shuts the others out; the queue stays below twice the limit.
+
+    Args:
+        total: entries in the queue, `own` of them of the variant that asks.
+    """
+    return total < limit or own < math.floor(limit * share)
+
+
+class AdmissionControl:
+    """Predicts times to first token and refuses what would be too late.
+
+    Args:
+        factor: a request is refused when the prediction exceeds this many times its target. None: never.
+        clock: seconds.
+    """
+
+    def __init__(self, cost: StepCost, factor: float | None, clock: Callable[[], float]) -> None:
+        self._cost, self._factor, self._clock = cost, factor, clock
+        self._last_end = clock()
+        self._interval = 0.0  # seconds between two ends of sequences while there is work
+
+    def started(self) -> None:
+        """The engine was idle until now: the pause says nothing about how fast sequences end."""
+        self._last_end = self._clock()
+
+    def ended(self, count: int) -> None:
+        """`count` sequences have just ended and left their places."""
+        now = self._clock()
+        sample = (now - self._last_end) / count
+        weight = 1 - (1 - _SMOOTHING) ** count
+        self._interval += (weight if self._interval > 0 else 1.0) * (sample - self._interval)
+        self._last_end = now
+
+    def predict(self, outlook: Outlook) -> float:
+        """Seconds to the first token under fair sharing: everything of its own flow that comes before it, and of each
+        other flow as much as that one is served meanwhile; and the places that must become free for them."""
+        own = outlook.own
+        tokens, sequences = own.tokens, own.sequences
+        for other in outlook.others:
+            part = other.while_serving(own.tokens, own.weight)
+            tokens += part * other.tokens
+            sequences += part * other.sequences
+        prefill = self._cost.prefill_seconds(tokens, outlook.decodes, outlook.step_tokens)
+        places = 0.0 if outlook.free_places is None else max(0.0, sequences - outlook.free_places) * self._interval
+        return max(prefill, places) + outlook.switch
+
+    def check(self, target: float | None, outlook: Callable[[], Outlook]) -> None:
+        """Raises `OverloadedError` for a request with a target (seconds) that it would miss by too much."""
+        if target is None or self._factor is None or not self._cost.ready:
+            return
+        limit, predicted = self._factor * target, self.predict(outlook())
+        if predicted > limit:
+            raise OverloadedError(
+                f"The first token would take about {predicted:.1f} s, which is too long for the request's SLO class "
+                f"({target:g} s); try again later or use a slower class.",
+                retry_after=max(1.0, predicted - limit),
+            )

@@ -1,0 +1,172 @@
+"""Places in the batch and blocks of the KV cache: who gets them, and who gives way when there are no more.
+
+Idle ones are anybody's. When they run out, variants that hold clearly more than their share give way first, then
+whoever is least urgent, but never the oldest sequence of all: it keeps what it has and finishes, so that every sequence
+finishes one day.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+from polymoe.engine.block_manager import BlockManager
+from polymoe.engine.fair_share import FairShare
+from polymoe.engine.sequence import Sequence
+from polymoe.engine.sequence_blocks import SequenceBlocks
+from polymoe.engine.step_plan import StepPlan
+from polymoe.engine.waiting_queue import WaitingQueue
+
+
+class Places:
+    """The running sequences and their blocks.
+
+    Args:
+        waiting: where new ones come from and where those go that give way.
+        max_num_seqs: places.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        waiting: WaitingQueue,
+        fair: FairShare,
+        max_num_seqs: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.blocks, self.max_num_seqs = blocks, max_num_seqs
+        self.running: list[Sequence] = []
+        # Since the start, a variant each: tokens looked up in and found in the prefix cache, sequences put back.
+        self.prefix_queries = [0] * len(fair.weights)
+        self.prefix_hits = [0] * len(fair.weights)
+        self.preemptions = [0] * len(fair.weights)
+        self._waiting, self._fair, self._clock = waiting, fair, clock
+        self._memory = SequenceBlocks(blocks)
+
+    def grow(self, sequence: Sequence, count: int, plan: StepPlan) -> None:
+        """Give a running sequence `count` tokens more. When blocks run out the least urgent sequences give way, those
+        of a variant that holds far too many first; it may be this one."""
+        if sequence in plan.preempted:
+            return
+        num_tokens = sequence.num_computed_tokens + plan.chosen.get(sequence, 0) + count
+        missing = self._memory.missing(sequence, num_tokens)
+        while not self.blocks.can_allocate([], missing):
+            held = self._held_blocks()
+            over = self._fair.furthest_over(held, set(held), self.blocks.num_blocks)
+            victim = self._least_urgent(lambda s, over=over: over in (None, s.variant))  # type: ignore[misc]
+            victim = victim or self._least_urgent(lambda _: True)
+            assert victim is not None, "one sequence always fits"
+            self._preempt(victim, plan)
+            plan.pressed = True
+            if victim is sequence:
+                return
+        self._memory.grow(sequence, num_tokens)
+        self._book(sequence, count, plan)
+
+    def admit(self, sequence: Sequence, most: int, plan: StepPlan) -> bool:
+        """Start a waiting sequence with up to `most` tokens, if there is a place and there are blocks for it."""
+        if sequence in plan.preempted or not self._has_place(sequence, plan):
+            return False
+        matched = self._memory.known_prefix(sequence)
+        cached = len(matched) * self.blocks.block_size
+        count = min(len(sequence.token_ids) - cached, most)
+        if not self._has_blocks(sequence, matched, self.blocks.blocks_for(cached + count) - len(matched), plan):
+            return False
+        self._waiting.remove(sequence)
+        self._memory.start(sequence, matched, cached + count)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = cached
+            sequence.first_scheduled_time = self._clock()
+            self.prefix_queries[sequence.variant] += len(sequence.token_ids)
+            self.prefix_hits[sequence.variant] += cached
+        self.running.append(sequence)
+        self._book(sequence, count, plan)
+        return True
+
+    def _book(self, sequence: Sequence, count: int, plan: StepPlan) -> None:
+        plan.give(sequence, count)
+        self._fair.charge(sequence.flow, count)
+
+    def _has_place(self, sequence: Sequence, plan: StepPlan) -> bool:
+        if len(self.running) < self.max_num_seqs:
+            return True
+        held = Counter(s.variant for s in self.running)
+        victim = self._overdrawn(sequence.variant, held, 1, self.max_num_seqs)
+        if victim is None and not any(plan.allows(s) for s in self.running):
+            victim = self._least_urgent(lambda _: True)
+        if victim is not None:
+            self._preempt(victim, plan)
+        return victim is not None
+
+    def _has_blocks(self, sequence: Sequence, matched: list[int], missing: int, plan: StepPlan) -> bool:
+        """Whether `missing` blocks can be had. Sequences whose variant has no slot now give up theirs, then those of
+        a variant above its share. A step that had to preempt admits only who is entitled to it: whoever was just
+        preempted would only be preempted again."""
+        while plan.pressed or not self.blocks.can_allocate(matched, missing):
+            victim = self._least_urgent(lambda s: not plan.allows(s))
+            victim = victim or self._overdrawn(sequence.variant, self._held_blocks(), missing, self.blocks.num_blocks)
+            if victim is None:
+                return False
+            if self.blocks.can_allocate(matched, missing):
+                return True
+            self._preempt(victim, plan)
+        return True
+
+    def _held_blocks(self) -> Counter[int]:
+        held: Counter[int] = Counter()
+        for sequence in self.running:
+            held[sequence.variant] += len(sequence.block_ids)
+        return held
+
+    def _overdrawn(self, variant: int, held: Counter[int], needed: int, capacity: int) -> Sequence | None:
+        """Who gives way so that `variant` gets its share: the least urgent of the variant furthest above its own."""
+        fair = self._fair
+        active = set(held) | {v for v, _ in self._waiting.flows()}
+        if held[variant] + needed > fair.share(variant, active, capacity):
+            return None
+        over = fair.furthest_over(held, active, capacity)
+        return None if over in (None, variant) else self._least_urgent(lambda s: s.variant == over)
+
+    def _least_urgent(self, may: Callable[[Sequence], bool]) -> Sequence | None:
+        """Of the running sequences that `may` give way. Never the oldest of all, so that one always finishes."""
+        candidates = [s for s in self.running if may(s)]
+        if not candidates:
+            return None
+        oldest = min((*self.running, *self._waiting), key=lambda s: s.arrival)
+        return max((s for s in candidates if s is not oldest), key=lambda s: s.rank, default=None)
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self.running.remove(sequence)
+        self._memory.release(sequence)
+        sequence.num_preemptions += 1
+        self.preemptions[sequence.variant] += 1
+        self._waiting.add(sequence)
+        self._fair.charge(sequence.flow, -plan.take_back(sequence))
+
+    def advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """The keys and values of so many more tokens are computed."""
+        sequence.num_computed_tokens += num_tokens
+        self._memory.remember_full(sequence)
+
+    def leave(self, sequences: set[Sequence]) -> None:
+        """These have ended; those of them that run free their blocks."""
+        for sequence in self.running:
+            if sequence in sequences:
+                self._memory.release(sequence)
+        self.running = [s for s in self.running if s not in sequences]
+
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that the prefix cache holds now."""
+        return len(self._memory.known_prefix(sequence)) * self.blocks.block_size
+
+    def is_entitled(self, variant: int) -> bool:
+        """Whether the variant holds less than its share of the places, so that it gets one when it wants it."""
+        held = Counter(s.variant for s in self.running)
+        return held[variant] + 1 <= self._fair.share(variant, set(held), self.max_num_seqs)
+
+    def check_integrity(self) -> None:
+        """Every held block belongs to a running sequence, and enough of them for what is computed."""
+        self.blocks.check_integrity()
+        held = [b for s in self.running for b in s.block_ids]
+        assert len(set(held)) == self.blocks.num_blocks - self.blocks.num_free
+        for sequence in self.running:
+            assert len(sequence.block_ids) * self.blocks.block_size >= sequence.num_computed_tokens
+        assert not any(s.block_ids for s in self._waiting)
