@@ -194,7 +194,7 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """One pass: every output is a token that is new since the last step."""
         scheduled = self.scheduler.schedule()
-        sampled = self.runner.run(scheduled)
+        sampled = self.runner.run(scheduled, self.scheduler.upcoming_variants)
         return self.scheduler.update(scheduled, sampled)
 
     def prompt_logits(self, prompts: list[tuple[int, list[int]]]) -> list[torch.Tensor]:

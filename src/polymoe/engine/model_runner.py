@@ -1,5 +1,6 @@
 """Turns a schedule into tensors, runs the model, and samples. The only part of a step that touches the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,15 @@ class ModelRunner:
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence]) -> dict[str, SampledToken]:
-        """Compute the scheduled tokens; request id -> new token for the sequences that reached their end."""
+    def run(self, scheduled: list[ScheduledSequence], upcoming: Sequence[int] = ()) -> dict[str, SampledToken]:
+        """Compute the scheduled tokens; request id -> new token for the sequences that reached their end.
+
+        `upcoming`: variants that wait for a slot, the next one first; it is loaded beside the computation.
+        """
         if not scheduled:
             return {}
         step = self.prepare(scheduled)
-        logits = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows)
+        logits = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows, upcoming)
         return self._sample(step, self.mask_missing_tokens(logits, step.batch))
 
     @torch.inference_mode()

@@ -3,7 +3,7 @@
 skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, experts in the pool, cache in attention
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -161,13 +161,19 @@ class ServedModel:
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: ForwardBatch, sampled_rows: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: ForwardBatch,
+        sampled_rows: torch.Tensor,
+        upcoming: Sequence[int] = (),
     ) -> torch.Tensor:
         """One pass over a flattened batch.
 
         Args:
             input_ids, positions: `[T]` int64.
             sampled_rows: `[R]` int64, the rows whose logits are wanted, ascending.
+            upcoming: variants that wait for a slot; the first is copied to the staging row beside the computation.
 
         Returns: logits `[R, vocabulary of the largest variant]`, in the model's dtype.
         """
@@ -176,6 +182,8 @@ class ServedModel:
         present = {variant for variant, _, _ in batch.tokens.spans}
         if self.slots.num_slots < len(self.bundle.variants):
             self.slots.ensure(present)
+            if upcoming:
+                self.slots.prefetch(upcoming[0])
         self.context.set(batch)
         options = {"logits_to_keep": sampled_rows} if self._keeps_rows else {}
         output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
