@@ -121,28 +121,30 @@ class PagedAttention:
             sinks = sinks.per_token(num_tokens)
         elif sinks is not None:
             sinks = sinks.expand(num_tokens, -1)
+        if not batch.prefill_seqs:  # the sequences' single tokens are all rows, in order
+            return self._decode(layer, batch, query.transpose(0, 1).contiguous(), window, sinks, **options)
         out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
         if batch.decode_rows is not None:
-            self._decode(layer, batch, query, window, sinks, out, **options)
+            rows = batch.decode_rows
+            own_sinks = None if sinks is None else sinks[rows]
+            out[rows] = self._decode(layer, batch, query.transpose(0, 1)[rows], window, own_sinks, **options)
         for index in batch.prefill_seqs:
             self._prefill(layer, batch, index, query, window, sinks, out, **options)
         return out
 
     def _decode(
-        self, layer: int, batch: AttentionBatch, query: torch.Tensor, window: int | None, sinks: Any, out: torch.Tensor,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        """All sequences with one query token, as one padded batch."""
-        rows, table, lens = batch.decode_rows, batch.decode_table, batch.decode_lens
-        assert rows is not None
+        self, layer: int, batch: AttentionBatch, query: torch.Tensor, window: int | None, sinks: Any, **options: Any
+    ) -> torch.Tensor:
+        """All sequences with one query token: `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`."""
+        table, lens = batch.decode_table, batch.decode_lens
         assert table is not None
         assert lens is not None
         if sinks is None and options.get("softcap") is None:
             caches = self.cache.key[layer], self.cache.value[layer]
-            fast = paged_decode(query.transpose(0, 1)[rows], *caches, table, lens, options["scaling"], window)
+            fast = paged_decode(query, *caches, table, lens, options["scaling"], window)
             if fast is not None:
-                out[rows] = fast
-                return
+                return fast
+        # One padded batch.
         keys, values = self.cache.gather(layer, table)
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]
@@ -150,11 +152,8 @@ class PagedAttention:
             gathered.masked_fill_(~visible[..., None, None], 0)
         if window is not None:
             visible &= positions >= (lens - window)[:, None]
-        q = query[:, rows].transpose(0, 1)[:, :, None]  # [D, Hq, 1, D]
-        result = attend(
-            q, keys, values, visible[:, None], sinks=None if sinks is None else sinks[rows, :, None], **options
-        )
-        out[rows] = result[:, :, 0]
+        own_sinks = None if sinks is None else sinks[:, :, None]
+        return attend(query[:, :, None], keys, values, visible[:, None], sinks=own_sinks, **options)[:, :, 0]
 
     def _prefill(
         self, layer: int, batch: AttentionBatch, index: int, query: torch.Tensor, window: int | None, sinks: Any,
