@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 
-.PHONY: install dev demo test lint types tests format family architectures clean
+.PHONY: install dev demo test lint types tests format bench compare family architectures clean
 
 # What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +40,14 @@ tests: dev
 format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The benchmarks of docs/benchmarks.md; options in BENCH, for example make bench BENCH="--shape tiny".
+bench: install
+	$(BIN)/polymoe bench throughput $(BENCH)
+
+# polymoe beside vLLM on the CPU (installed in .venv-vllm) and transformers' generate; options in COMPARE.
+compare: install
+	$(BIN)/python benchmarks/compare/run.py $(COMPARE)
 
 # Train the demo family again (about an hour on 4 cores) from a folder of texts; see src/polymoe/demo/MODEL_CARD.md.
 family: dev

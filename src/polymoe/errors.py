@@ -1,17 +1,17 @@
 """Every error polymoe raises on purpose. Each message says what is wrong and what to do about it.
 
-    PolymoeError
-    ├── CheckpointError               a checkpoint cannot be read: missing, pickle, truncated, left-over tensors
-    │   └── UnsupportedModelError     its architecture cannot be served; the message names the reason
-    ├── FamilyError                   the checkpoints do not form one family
-    ├── PlanError                     no plan fits what was asked (a budget below the minimum, too little disk)
-    ├── BundleError                   not a bundle, an unfinished one, a damaged one or one of another version
-    ├── ConfigError                   an option of the engine or the server is out of range
-    ├── RequestError                  a request is wrong: `status`, `param` and `code` become the HTTP error body
-    │   ├── UnknownVariantError       404 model_not_found
-    │   ├── ContextLengthError        400 context_length_exceeded
-    │   └── OverloadedError           429, with the seconds to wait
-    └── EngineDeadError               the engine process ended; the server answers 503
+PolymoeError
+├── CheckpointError               a checkpoint cannot be read: missing, pickle, truncated, left-over tensors
+│   └── UnsupportedModelError     its architecture cannot be served; the message names the reason
+├── FamilyError                   the checkpoints do not form one family
+├── PlanError                     no plan fits what was asked (a budget below the minimum, too little disk)
+├── BundleError                   not a bundle, an unfinished one, a damaged one or one of another version
+├── ConfigError                   an option of the engine or the server is out of range
+├── RequestError                  a request is wrong: `status`, `param` and `code` become the HTTP error body
+│   ├── UnknownVariantError       404 model_not_found
+│   ├── ContextLengthError        400 context_length_exceeded
+│   └── OverloadedError           429, with the seconds to wait
+└── EngineDeadError               the engine process ended; the server answers 503
 """
 
 

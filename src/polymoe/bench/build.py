@@ -60,7 +60,7 @@ class Builder:
             config = msgspec.structs.replace(config, slots=1)
         elif name == "paper":
             config = msgspec.structs.replace(
-                config, slots=1, max_num_seqs=1, expert_cache_bytes=0, enable_prefix_caching=False
+                config, slots=1, prefetch=False, max_num_seqs=1, expert_cache_bytes=0, enable_prefix_caching=False
             )
         return EngineSystem(config, self.variants[0] if name == "single" else None)
 
@@ -103,6 +103,7 @@ class Builder:
             kv_cache_bytes=self.kv_cache_bytes,
             max_num_seqs=self.max_num_seqs,
             max_waiting=1 << 20,  # an open loop may pile up requests; none is refused
+            admission_factor=None,
         )
 
     def _bundle(self, variants: Sequence[str], policy: str, memory: str | None) -> Bundle:

@@ -8,13 +8,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from polymoe.bench.report import seconds
 
 _COLOURS = {
     "mixed": "#0f766e",
-    "single": "#94a3b8",
+    "single": "#64748b",
     "per-variant": "#4f86c6",
     "reconfigure": "#7c5cbf",
     "paper": "#d97706",
@@ -94,7 +94,8 @@ def rate_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.plot(
                     rates, [f["output_tokens_per_s"] for f in found], label=name, color=_COLOURS[name],
                     marker=_MARKERS[name], markersize=5, linewidth=2.4 if name == "mixed" else 1.5,
-                    linestyle="--" if name == "single" else "-", zorder=3 if name == "mixed" else 2,
+                    linestyle="--" if name == "single" else "-", zorder={"mixed": 3, "single": 4}.get(name, 2),
+                    markerfacecolor="white" if name == "single" else _COLOURS[name],
                 )  # fmt: skip
                 axes.fill_between(
                     rates, [f["output_tokens_per_s_min"] for f in found], [f["output_tokens_per_s_max"] for f in found],
@@ -124,7 +125,7 @@ def latency_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
                 _grouped_bars(axes, group, kind)
                 about = "" if lengths == "trace" else f", {lengths.replace(':', ' tokens in, ')} out"
                 axes.set_title(f"{title}{about}")
-        grid[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        grid[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="bar: mean\ntick: 95th percentile")
         figure.savefig(path)
         plt.close(figure)
 
@@ -166,8 +167,10 @@ def _grouped_bars(axes: Any, group: Sequence[Mapping[str, Any]], kind: str) -> N
         axes.plot(places, [f["p95"] for f in found], linestyle="", marker="_", markersize=7, color="0.25", zorder=3)
     rates = ["trace" if p["rate_per_variant"] is None else f"{p['rate_per_variant']:.3g}" for p in group]
     axes.set_xticks(range(len(group)), rates)
-    axes.set_xlabel("arrival rate, requests per second and variant (bar: mean, tick: 95th percentile)")
+    axes.set_xlabel("arrival rate, requests per second and variant")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: seconds(y)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", visible=False)
     axes.tick_params(length=0, which="both")

@@ -164,6 +164,10 @@ async def _run_points(session: Session, plan: QosPlan, points: list[Point], prog
     floods = 1 if plan.flood is None else 2
     runs = progress.add_task("runs", total=plan.repeats * len(points) * len(plan.systems) * floods)
     requests = progress.add_task("")
+    seconds = sum(max(a[-1].at, p.duration or 0.0) for p in points for a in (*p.arrivals, *(p.flooded or ())))
+    session.console.print(
+        f"Requests arrive for {seconds * len(plan.systems) / 60:.1f} minutes in all.", highlight=False
+    )
 
     async def measure(name: str, point: Point, arrivals: list[Arrival], repeat: int, what: str) -> tuple[Run, Summary]:
         at = "trace" if point.rate is None else f"{point.rate:.3g}/s a variant"

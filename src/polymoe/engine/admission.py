@@ -7,7 +7,7 @@ from polymoe.engine.outlook import Outlook
 from polymoe.engine.step_cost import StepCost
 from polymoe.errors import OverloadedError
 
-_SMOOTHING = 0.05  # weight of the newest interval between two ends of sequences
+_SMOOTHING = 0.02  # weight of the newest interval between two ends of sequences
 
 
 def has_room(limit: int, total: int, own: int, share: float) -> bool:
@@ -55,7 +55,7 @@ class AdmissionControl:
             tokens += part * other.tokens
             sequences += part * other.sequences
         prefill = self._cost.prefill_seconds(tokens, outlook.decodes, outlook.step_tokens)
-        places = 0.0 if outlook.free_places is None else max(0.0, sequences - outlook.free_places) * self._interval
+        places = max(0.0, sequences - outlook.places) * self._interval
         return max(prefill, places) + outlook.switch
 
     def check(self, target: float | None, outlook: Callable[[], Outlook]) -> None:

@@ -36,7 +36,7 @@ class Outlook:
         others: the other flows.
         decodes: sequences that decode now.
         step_tokens: prompt tokens that one step takes.
-        free_places: in the batch; None if the request's variant is entitled to one at once.
+        places: in the batch, that are free or that the request's variant is entitled to.
         switch: seconds until its variant has a slot.
     """
 
@@ -44,7 +44,7 @@ class Outlook:
     others: Iterable[Backlog]
     decodes: int
     step_tokens: int
-    free_places: int | None
+    places: float
     switch: float = 0.0
 
 
@@ -75,6 +75,6 @@ def look_out(
         others=[backlog(flow, *waiting.backlog(flow)) for flow in flows - {sequence.flow}],
         decodes=decodes,
         step_tokens=policies.budget.prefill_tokens(decodes, max_num_batched_tokens - decodes),
-        free_places=None if places.is_entitled(sequence.variant) else places.max_num_seqs - len(running),
+        places=places.available(sequence.variant),
         switch=0.0 if policies.slots is None else policies.slots.wait(now, sequence.variant),
     )

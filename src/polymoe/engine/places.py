@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from polymoe.engine.block_manager import BlockManager
-from polymoe.engine.fair_share import FairShare
+from polymoe.engine.fair_share import FairShare, Flow
 from polymoe.engine.sequence import Sequence
 from polymoe.engine.sequence_blocks import SequenceBlocks
 from polymoe.engine.step_plan import StepPlan
@@ -49,8 +49,8 @@ class Places:
         num_tokens = sequence.num_computed_tokens + plan.chosen.get(sequence, 0) + count
         missing = self._memory.missing(sequence, num_tokens)
         while not self.blocks.can_allocate([], missing):
-            held = self._held_blocks()
-            over = self._fair.furthest_over(held, set(held), self.blocks.num_blocks)
+            held = _by_variant(self._held_blocks())
+            over = self._fair.furthest_over(held, held.keys(), self.blocks.num_blocks)
             victim = self._least_urgent(lambda s, over=over: over in (None, s.variant))  # type: ignore[misc]
             victim = victim or self._least_urgent(lambda _: True)
             assert victim is not None, "one sequence always fits"
@@ -88,21 +88,19 @@ class Places:
     def _has_place(self, sequence: Sequence, plan: StepPlan) -> bool:
         if len(self.running) < self.max_num_seqs:
             return True
-        held = Counter(s.variant for s in self.running)
-        victim = self._overdrawn(sequence.variant, held, 1, self.max_num_seqs)
-        if victim is None and not any(plan.allows(s) for s in self.running):
-            victim = self._least_urgent(lambda _: True)
+        victim = self._overdrawn(sequence.flow, self._held_places(), 1, self.max_num_seqs)
         if victim is not None:
             self._preempt(victim, plan)
         return victim is not None
 
     def _has_blocks(self, sequence: Sequence, matched: list[int], missing: int, plan: StepPlan) -> bool:
-        """Whether `missing` blocks can be had. Sequences whose variant has no slot now give up theirs, then those of
-        a variant above its share. A step that had to preempt admits only who is entitled to it: whoever was just
-        preempted would only be preempted again."""
+        """Whether `missing` blocks can be had. Sequences of a variant above its share give up theirs, or, rather than
+        that nothing runs, those whose variant has its turn later. A step that had to preempt admits only who is
+        entitled to it: whoever was just preempted would only be preempted again."""
         while plan.pressed or not self.blocks.can_allocate(matched, missing):
-            victim = self._least_urgent(lambda s: not plan.allows(s))
-            victim = victim or self._overdrawn(sequence.variant, self._held_blocks(), missing, self.blocks.num_blocks)
+            victim = self._overdrawn(sequence.flow, self._held_blocks(), missing, self.blocks.num_blocks)
+            if victim is None and not plan.chosen:
+                victim = self._least_urgent(lambda s: not plan.allows(s))
             if victim is None:
                 return False
             if self.blocks.can_allocate(matched, missing):
@@ -110,20 +108,31 @@ class Places:
             self._preempt(victim, plan)
         return True
 
-    def _held_blocks(self) -> Counter[int]:
-        held: Counter[int] = Counter()
+    def _held_places(self) -> Counter[Flow]:
+        return Counter(s.flow for s in self.running)
+
+    def _held_blocks(self) -> Counter[Flow]:
+        held: Counter[Flow] = Counter()
         for sequence in self.running:
-            held[sequence.variant] += len(sequence.block_ids)
+            held[sequence.flow] += len(sequence.block_ids)
         return held
 
-    def _overdrawn(self, variant: int, held: Counter[int], needed: int, capacity: int) -> Sequence | None:
-        """Who gives way so that `variant` gets its share: the least urgent of the variant furthest above its own."""
+    def _overdrawn(self, flow: Flow, held: Counter[Flow], needed: int, capacity: int) -> Sequence | None:
+        """Who gives way so that a flow gets its share: the least urgent of the variant furthest above its own, or of
+        the tenant that holds most of the flow's own variant."""
         fair = self._fair
-        active = set(held) | {v for v, _ in self._waiting.flows()}
-        if held[variant] + needed > fair.share(variant, active, capacity):
-            return None
-        over = fair.furthest_over(held, active, capacity)
-        return None if over in (None, variant) else self._least_urgent(lambda s: s.variant == over)
+        variant, tenant = flow
+        by_variant = _by_variant(held)
+        waiting = self._waiting.flows()
+        active = by_variant.keys() | {v for v, _ in waiting}
+        if by_variant[variant] + needed <= fair.entitlement(variant, active, capacity):
+            over = fair.furthest_over(by_variant, active, capacity)
+            if over not in (None, variant):
+                return self._least_urgent(lambda s: s.variant == over)
+        by_tenant = {t: count for (v, t), count in held.items() if v == variant}
+        tenants = by_tenant.keys() | {t for v, t in waiting if v == variant}
+        largest = fair.largest_tenant(by_tenant, tenants, tenant, needed)
+        return None if largest is None else self._least_urgent(lambda s: s.flow == (variant, largest))
 
     def _least_urgent(self, may: Callable[[Sequence], bool]) -> Sequence | None:
         """Of the running sequences that `may` give way. Never the oldest of all, so that one always finishes."""
@@ -157,10 +166,21 @@ class Places:
         """Tokens of a waiting sequence that the prefix cache holds now."""
         return len(self._memory.known_prefix(sequence)) * self.blocks.block_size
 
-    def is_entitled(self, variant: int) -> bool:
-        """Whether the variant holds less than its share of the places, so that it gets one when it wants it."""
-        held = Counter(s.variant for s in self.running)
-        return held[variant] + 1 <= self._fair.share(variant, set(held), self.max_num_seqs)
+    def available(self, variant: int) -> float:
+        """Places that the variant can have at once: those that are free, or those that it is still entitled to."""
+        held = _by_variant(self._held_places())
+        entitled = self._fair.entitlement(variant, held.keys(), self.max_num_seqs) - held[variant]
+        return max(self.max_num_seqs - len(self.running), entitled if len(held.keys() | {variant}) > 1 else 0.0)
+
+    def can_run(self, flow: Flow) -> bool:
+        """Whether a step of this flow's variant would do anything: otherwise its turn would be wasted, or others would
+        lose what they computed for it."""
+        places = self._held_places()
+        if any(variant == flow[0] for variant, _ in places):
+            return True
+        place = len(self.running) < self.max_num_seqs or self._overdrawn(flow, places, 1, self.max_num_seqs)
+        block = self.blocks.num_free > 0 or self._overdrawn(flow, self._held_blocks(), 1, self.blocks.num_blocks)
+        return bool(place and block)
 
     def check_integrity(self) -> None:
         """Every held block belongs to a running sequence, and enough of them for what is computed."""
@@ -170,3 +190,10 @@ class Places:
         for sequence in self.running:
             assert len(sequence.block_ids) * self.blocks.block_size >= sequence.num_computed_tokens
         assert not any(s.block_ids for s in self._waiting)
+
+
+def _by_variant(held: Counter[Flow]) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for (variant, _), count in held.items():
+        total[variant] += count
+    return total

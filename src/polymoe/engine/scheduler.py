@@ -129,7 +129,7 @@ class Scheduler:
         queues = PrefillQueues(plan, self.running, self.waiting)
         self._serve_urgent(now, queues, plan)
         self._serve_by_turns(queues, plan)
-        self.policies.fair.settle(contended=bool(queues.ready or queues.blocked))
+        self.policies.fair.settle(self._active_variants(), queues.contended)
         plan.budget += beyond
         return plan
 
@@ -148,18 +148,28 @@ class Scheduler:
                 self._give(sequence, most, queues, plan)
 
     def _serve_by_turns(self, queues: PrefillQueues, plan: StepPlan) -> None:
+        """The rest of the step, as the round robin says. A variant that is far ahead of the others, and
+        has more to do than fits a step, keeps it short for them."""
         fair = self.policies.fair
         for sequence in queues.heads():
             fair.enter(sequence.flow)
-        for flow in [(v, t) for v, tenants in queues.ready.items() for t in tenants if queues.head((v, t)) is None]:
+        active = self._active_variants()
+        courtesy = self.policies.budget.courtesy_tokens(len(plan.chosen), plan.budget)
+        backlog = queues.backlog()
+        allowance = {
+            v: courtesy if fair.is_greedy(v, active) and backlog[v] > self.max_num_batched_tokens else plan.budget
+            for v in active
+        }
+        for flow in queues.idle_flows():
             queues.drop(flow)
         while plan.budget > 0 and queues.ready:
             flow, most = fair.turn(queues.ready)
-            head = queues.head(flow)
-            if head is None:
+            head, budget = queues.head(flow), plan.budget
+            if head is None or allowance[flow[0]] <= 0:
                 queues.drop(flow)
-            else:
-                self._give(head, min(most, plan.left(head), plan.budget), queues, plan)
+                continue
+            self._give(head, min(most, plan.left(head), budget, allowance[flow[0]]), queues, plan)
+            allowance[flow[0]] -= budget - plan.budget
 
     def _give(self, sequence: Sequence, most: int, queues: PrefillQueues, plan: StepPlan) -> None:
         """Up to `most` tokens for the head of a flow, which may have to be admitted first."""
@@ -171,6 +181,9 @@ class Scheduler:
             queues.blocked.add(sequence.flow)
 
     # --- variants
+
+    def _active_variants(self) -> set[int]:
+        return {s.variant for s in self.running} | {v for v, _ in self.waiting.flows()}
 
     def _allowed_variants(self, now: float) -> frozenset[int] | None:
         """With fewer slots than variants, or a limit on the variants of a step: those that may run. None: all."""
@@ -187,7 +200,8 @@ class Scheduler:
         return allowed
 
     def _variants_of_the_oldest(self, now: float) -> frozenset[int]:
-        variants = list(dict.fromkeys(s.variant for s in sorted(self.sequences, key=lambda s: s.arrival)))
+        oldest = sorted(self.sequences, key=lambda s: (s in self.waiting, s.arrival))
+        variants = list(dict.fromkeys(s.variant for s in oldest))
         allowed = frozenset(variants)
         for policy in (self.policies.slots, self.policies.mix):
             if policy is not None:
@@ -199,12 +213,17 @@ class Scheduler:
         load = 0.0 if slots is None else slots.cost
         work: dict[int, VariantWork] = {}
         for sequence in self.sequences:
-            start_by = math.inf
-            if sequence.ttft_target is not None and sequence.num_output_tokens == 0:
-                start_by = sequence.deadline - load - cost.seconds(sequence.num_uncomputed, 0)
-            known = work.get(sequence.variant, VariantWork(math.inf))
-            work[sequence.variant] = VariantWork(min(known.since, sequence.arrival[0]), min(known.start_by, start_by))
-        return work
+            known = work.get(sequence.variant, VariantWork())
+            arrived = sequence.arrival[0]
+            first_since, start_by = math.inf, math.inf
+            if sequence.num_output_tokens == 0:
+                first_since = arrived
+                if sequence.ttft_target is not None:
+                    start_by = sequence.deadline - load - cost.seconds(sequence.num_uncomputed, 0)
+            work[sequence.variant] = VariantWork(
+                min(known.since, arrived), min(known.first_since, first_since), min(known.start_by, start_by)
+            )
+        return {v: known for v, known in work.items() if self.places.can_run((v, ""))}
 
     # --- the end of a step
 

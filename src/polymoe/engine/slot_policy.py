@@ -1,15 +1,21 @@
 """Which variants may run while there are fewer slots than variants.
 
-A loaded variant stays while it has work, so that one reconfiguration serves many requests. A variant outside becomes
-due when it has waited for `patience` times the measured cost of a load, or when the deadline of one of its requests
-would be missed if it waited any longer. A variant that is due gets the slot of the one loaded longest, but not before
-that one had its minimum stay of `stay` times the cost: reconfigurations never take more than 1 / (1 + stay) of the
-time, and no two variants play ping-pong. A loaded variant without work gives up its slot at once.
+A loaded variant stays while it has work, so that one reconfiguration serves many requests; without work it gives up its
+slot at once. A variant outside becomes due
 
-The variant that became due first comes first, so the waiting of each is bounded, with C the cost of a load, S slots
-and V variants:
+- `patience` times the measured cost of a load after it could run last, or
+- already `eagerness` times that cost after the arrival of a request that has no token yet, or
+- when the deadline of a request would be missed if it waited any longer.
 
-    patience · C + ⌈(V - S) / S⌉ · ((1 + stay) · C + one step)
+A variant that is due takes the slot of the one loaded longest, provided that time for it was saved up: of the time
+that passes, one part in `stay` may go into such loads, and no more than `_SAVINGS` of them can follow each other. So
+however requests alternate, what is loaded stays for `stay` times the cost of a load on average (no ping-pong), and yet
+a single request hardly waits while loads are rare. (A token bucket, as networks use it to bound bursts.)
+
+The variant that became due first comes first, so the wait of each is bounded, with C the cost of a load, S slots and V
+variants:
+
+    patience · C + (V - S) · ((1 + stay) · C + one step)
 
 With a cost of zero (a limit on the variants of a step, nothing is loaded) this is round robin, step by step.
 """
@@ -19,13 +25,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 _SMOOTHING = 0.2  # weight of the newest measurement of a load
+_SAVINGS = 2.0  # loads
 
 
 @dataclass(frozen=True)
 class VariantWork:
-    """Why a variant wants a slot. Times are seconds of the scheduler's clock."""
+    """Why a variant wants a slot. Times are seconds of the scheduler's clock; infinite: there is no such request."""
 
-    since: float  # its oldest request arrived
+    since: float = math.inf  # its oldest request arrived
+    first_since: float = math.inf  # the oldest of those without a token arrived
     start_by: float = math.inf  # a load that begins later misses the deadline of a request
 
 
@@ -35,14 +43,22 @@ class SlotPolicy:
     Args:
         num_slots: S.
         loaded: what is in the slots at the start.
-        stay: minimum stay of a variant, in multiples of the cost of a load.
-        patience: after this multiple of the cost a waiting variant is due.
     """
 
-    def __init__(self, num_slots: int, loaded: Iterable[int], *, stay: float = 4.0, patience: float = 8.0) -> None:
-        self._num_slots, self._stay, self._patience = num_slots, stay, patience
+    def __init__(
+        self,
+        num_slots: int,
+        loaded: Iterable[int],
+        *,
+        stay: float = 10.0,
+        patience: float = 20.0,
+        eagerness: float = 2.0,
+    ) -> None:
+        self._num_slots, self._stay, self._patience, self._eagerness = num_slots, stay, patience, eagerness
         self._loaded_at = dict.fromkeys(list(loaded)[:num_slots], -math.inf)  # the variants that may run
         self._served_at: dict[int, float] = {}  # when a variant last had a slot and work
+        self._saved = math.inf  # seconds that loads may take now
+        self._saved_at = 0.0
         self._measured = False
         self.cost = 0.0  # seconds of a load
 
@@ -57,21 +73,29 @@ class SlotPolicy:
 
     def choose(self, now: float, work: Mapping[int, VariantWork]) -> frozenset[int]:
         """The variants that may run in the step that begins now."""
+        self._saved = min(self._saved + (now - self._saved_at) / self._stay, _SAVINGS * self.cost)
+        self._saved_at = now
         self._served_at.update((v, now) for v in self._loaded_at if v in work)
         fresh: set[int] = set()
         for variant in self.upcoming(work):
-            if len(self._loaded_at) == self._num_slots:
-                victim = self._victim(now, work, fresh, due=now >= self._due(variant, work[variant]))
-                if victim is None:
-                    break
-                del self._loaded_at[victim]
+            idle = [v for v in self._loaded_at if v not in work]
+            busy = [v for v in self._loaded_at if v in work and v not in fresh]
+            if len(self._loaded_at) < self._num_slots:
+                pass
+            elif idle:
+                del self._loaded_at[min(idle, key=lambda v: self._served_at.get(v, -math.inf))]
+            elif busy and now >= self._due(variant, work[variant]) and self._saved >= self.cost:
+                del self._loaded_at[min(busy, key=lambda v: self._loaded_at[v])]
+                self._saved -= self.cost
+            else:
+                break
             self._loaded_at[variant] = self._served_at[variant] = now
             fresh.add(variant)
         return self.active
 
     def force(self, now: float, variants: Iterable[int]) -> frozenset[int]:
         """These and no others, whatever the rule says (the scheduler could run nothing else)."""
-        self._loaded_at = {v: self._loaded_at.get(v, now) for v in variants}
+        self._loaded_at = {v: self._loaded_at.get(v, now) for v in list(variants)[: self._num_slots]}
         return self.active
 
     def upcoming(self, work: Mapping[int, VariantWork]) -> list[int]:
@@ -79,21 +103,16 @@ class SlotPolicy:
         return sorted((v for v in work if v not in self._loaded_at), key=lambda v: (self._due(v, work[v]), v))
 
     def wait(self, now: float, variant: int) -> float:
-        """Seconds until a request of `variant` that arrives now can run, at the most; 0 if it can at once."""
+        """Seconds until a request of `variant` that arrives now can run if no other is before it; 0: at once."""
         if variant in self._loaded_at:
             return 0.0
-        ripe = min(self._loaded_at.values(), default=-math.inf) + (1 + self._stay) * self.cost
-        return max(self._patience * self.cost, ripe - now) + self.cost
+        saved = self._saved + (now - self._saved_at) / self._stay
+        return max(self._eagerness * self.cost, self._stay * (self.cost - saved)) + self.cost
 
     def _due(self, variant: int, work: VariantWork) -> float:
-        waiting_since = max(work.since, self._served_at.get(variant, -math.inf))
-        return min(waiting_since + self._patience * self.cost, work.start_by)
-
-    def _victim(self, now: float, work: Mapping[int, VariantWork], fresh: set[int], due: bool) -> int | None:
-        """Whose slot is free for another: one without work, or one that had its minimum stay if that other is due."""
-        idle = [v for v in self._loaded_at if v not in work]
-        if idle:
-            return min(idle, key=lambda v: self._served_at.get(v, -math.inf))
-        stay = (1 + self._stay) * self.cost
-        ripe = [v for v, at in self._loaded_at.items() if v not in fresh and now - at >= stay]
-        return min(ripe, key=lambda v: self._loaded_at[v]) if due and ripe else None
+        served = self._served_at.get(variant, -math.inf)
+        return min(
+            max(work.since, served) + self._patience * self.cost,
+            max(work.first_since, served) + self._eagerness * self.cost,
+            work.start_by,
+        )

@@ -11,10 +11,13 @@ from polymoe.engine.step_cost import StepCost
 MIN_PREFILL = 16
 # While steps of a size were never measured, the next may be this many times the largest that was.
 _GROWTH = 2
+# Prompts of variants that had more than their share make a step at most this many times as long as its decodes do:
+# whoever arrives now waits for the end of the step. A full batch hardly loses by it.
+_COURTESY = 1.5
 
 
 class StepBudget:
-    """Limits prefill while sequences decode.
+    """Limits prefill.
 
     Args:
         target_itl: seconds that a step with decodes may take. None: no limit.
@@ -32,3 +35,10 @@ class StepBudget:
             largest = max(_GROWTH * self._cost.largest_prefill, MIN_PREFILL)
             tokens = max(MIN_PREFILL, min(self._cost.prefill_within(self._target, decodes), largest))
         return int(min(room, tokens))
+
+    def courtesy_tokens(self, decodes: int, room: int) -> int:
+        """Prompt tokens of a step for a variant that had more than its share, while others are there."""
+        if not self._cost.ready:
+            return room
+        within = self._cost.prefill_within(_COURTESY * self._cost.seconds(0, decodes), decodes)
+        return int(min(room, max(MIN_PREFILL, within)))

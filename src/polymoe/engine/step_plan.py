@@ -1,5 +1,6 @@
 """One step while it is planned: what was chosen, and who may still ask for tokens."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -57,6 +58,7 @@ class PrefillQueues:
         """`running` are sorted, the most urgent first."""
         self._plan, self._waiting = plan, waiting
         self.ready: dict[int, dict[str, list[Sequence]]] = {}  # variant -> tenant -> running ones, most urgent last
+        self._refused = False  # a flow was dropped that could have gone on
         self.blocked: set[Flow] = set()  # flows whose waiting sequences found no place or no blocks
         for sequence in running:
             if plan.allows(sequence) and plan.left(sequence) > 0:
@@ -64,6 +66,14 @@ class PrefillQueues:
         for flow in waiting.flows():
             if plan.allowed is None or flow[0] in plan.allowed:
                 self._of(flow)
+
+    def backlog(self) -> Counter[int]:
+        """Tokens that each variant wants."""
+        tokens: Counter[int] = Counter()
+        for variant, tenants in self.ready.items():
+            for tenant, running in tenants.items():
+                tokens[variant] += self._waiting.backlog((variant, tenant))[0] + sum(map(self._plan.left, running))
+        return tokens
 
     def heads(self) -> list[Sequence]:
         """The most urgent sequence of each flow, the oldest first."""
@@ -85,9 +95,20 @@ class PrefillQueues:
         """A waiting sequence runs now; it goes on being the first of its flow."""
         self._of(sequence.flow).append(sequence)
 
+    def idle_flows(self) -> list[Flow]:
+        """Those where nobody can go on."""
+        flows = [(variant, tenant) for variant, tenants in self.ready.items() for tenant in tenants]
+        return [flow for flow in flows if self.head(flow) is None]
+
+    @property
+    def contended(self) -> bool:
+        """Whether somebody got less than they wanted."""
+        return bool(self.ready or self.blocked or self._refused)
+
     def drop(self, flow: Flow) -> None:
         """Nothing more for this flow in this step."""
         variant, tenant = flow
+        self._refused |= self.head(flow) is not None
         del self.ready[variant][tenant]
         if not self.ready[variant]:
             del self.ready[variant]
