@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 
-.PHONY: install dev demo test lint types tests format bench compare family architectures clean
+.PHONY: install dev demo test test-slow lint types tests format bench compare family architectures clean
 
 # What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,7 +35,11 @@ types: dev
 	$(BIN)/mypy
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
+
+# Simulations of the scheduler's policies over long traces.
+test-slow: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow
 
 format: dev
 	$(BIN)/ruff format .

@@ -17,7 +17,7 @@ Flow = tuple[int, str]  # (variant, tenant)
 # Holding this many times one's share is not yet too much: without slack, variants that are equally busy would take
 # places from each other all the time, and each time work is lost.
 _SLACK = 1.25
-# A variant that used x times its share of the tokens may hold x^-_STEEPNESS of its share of places, within these limits.
+# A variant that used x times its share of the tokens may hold x^-_STEEPNESS of its share of places, within limits.
 # Chosen by the simulation of a flood: less steep, others wait longer near saturation; steeper, nothing is gained.
 _STEEPNESS = 3
 _BURST = 3.0
@@ -92,9 +92,10 @@ class FairShare:
         return self.usage(variant, active) > _SLACK
 
     def entitlement(self, variant: int, active: Set[int], capacity: float) -> float:
-        """How much of a `capacity` that is held for long the variant may claim."""
+        """How much of a `capacity` that is held for long the variant may claim: nothing, if its share is less than 1."""
         used = max(self.usage(variant, active), 1.0 / _BURST)
-        return self.share(variant, active, capacity) * min(_BURST, max(1.0 / _BURST, used**-_STEEPNESS))
+        share = self.share(variant, active, capacity)
+        return share * min(_BURST if share >= 1 else 1.0, max(1.0 / _BURST, used**-_STEEPNESS))
 
     def furthest_over(self, held: Mapping[int, int], active: Set[int], capacity: int) -> int | None:
         """The variant that holds most in relation to its entitlement, if that is clearly too much."""
