@@ -68,7 +68,11 @@ class BlockManager:
 
     def can_allocate(self, matched: list[int], num_new: int) -> bool:
         """Whether `num_new` blocks remain once the `matched` ones are taken out of the free list."""
-        return num_new <= len(self._free) - sum(self._holders[b] == 0 for b in matched)
+        return num_new <= self.available(matched)
+
+    def available(self, matched: list[int]) -> int:
+        """Blocks that remain once the `matched` ones are taken out of the free list."""
+        return len(self._free) - sum(self._holders[b] == 0 for b in matched)
 
     def take(self, matched: list[int]) -> None:
         """Hold cached blocks for one more sequence."""

@@ -92,7 +92,7 @@ class FairShare:
         return self.usage(variant, active) > _SLACK
 
     def entitlement(self, variant: int, active: Set[int], capacity: float) -> float:
-        """How much of a `capacity` that is held for long the variant may claim: nothing, if its share is less than 1."""
+        """How much of a `capacity` that is held for long the variant may claim."""
         used = max(self.usage(variant, active), 1.0 / _BURST)
         share = self.share(variant, active, capacity)
         return share * min(_BURST if share >= 1 else 1.0, max(1.0 / _BURST, used**-_STEEPNESS))

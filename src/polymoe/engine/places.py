@@ -1,8 +1,8 @@
 """Places in the batch and blocks of the KV cache: who gets them, and who gives way when there are no more.
 
 Idle ones are anybody's. When they run out, variants that hold clearly more than their share give way first, then
-whoever is least urgent, but never the oldest sequence of all: it keeps what it has and finishes, so that every sequence
-finishes one day.
+whoever is least urgent, but never the oldest of those that run: it keeps what it has and finishes, so that every
+sequence finishes one day.
 """
 
 from collections import Counter
@@ -53,7 +53,7 @@ class Places:
             over = self._fair.furthest_over(held, held.keys(), self.blocks.num_blocks)
             victim = self._least_urgent(lambda s, over=over: over in (None, s.variant))  # type: ignore[misc]
             victim = victim or self._least_urgent(lambda _: True)
-            assert victim is not None, "one sequence always fits"
+            assert victim is not None, "a sequence alone always fits"
             self._preempt(victim, plan)
             plan.pressed = True
             if victim is sequence:
@@ -68,7 +68,10 @@ class Places:
         matched = self._memory.known_prefix(sequence)
         cached = len(matched) * self.blocks.block_size
         count = min(len(sequence.token_ids) - cached, most)
-        if not self._has_blocks(sequence, matched, self.blocks.blocks_for(cached + count) - len(matched), plan):
+        wanted = self.blocks.blocks_for(cached + count) - len(matched)
+        num_blocks = len(matched) + self._blocks_for(sequence, matched, wanted, plan)
+        count = min(count, num_blocks * self.blocks.block_size - cached)
+        if count <= 0:
             return False
         self._waiting.remove(sequence)
         self._memory.start(sequence, matched, cached + count)
@@ -93,20 +96,20 @@ class Places:
             self._preempt(victim, plan)
         return victim is not None
 
-    def _has_blocks(self, sequence: Sequence, matched: list[int], missing: int, plan: StepPlan) -> bool:
-        """Whether `missing` blocks can be had. Sequences of a variant above its share give up theirs, or, rather than
-        that nothing runs, those whose variant has its turn later. A step that had to preempt admits only who is
-        entitled to it: whoever was just preempted would only be preempted again."""
-        while plan.pressed or not self.blocks.can_allocate(matched, missing):
-            victim = self._overdrawn(sequence.flow, self._held_blocks(), missing, self.blocks.num_blocks)
-            if victim is None and not plan.chosen:
-                victim = self._least_urgent(lambda s: not plan.allows(s))
+    def _blocks_for(self, sequence: Sequence, matched: list[int], wanted: int, plan: StepPlan) -> int:
+        """Of the `wanted` blocks beside the `matched` ones those that a newcomer can have: all, or none, or, if it is
+        older than whoever runs, what is left. Sequences of a variant above its share give up theirs for it. A step
+        that had to preempt admits only who is entitled to it: whoever was just preempted would only be preempted
+        again."""
+        while plan.pressed or not self.blocks.can_allocate(matched, wanted):
+            victim = self._overdrawn(sequence.flow, self._held_blocks(), wanted, self.blocks.num_blocks)
             if victim is None:
-                return False
-            if self.blocks.can_allocate(matched, missing):
-                return True
+                oldest = all(sequence.arrival < s.arrival for s in self.running)
+                return min(wanted, self.blocks.available(matched)) if oldest and not plan.pressed else 0
+            if self.blocks.can_allocate(matched, wanted):
+                break
             self._preempt(victim, plan)
-        return True
+        return wanted
 
     def _held_places(self) -> Counter[Flow]:
         return Counter(s.flow for s in self.running)
@@ -135,12 +138,9 @@ class Places:
         return None if largest is None else self._least_urgent(lambda s: s.flow == (variant, largest))
 
     def _least_urgent(self, may: Callable[[Sequence], bool]) -> Sequence | None:
-        """Of the running sequences that `may` give way. Never the oldest of all, so that one always finishes."""
-        candidates = [s for s in self.running if may(s)]
-        if not candidates:
-            return None
-        oldest = min((*self.running, *self._waiting), key=lambda s: s.arrival)
-        return max((s for s in candidates if s is not oldest), key=lambda s: s.rank, default=None)
+        """Of the running sequences that `may` give way. Never the oldest of all that run, so that it finishes."""
+        oldest = min(self.running, key=lambda s: s.arrival)
+        return max((s for s in self.running if s is not oldest and may(s)), key=lambda s: s.rank, default=None)
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)

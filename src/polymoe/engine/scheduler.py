@@ -114,7 +114,7 @@ class Scheduler:
         self._step_started = (now, *self._reconfigurations())
         plan = self._plan(now, self._allowed_variants(now))
         if not plan.chosen and plan.allowed is not None and self.has_work():
-            # Places or blocks are held by the oldest sequence, which never loses them, while it is not its turn.
+            # All places or blocks are held by sequences that do not lose them, while it is not their turn.
             plan = self._plan(now, self._variants_of_the_oldest(now))
         return [ScheduledSequence(s, n) for s, n in plan.chosen.items()]
 
