@@ -44,6 +44,14 @@ def test_inspect_plan_generate(tmp_path: Path) -> None:
         (["plan", "a=/nowhere", "b=/nowhere", "--out", "b"], "/nowhere"),
         (["plan", SPECS[0], SPECS[0], "--out", "b"], "twice"),
         (["serve", "nowhere", "--host", "0.0.0.0"], "key"),
+        (["serve", "nowhere", "--weight", "math"], "write NAME=WEIGHT"),
+        (["serve", "nowhere", "--weight", "math=0"], "weight of math must be more than 0"),
+        (["serve", "nowhere", "--weight", "a=1", "--weight", "a=2"], "twice"),
+        (["serve", "nowhere", "--slo", "fast=soon"], "write NAME=SECONDS"),
+        (["serve", "nowhere", "--slo", "fast=-1"], "SLO class fast must be more than 0"),
+        (["serve", "nowhere", "--slo", "a b=1"], "no name of an SLO class"),
+        (["serve", "nowhere", "--target-itl", "0"], "target_itl must be more than 0"),
+        (["serve", "nowhere", "--admission-factor", "-1"], "admission_factor must be more than 0"),
     ],
 )
 def test_an_error_is_one_message_and_exit_status_1(arguments: list[str], message: str, tmp_path: Path) -> None:

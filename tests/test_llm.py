@@ -154,6 +154,10 @@ def test_the_bytes_promised_are_the_bytes_held(bundle: Path, llm: LLM) -> None:
         ({"max_model_len": 100_000}, "2048 tokens"),
         ({"kv_cache_bytes": 1000}, "--kv-cache"),
         ({"slots": 0}, "slots"),
+        ({"weights": {"maths": 2.0}}, "maths, which is not served; the variants are"),
+        ({"weights": {"math": 0.0}}, "weight of math must be more than 0"),
+        ({"slo": {"fast": 0.0}}, "fast must be more than 0 seconds"),
+        ({"target_itl": -1.0}, "target_itl"),
     ],
 )
 def test_options_out_of_range_name_the_fix(bundle: Path, options: dict[str, Any], message: str) -> None:

@@ -3,7 +3,6 @@
 The tables of docs/serving.md are printed with `pytest tests/test_qos_simulation.py -s`.
 """
 
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -76,7 +75,7 @@ def test_a_flood_in_bursts_and_with_long_prompts() -> None:
 
 
 def test_weights_divide_the_tokens_of_variants_that_all_want_more() -> None:
-    trace = [a for v in range(3) for a in poisson(30, SECONDS, seed=v, variant=v)]
+    trace = [a for v in range(3) for a in poisson(15, SECONDS, seed=v, variant=v)]
     served = run_with(trace, weights=[1.0, 2.0, 1.0]).served
     parts = [tokens / sum(served) for tokens in served]
     show("weights 1 : 2 : 1", *parts)
@@ -267,42 +266,3 @@ def test_one_variant_a_step_takes_turns_without_loads() -> None:
     assert report.reconfigurations == 0
     assert len(report.results) == len(trace)
     assert report.longest_wait <= 3 * report.longest_step + 0.2
-
-
-# --- everything at once
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_whatever_comes_everything_finishes(seed: int) -> None:
-    """Random limits, weights, priorities and deadlines, with too little memory: no step without progress (the
-    simulation insists), no block lost, nobody left behind."""
-    rng = random.Random(seed)
-    variants = rng.randrange(1, 5)
-    trace = [
-        replace(
-            a,
-            variant=rng.randrange(variants),
-            tenant=rng.choice(["", "x", "y"]),
-            prompt=rng.choice([1, 16, 40, rng.randrange(1, 400)]),
-            output=rng.randrange(1, 60),
-            priority=rng.choice([0, 0, -5, 7]),
-            ttft_target=rng.choice([None, 0.1, 1.0]),
-        )
-        for a in poisson(rng.choice([3, 15]), 6, seed=seed, variant=0)
-    ]
-    slots = rng.randrange(1, variants + 1)
-    sim = Simulation(
-        trace,
-        weights=[rng.choice([0.1, 1.0, 5.0]) for _ in range(variants)],
-        num_slots=slots,
-        mix=rng.choice([None, 1]),
-        machine=Machine(load=rng.choice([0.0, 0.01, 0.5])),
-        max_num_seqs=rng.choice([1, 2, 8, 32]),
-        max_num_batched_tokens=rng.choice([4, 64, 512]),
-        num_blocks=rng.choice([30, 40, 100]),
-        target_itl=rng.choice([None, 0.05]),
-    )
-    report = sim.run(until=2000)
-    assert not sim.scheduler.has_work()
-    assert all(result.last_token < float("inf") for result in report.results)
-    assert sim.scheduler.places.blocks.usage == 0

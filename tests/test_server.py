@@ -246,6 +246,8 @@ def test_metrics(client: openai.OpenAI, server: ThreadServer) -> None:
     assert after[f"vllm:kv_cache_usage_perc{label}"] == 0
     assert any(name.startswith("vllm:num_preemptions_total") for name in after)
     assert any(name.startswith("polymoe:resident_bytes") for name in after)
+    assert after[f"polymoe:tokens_served_total{label}"] >= answer.usage.total_tokens - 1
+    assert after[f"polymoe:deadline_misses_total{label}"] == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -25,7 +25,9 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_t
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
-    config = engine_config(make_bundle(tmp_path_factory.mktemp("server")), max_num_seqs=4, max_waiting=4)
+    config = engine_config(
+        make_bundle(tmp_path_factory.mktemp("server")), max_num_seqs=4, max_waiting=4, slo={"interactive": 5.0}
+    )
     with ThreadServer(config, max_body_bytes=100_000) as server:
         yield server
 
@@ -82,6 +84,15 @@ def check(response: httpx.Response, status: int, param: str | None, code: str) -
         ({"logit_bias": {"500": 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"priority": 1001}, "priority", "invalid_value"),
+        ({"priority": -1001}, "priority", "invalid_value"),
+        ({"priority": "high"}, "priority", "invalid_type"),
+        ({"slo_class": "fast"}, "slo_class", "invalid_value"),
+        ({"slo_class": ""}, "slo_class", "invalid_value"),
+        ({"slo_class": "x" * 65}, "slo_class", "invalid_value"),
+        ({"slo_class": 1}, "slo_class", "invalid_type"),
+        ({"user": 5}, "user", "invalid_type"),
+        ({"user": "u" * 513}, "user", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"stream": True, "stream_options": {"a": 1}}, "stream_options.a", "unknown_parameter"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
@@ -192,6 +203,27 @@ def test_openai_raises_a_class_for_each_status(server: ThreadServer) -> None:
         create(n=9)
     assert int(busy.value.response.headers["Retry-After"]) >= 1
     assert busy.value.type == "rate_limit_error"
+
+
+def test_an_unknown_slo_class_is_told_the_classes(server: ThreadServer) -> None:
+    message = check(
+        server.post("/v1/completions", {**COMPLETION, "slo_class": "fast"}), 400, "slo_class", "invalid_value"
+    )
+    assert "default, interactive" in message
+    for fields in ({"slo_class": "interactive"}, {"slo_class": "default", "priority": -3, "user": "ann"}):
+        assert server.post("/v1/completions", {**COMPLETION, **fields}).status_code == 200
+
+
+def test_a_refused_request_is_counted(server: ThreadServer) -> None:
+    def rejected() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return float(
+            next(x for x in lines if x.startswith('polymoe:requests_rejected_total{model_name="v1"}')).split()[1]
+        )
+
+    before = rejected()
+    assert server.post("/v1/completions", {**COMPLETION, "model": "v1", "n": 9}).status_code == 429
+    assert rejected() == before + 1
 
 
 def test_errors_that_come_before_a_stream_have_a_status(server: ThreadServer) -> None:

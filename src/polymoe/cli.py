@@ -175,7 +175,6 @@ def serve(
     """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
     from polymoe.server.serve import check_address, run_server
 
-    check_address(host, port, api_key)
     options = engine_options(
         dtype=dtype, device=device, slots=slots, kv_cache=kv_cache, expert_cache=expert_cache,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
@@ -184,6 +183,7 @@ def serve(
         target_itl=target_itl, num_threads=threads,
     )  # fmt: skip
     EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
+    check_address(host, port, api_key)
     config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
     raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
 
