@@ -15,9 +15,27 @@ inline __m512 load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+// The first `count` of them (all from 16 on), zero past the end.
+inline __m512 load_bf16(const uint16_t* p, int64_t count) {
+    const __mmask16 valid = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p)), 16));
+}
+
 // 16 float32 values rounded to nearest even, as torch does.
 inline void store_bf16(uint16_t* p, __m512 values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// The first `count` of them (all from 16 on).
+inline void store_bf16(uint16_t* p, __m512 values, int64_t count) {
+    const __mmask16 valid = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+    _mm256_mask_storeu_epi16(p, valid, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// Rounded to bfloat16 and back.
+inline __m512 round_bf16(__m512 values) {
+    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 // The 16 lanes of sum[i] added up, for i = 0 .. 15, as one vector: a transpose that adds on its way.

@@ -9,9 +9,12 @@ waits for the device.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
 from polymoe.kernels.cpu import cpu_kernels
 from polymoe.kernels.grouped_linear import grouped_linear
@@ -61,6 +64,9 @@ def experts_by_group(
 
     Args: as `experts_by_loop`, with `pool` name -> `[P, *shape]`, stored as `[out, in]` (not `is_transposed`).
     """
+    fused = _fused_experts(module, hidden, physical, gate, pool)
+    if fused is not None:
+        return fused
     top_k = physical.shape[1]
     flat = physical.reshape(-1).numpy()
     order = np.argsort(flat, kind="stable")
@@ -105,6 +111,37 @@ def experts_by_grouped_mm(
     x = project(x, "gate_up_proj" if module.has_gate else "up_proj")
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
     return _combine(project(x, "down_proj"), order, gate, hidden.dtype)
+
+
+def _fused_experts(
+    module: torch.nn.Module, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Weights
+) -> torch.Tensor | None:
+    """`experts_by_group` in one call of the compiled kernel (experts.cpp); None where it does not apply.
+
+    It knows one kind of expert, bfloat16, gated by SiLU as transformers does by default, and without biases.
+    """
+    kernels = cpu_kernels()
+    if kernels is None or hidden.dtype != torch.bfloat16 or gate.dtype != torch.float32 or not _is_plain_silu(module):
+        return None
+    gate_up, down = pool["gate_up_proj"], pool["down_proj"]
+    tokens, width = hidden.shape
+    num_experts, inner = down.shape[0], down.shape[2]
+    contiguous = hidden.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
+    if len(pool) != 2 or width % 32 or inner % 32 or not contiguous:
+        return None
+    out = torch.empty_like(hidden)
+    ids, gate = physical.to(torch.int32).contiguous(), gate.contiguous()
+    kernels.polymoe_experts_bf16(
+        hidden.data_ptr(), ids.data_ptr(), gate.data_ptr(), tokens, ids.shape[1], width, inner, num_experts,
+        gate_up.data_ptr(), down.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _is_plain_silu(module: Any) -> bool:
+    """Whether the stock module computes `silu(gate) * up` on the halves of gate_up."""
+    default = getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    return bool(module.has_gate) and default and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation)
 
 
 def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:

@@ -3,9 +3,8 @@
     y_r = W_g(r) x_r + b_g(r)
 
 Letters: S rows, G groups, P stored weights, I inputs, O outputs. `grouped_linear_by_loop` is the reference (one matmul
-a group, any device and dtype). On a CPU with AVX512-BF16, `grouped_linear` gives groups of few rows to the compiled
-kernel (grouped_linear.cpp), which reads each weight once at close to the memory's speed; many rows go to the matmul,
-which is then bound by arithmetic. Both sum in float32 and round once.
+a group, any device and dtype). On a CPU with AVX512-BF16 bfloat16 goes to the compiled kernel (grouped_linear.cpp),
+which reads each weight once at close to the memory's speed. Both sum in float32 and round once.
 """
 
 from collections.abc import Sequence
@@ -14,9 +13,6 @@ import numpy as np
 import torch
 
 from polymoe.kernels.cpu import cpu_kernels
-
-# Beyond this many rows a group the library's matmul is faster (measured on 4 cores, 1024 x 4096 and 2048 x 1024).
-MAX_KERNEL_ROWS = 32
 
 
 def grouped_linear(
@@ -36,8 +32,7 @@ def grouped_linear(
     assert starts[0] == 0
     assert starts[-1] == x.shape[0]
     kernels = cpu_kernels() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
-    few = x.shape[0] <= MAX_KERNEL_ROWS * len(ids)
-    if kernels is None or not few or x.shape[1] % 32 or not (x.is_contiguous() and stack.is_contiguous()):
+    if kernels is None or x.shape[1] % 32 or not (x.is_contiguous() and stack.is_contiguous()):
         return grouped_linear_by_loop(x, stack, ids, starts, bias)
     out = x.new_empty(x.shape[0], stack.shape[1])
     index = np.asarray(ids, dtype=np.uint64)

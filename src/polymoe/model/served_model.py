@@ -12,6 +12,7 @@ from polymoe.errors import BundleError, ConfigError
 from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention
 from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
 from polymoe.model.expert_pool import ExpertPool
+from polymoe.model.fused_norm import fuse_norms
 from polymoe.model.skeleton import (
     accepts_logits_to_keep,
     build_skeleton,
@@ -94,6 +95,7 @@ class ServedModel:
             for name, buffer in module._buffers.items():
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
+        fuse_norms(self.model)
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
             raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")

@@ -1,0 +1,270 @@
+// Rows of x times the weights of their group, in bfloat16 with float32 sums: what grouped_linear.cpp and experts.cpp share.
+//
+// Weights lie as stored, [outputs, inputs] row-major. One piece of work is a group and WEIGHT_ROWS rows of its weight.
+// With few rows of x (decode) the aim is to stream the weights at the memory's speed: `dots` walks a tile of rows and
+// weights along the inputs and adds up lanes at the end. With more (prefill) arithmetic is the limit: the piece is
+// repacked once so that 16 outputs lie side by side, and `matmul` keeps a tile of 12 rows by 32 outputs in registers.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "bf16.h"
+
+namespace polymoe {
+
+constexpr int64_t WEIGHT_ROWS = 32;  // of one piece: 32 x 1024 bfloat16 are 64 KiB, well inside L2
+constexpr int64_t TILE = 12;         // rows of x in a matmul's tile: 12 x 2 sums, 2 weights, 1 row in 32 registers
+constexpr int64_t FEW_ROWS = 24;     // up to here `dots` is faster (measured on Zen 4)
+
+// G groups of rows of x [*, in]; group g has rows starts[g] .. starts[g + 1] of y [*, out].
+// Row r of the problem is row row_of[r] of x, or r itself when row_of is null.
+// paired: weights[g] is [2 * out, in], and y = silu(first half) * second half, as transformers' gated experts have it.
+struct Problem {
+    const uint16_t* x;
+    const int64_t* row_of;
+    int64_t in, out, num_groups;
+    const int64_t* starts;
+    const uint16_t* const* weights;
+    const uint16_t* const* biases;  // [out] a group, or null; null when paired
+    bool paired;
+    uint16_t* y;
+
+    const uint16_t* row(int64_t r) const { return x + (row_of ? row_of[r] : r) * in; }
+    int64_t rows(int64_t g) const { return starts[g + 1] - starts[g]; }
+    int64_t outputs_a_piece() const { return paired ? WEIGHT_ROWS / 2 : WEIGHT_ROWS; }
+};
+
+// silu(gate) * up, both already rounded to bfloat16, with a rounding between as in torch.
+inline __m512 gated(__m512 gate, __m512 up) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 e = exp_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate)));
+    const __mmask16 positive = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_GE_OQ);
+    const __m512 sigmoid = _mm512_div_ps(_mm512_mask_blend_ps(positive, e, one), _mm512_add_ps(one, e));
+    return _mm512_mul_ps(round_bf16(_mm512_mul_ps(gate, sigmoid)), up);
+}
+
+// --- few rows
+
+// MR rows against NR weight rows, at most 16 sums. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
+template <int MR, int NR, bool PAIRED>
+inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t* first, const uint16_t* second,
+                     const uint16_t* bias, uint16_t* y) {
+    static_assert(MR * NR <= 16, "one sum a lane at the end");
+    __m512 sum[16];
+    for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
+    const uint16_t* w[NR];
+    for (int o = 0; o < NR; ++o) w[o] = PAIRED ? (o % 2 ? second : first) + o / 2 * p.in : first + o * p.in;
+    const int64_t next = (PAIRED ? NR / 2 : NR) * p.in;  // where the next tile's weights start
+    for (int64_t k = 0; k < p.in; k += 32) {
+        __m512bh weight[NR];
+        for (int o = 0; o < NR; ++o) {
+            weight[o] = (__m512bh)_mm512_loadu_si512(w[o] + k);
+            _mm_prefetch(reinterpret_cast<const char*>(w[o] + next + k), _MM_HINT_T0);
+        }
+        for (int r = 0; r < MR; ++r) {
+            const __m512bh row = (__m512bh)_mm512_loadu_si512(x[r] + k);
+            for (int o = 0; o < NR; ++o) sum[r * NR + o] = _mm512_dpbf16_ps(sum[r * NR + o], row, weight[o]);
+        }
+    }
+    __m512 lanes = add_lanes(sum);
+    alignas(64) uint16_t rounded[16];
+    if (PAIRED) {
+        lanes = round_bf16(lanes);
+        store_bf16(rounded, gated(lanes, _mm512_permute_ps(lanes, 0xb1)));  // 0xb1: each lane meets its neighbour
+        for (int r = 0; r < MR; ++r)
+            for (int o = 0; o < NR / 2; ++o) y[r * p.out + o] = rounded[r * NR + 2 * o];
+        return;
+    }
+    if (bias) {
+        alignas(64) float total[16];
+        _mm512_store_ps(total, lanes);
+        for (int r = 0; r < MR; ++r)
+            for (int o = 0; o < NR; ++o) total[r * NR + o] += from_bf16(bias[o]);
+        lanes = _mm512_load_ps(total);
+    }
+    store_bf16(rounded, lanes);
+    for (int r = 0; r < MR; ++r)
+        for (int o = 0; o < NR; ++o) y[r * p.out + o] = rounded[r * NR + o];
+}
+
+template <int MR, bool PAIRED>
+inline void dot_rows(const Problem& p, const uint16_t* const* x, int64_t g, int64_t o, int64_t count, uint16_t* y) {
+    constexpr int NR = PAIRED ? (MR == 1 ? 8 : 16 / MR & ~1) : (MR == 1 ? 8 : 16 / MR);
+    constexpr int OUTPUTS = PAIRED ? NR / 2 : NR;
+    const uint16_t* first = p.weights[g] + o * p.in;
+    const uint16_t* second = first + p.out * p.in;
+    const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
+    int64_t i = 0;
+    for (; i + OUTPUTS <= count; i += OUTPUTS)
+        dot_tile<MR, NR, PAIRED>(p, x, first + i * p.in, second + i * p.in, bias ? bias + i : nullptr, y + i);
+    for (; i < count; ++i)
+        dot_tile<MR, PAIRED ? 2 : 1, PAIRED>(p, x, first + i * p.in, second + i * p.in, bias ? bias + i : nullptr, y + i);
+}
+
+template <bool PAIRED>
+void dots(const Problem& p, int64_t g, int64_t o, int64_t count) {
+    for (int64_t r = p.starts[g]; r < p.starts[g + 1]; r += 8) {
+        const int64_t rows = std::min<int64_t>(8, p.starts[g + 1] - r);
+        const uint16_t* x[8];
+        for (int64_t i = 0; i < rows; ++i) x[i] = p.row(r + i);
+        uint16_t* y = p.y + r * p.out + o;
+        switch (rows) {
+            case 8: dot_rows<8, PAIRED>(p, x, g, o, count, y); break;
+            case 7: dot_rows<7, PAIRED>(p, x, g, o, count, y); break;
+            case 6: dot_rows<6, PAIRED>(p, x, g, o, count, y); break;
+            case 5: dot_rows<5, PAIRED>(p, x, g, o, count, y); break;
+            case 4: dot_rows<4, PAIRED>(p, x, g, o, count, y); break;
+            case 3: dot_rows<3, PAIRED>(p, x, g, o, count, y); break;
+            case 2: dot_rows<2, PAIRED>(p, x, g, o, count, y); break;
+            case 1: dot_rows<1, PAIRED>(p, x, g, o, count, y); break;
+        }
+    }
+}
+
+// --- many rows
+
+// A tile of rows of a group: `height` rows from row `first` of the problem, the last `height - rows` of them zero.
+struct Tile {
+    int64_t first, rows, height;
+};
+
+inline void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t rows) {
+    const int64_t count = (rows + TILE - 1) / TILE, height = (rows + count - 1) / count;  // of equal height
+    for (int64_t r = 0; r < rows; r += height) tiles.push_back({first + r, std::min(height, rows - r), height});
+}
+
+// packed [in / 2][height] pairs of inputs, so that a pair of all rows lies together.
+inline void pack_tile(const Problem& p, const Tile& tile, uint32_t* packed) {
+    for (int64_t r = 0; r < tile.height; ++r) {
+        const uint32_t* row = r < tile.rows ? reinterpret_cast<const uint32_t*>(p.row(tile.first + r)) : nullptr;
+        for (int64_t k = 0; k < p.in / 2; ++k) packed[k * tile.height + r] = row ? row[k] : 0;
+    }
+}
+
+// 16 weight rows -> [in / 2][16] pairs; rows past `count` are zero. `stride` in pairs from one k to the next.
+inline void pack_weights(const uint16_t* w, int64_t in, int64_t count, uint32_t* packed, int64_t stride) {
+    for (int64_t k = 0; k < in; k += 32) {
+        __m512i a[16], b[16];
+        for (int64_t o = 0; o < 16; ++o) {
+            a[o] = o < count ? _mm512_loadu_si512(w + o * in + k) : _mm512_setzero_si512();
+            if (o < count) _mm_prefetch(reinterpret_cast<const char*>(w + o * in + k + 256), _MM_HINT_T0);
+        }
+        // A 16 x 16 transpose of pairs: neighbours, then quads, then 128-bit lanes.
+        for (int i = 0; i < 16; i += 4) {
+            const __m512i t0 = _mm512_unpacklo_epi32(a[i], a[i + 1]), t1 = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+            const __m512i t2 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), t3 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+            b[i] = _mm512_unpacklo_epi64(t0, t2), b[i + 1] = _mm512_unpackhi_epi64(t0, t2);
+            b[i + 2] = _mm512_unpacklo_epi64(t1, t3), b[i + 3] = _mm512_unpackhi_epi64(t1, t3);
+        }
+        for (int i = 0; i < 4; ++i) {  // b[i + 4 q] has, in lane l, pair 4 l + i of rows 4 q .. 4 q + 3
+            const __m512i lo01 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x44), hi01 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xee);
+            const __m512i lo23 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x44), hi23 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xee);
+            uint32_t* to = packed + (k / 2 + i) * stride;
+            _mm512_store_si512(to, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+            _mm512_store_si512(to + 4 * stride, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+            _mm512_store_si512(to + 8 * stride, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+            _mm512_store_si512(to + 12 * stride, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+        }
+    }
+}
+
+template <int HEIGHT>
+void matmul_tile(const Problem& p, const Tile& tile, const uint32_t* x, const uint32_t* w, const uint16_t* bias,
+                 int64_t o, int64_t count) {
+    __m512 sum[HEIGHT][2];
+    for (int r = 0; r < HEIGHT; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < p.in / 2; ++k, x += HEIGHT, w += WEIGHT_ROWS) {
+        const __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < HEIGHT; ++r) {
+            const __m512bh row = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r]));
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], row, w0);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], row, w1);
+        }
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+        uint16_t* y = p.y + (tile.first + r) * p.out + o;
+        if (p.paired) {
+            store_bf16(y, gated(round_bf16(sum[r][0]), round_bf16(sum[r][1])), count);
+            continue;
+        }
+        for (int half = 0; half < 2 && count > 16 * half; ++half) {
+            __m512 total = sum[r][half];
+            if (bias) total = _mm512_add_ps(total, load_bf16(bias + 16 * half, count - 16 * half));
+            store_bf16(y + 16 * half, total, count - 16 * half);
+        }
+    }
+}
+
+inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, int64_t g, int64_t o,
+                   int64_t count, uint32_t* packed) {
+    const uint16_t* first = p.weights[g] + o * p.in;
+    const uint16_t* second = first + (p.paired ? p.out : 16) * p.in;
+    pack_weights(first, p.in, std::min<int64_t>(count, 16), packed, WEIGHT_ROWS);
+    pack_weights(second, p.in, p.paired ? count : std::max<int64_t>(0, count - 16), packed + 16, WEIGHT_ROWS);
+    const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
+    for (int64_t t = 0; t < num_tiles; ++t) {
+        switch (tiles[t].height) {
+#define POLYMOE_HEIGHT(H) \
+    case H: matmul_tile<H>(p, tiles[t], x, packed, bias, o, count); break;
+            POLYMOE_HEIGHT(12) POLYMOE_HEIGHT(11) POLYMOE_HEIGHT(10) POLYMOE_HEIGHT(9) POLYMOE_HEIGHT(8) POLYMOE_HEIGHT(7)
+            POLYMOE_HEIGHT(6) POLYMOE_HEIGHT(5) POLYMOE_HEIGHT(4) POLYMOE_HEIGHT(3) POLYMOE_HEIGHT(2) POLYMOE_HEIGHT(1)
+#undef POLYMOE_HEIGHT
+        }
+        x += tiles[t].height * (p.in / 2);
+    }
+}
+
+// --- both
+
+// Memory that is kept from call to call, since fresh pages cost more than filling them.
+struct Scratch {
+    std::vector<Tile> tiles;
+    std::vector<int64_t> first_tile, first_pair;  // of each group
+    std::vector<uint32_t> pairs;
+};
+
+inline void run(const Problem& p, Scratch& scratch, int num_threads) {
+    scratch.tiles.clear();
+    scratch.first_tile.assign(1, 0);
+    scratch.first_pair.assign(1, 0);
+    int64_t pairs = 0;
+    std::vector<int64_t> tile_at;
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        if (p.rows(g) > FEW_ROWS) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
+        for (size_t t = tile_at.size(); t < scratch.tiles.size(); ++t) {
+            tile_at.push_back(pairs);
+            pairs += scratch.tiles[t].height * (p.in / 2);
+        }
+        scratch.first_tile.push_back(static_cast<int64_t>(scratch.tiles.size()));
+        scratch.first_pair.push_back(pairs);
+    }
+    if (static_cast<int64_t>(scratch.pairs.size()) < pairs) scratch.pairs.resize(pairs);
+    const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
+    const int64_t step = p.outputs_a_piece(), pieces = (p.out + step - 1) / step;
+#pragma omp parallel num_threads(num_threads)
+    {
+        static thread_local std::vector<uint32_t> buffer;
+        uint32_t* packed = nullptr;
+        if (num_tiles) {
+            buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
+            packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < num_tiles; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + tile_at[t]);
+        }
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t piece = 0; piece < p.num_groups * pieces; ++piece) {
+            const int64_t g = piece / pieces, o = piece % pieces * step, count = std::min(step, p.out - o);
+            if (p.rows(g) > FEW_ROWS)
+                matmul(p, scratch.tiles.data() + scratch.first_tile[g], scratch.first_tile[g + 1] - scratch.first_tile[g],
+                       scratch.pairs.data() + scratch.first_pair[g], g, o, count, packed);
+            else if (p.paired)
+                dots<true>(p, g, o, count);
+            else
+                dots<false>(p, g, o, count);
+        }
+    }
+}
+
+}  // namespace polymoe

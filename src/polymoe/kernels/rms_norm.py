@@ -1,0 +1,36 @@
+"""Root-mean-square norm whose weight may differ from row to row.
+
+    y_r = w_v(r) ∘ round(x_r / sqrt(mean(x_r²) + eps))
+"""
+
+import torch
+
+from polymoe.kernels.cpu import cpu_kernels
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The reference, with one weight `[H]` for `x [..., H]`: float32 inside, rounded to x's dtype before the weight."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def fast_rms_norm(
+    x: torch.Tensor, weights: torch.Tensor, weight_of: torch.Tensor | None, repeat: int, eps: float
+) -> torch.Tensor | None:
+    """The compiled kernel (rms_norm.cpp), or None where it does not apply (bfloat16 on a CPU, H a multiple of 16).
+
+    Args:
+        x: `[..., H]` with S rows in all.
+        weights: `[R, H]`.
+        weight_of: `[S / repeat]` int64, the weight of each run of `repeat` rows; None: the first for all.
+    """
+    kernels = cpu_kernels() if x.dtype == weights.dtype == torch.bfloat16 and x.device.type == "cpu" else None
+    width = x.shape[-1]
+    if kernels is None or width % 16 or not x.is_contiguous() or not weights.is_contiguous():
+        return None
+    out = torch.empty_like(x)
+    kernels.polymoe_rms_norm_bf16(
+        x.data_ptr(), weights.data_ptr(), None if weight_of is None else weight_of.data_ptr(), repeat,
+        x.numel() // width, width, eps, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
