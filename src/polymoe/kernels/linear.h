@@ -15,7 +15,7 @@ namespace polymoe {
 
 constexpr int64_t WEIGHT_ROWS = 32;  // of one piece: 32 x 1024 bfloat16 are 64 KiB, well inside L2
 constexpr int64_t TILE = 12;         // rows of x in a matmul's tile: 12 x 2 sums, 2 weights, 1 row in 32 registers
-constexpr int64_t FEW_ROWS = 24;     // up to here `dots` is faster (measured on Zen 4)
+constexpr int64_t FEW_ROWS = 32;     // up to here `dots` is faster (measured on Zen 4)
 
 // G groups of rows of x [*, in]; group g has rows starts[g] .. starts[g + 1] of y [*, out].
 // Row r of the problem is row row_of[r] of x, or r itself when row_of is null.

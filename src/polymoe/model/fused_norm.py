@@ -30,7 +30,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
 def _is_rms_norm(module: torch.nn.Module, eps: float) -> bool:
     weight = getattr(module, "weight", None)
     others = [name for name in module._parameters if name != "weight"]
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or others or list(module.children()):
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or others or next(module.children(), None):
         return False
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
