@@ -9,14 +9,15 @@ which reads each weight once at close to the memory's speed. Both sum in float32
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from polymoe.kernels.cpu import cpu_kernels
 
+Offsets = Sequence[int] | torch.Tensor  # on the CPU; int64 tensors spare the kernel a conversion
+
 
 def grouped_linear(
-    x: torch.Tensor, stack: torch.Tensor, ids: Sequence[int], starts: Sequence[int], bias: torch.Tensor | None = None
+    x: torch.Tensor, stack: torch.Tensor, ids: Offsets, starts: Offsets, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Group g is rows `starts[g] : starts[g + 1]` of `x` and uses `stack[ids[g]]`.
 
@@ -29,40 +30,34 @@ def grouped_linear(
 
     Returns: `[S, O]` in x's dtype.
     """
-    assert starts[0] == 0
-    assert starts[-1] == x.shape[0]
+    if not isinstance(starts, torch.Tensor):  # comparing tensors costs more than a small product
+        assert starts[0] == 0
+        assert starts[-1] == x.shape[0]
     kernels = cpu_kernels() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
     if kernels is None or x.shape[1] % 32 or not (x.is_contiguous() and stack.is_contiguous()):
         return grouped_linear_by_loop(x, stack, ids, starts, bias)
     out = x.new_empty(x.shape[0], stack.shape[1])
-    index = np.asarray(ids, dtype=np.uint64)
-    weights = _addresses(stack, index)
-    biases = None if bias is None else _addresses(bias.contiguous(), index)
-    offsets = np.asarray(starts, dtype=np.int64)
+    index, offsets = torch.as_tensor(ids, dtype=torch.int64), torch.as_tensor(starts, dtype=torch.int64)
+    bias = None if bias is None else bias.contiguous()
     kernels.polymoe_grouped_linear_bf16(
-        x.data_ptr(), x.shape[1], stack.shape[1], len(ids), offsets.ctypes.data, weights.ctypes.data,
-        None if biases is None else biases.ctypes.data, out.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), x.shape[1], stack.shape[1], len(index), index.data_ptr(), offsets.data_ptr(), stack.data_ptr(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def grouped_linear_by_loop(
-    x: torch.Tensor, stack: torch.Tensor, ids: Sequence[int], starts: Sequence[int], bias: torch.Tensor | None = None
+    x: torch.Tensor, stack: torch.Tensor, ids: Offsets, starts: Offsets, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The reference: one matmul a group. Arguments as `grouped_linear`."""
-    if len(ids) == 1:
-        return torch.nn.functional.linear(x, stack[ids[0]], None if bias is None else bias[ids[0]])
+    rows_of, bounds = (v.tolist() if isinstance(v, torch.Tensor) else v for v in (ids, starts))
+    if len(rows_of) == 1:
+        return torch.nn.functional.linear(x, stack[rows_of[0]], None if bias is None else bias[rows_of[0]])
     out = x.new_empty(x.shape[0], stack.shape[1])
-    for g, row in enumerate(ids):
-        rows = slice(starts[g], starts[g + 1])
+    for g, row in enumerate(rows_of):
+        rows = slice(bounds[g], bounds[g + 1])
         if bias is None:
             torch.mm(x[rows], stack[row].t(), out=out[rows])
         else:
             torch.addmm(bias[row], x[rows], stack[row].t(), out=out[rows])
     return out
-
-
-def _addresses(stack: torch.Tensor, index: np.ndarray) -> np.ndarray:
-    """`[G]` addresses of `stack[index]`."""
-    stride = np.uint64(stack.stride(0) * stack.element_size())
-    return np.uint64(stack.data_ptr()) + index * stride

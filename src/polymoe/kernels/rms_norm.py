@@ -1,6 +1,6 @@
 """Root-mean-square norm whose weight may differ from row to row.
 
-    y_r = w_v(r) ∘ round(x_r / sqrt(mean(x_r²) + eps))
+y_r = w_v(r) ∘ round(x_r / sqrt(mean(x_r²) + eps))
 """
 
 import torch

@@ -28,6 +28,14 @@ class RowMap:
         self.generation += 1
 
 
+@dataclass(frozen=True)
+class RowGroups:
+    """Group g is rows `starts[g] : starts[g + 1]` and uses row `ids[g]` of a stack."""
+
+    ids: torch.Tensor  # [G] int64, on the CPU
+    starts: torch.Tensor  # [G + 1] int64, on the CPU
+
+
 class Segments:
     """Rows of a tensor, sorted by variant: `|--variant 0--|--variant 2--|…`.
 
@@ -42,23 +50,30 @@ class Segments:
         self.token_variant = token_variant
         self.spans = spans
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}
+        self._groups: dict[int, tuple[int, RowGroups]] = {}
 
     @property
     def num_tokens(self) -> int:
         return self.token_variant.shape[0]
 
-    def row_spans(self, row_map: RowMap) -> list[tuple[int, int, int]]:
-        """(row of the stack, start, end); neighbours that share a row are joined."""
-        joined: list[tuple[int, int, int]] = []
-        for variant, start, end in self.spans:
-            row = row_map.rows[variant]
-            if row < 0:
-                raise RuntimeError(f"variant {variant} is in the batch but in no slot")
-            if joined and joined[-1][0] == row:
-                joined[-1] = (row, joined[-1][1], end)
-            else:
-                joined.append((row, start, end))
-        return joined
+    def row_groups(self, row_map: RowMap) -> "RowGroups":
+        """The rows by version of the stack; neighbours that share one are joined. Computed once a pass for each map."""
+        cached = self._groups.get(id(row_map))
+        if cached is None or cached[0] != row_map.generation:
+            ids: list[int] = []
+            starts = [0]
+            for variant, _, end in self.spans:
+                row = row_map.rows[variant]
+                if row < 0:
+                    raise RuntimeError(f"variant {variant} is in the batch but in no slot")
+                if ids and ids[-1] == row:
+                    starts[-1] = end
+                else:
+                    ids.append(row)
+                    starts.append(end)
+            cached = (row_map.generation, RowGroups(torch.tensor(ids), torch.tensor(starts)))
+            self._groups[id(row_map)] = cached
+        return cached[1]
 
     def row_of_token(self, row_map: RowMap) -> torch.Tensor:
         """`[T]` int64: the stack's row for each token. Computed once a pass for each map."""

@@ -67,8 +67,8 @@ class _FusedNorm:
         if x.ndim < 3 or x.shape[0] != 1 or weight.token_axes.get(x.ndim) != 1:  # [1, T, …, H]
             return None
         segments = weight.context.batch.segments(x.shape[1])
-        spans = segments.row_spans(weight.row_map)
-        if len(spans) == 1:
-            return fast_rms_norm(x, weight.rows[spans[0][0]][None], None, 1, self.eps)
+        groups = segments.row_groups(weight.row_map)
+        if len(groups.ids) == 1:
+            return fast_rms_norm(x, weight.rows[int(groups.ids[0])][None], None, 1, self.eps)
         repeat = x.numel() // (x.shape[1] * x.shape[-1])
         return fast_rms_norm(x, weight.rows, segments.row_of_token(weight.row_map), repeat, self.eps)

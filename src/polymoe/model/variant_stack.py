@@ -71,9 +71,9 @@ class VariantStack(torch.Tensor):
     def per_token(self, num_rows: int) -> torch.Tensor:
         """`[num_rows, *shape]`: each row's own version."""
         segments = self.context.batch.segments(num_rows)
-        spans = segments.row_spans(self.row_map)
-        if len(spans) == 1:  # one version for all: a view, no gather
-            return self.rows[spans[0][0]].expand(num_rows, *self.own_shape)
+        groups = segments.row_groups(self.row_map)
+        if len(groups.ids) == 1:  # one version for all: a view, no gather
+            return self.rows[int(groups.ids[0])].expand(num_rows, *self.own_shape)
         return self.rows[segments.row_of_token(self.row_map)]
 
     @classmethod
@@ -164,9 +164,8 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         out: torch.Tensor = F.linear(x, weight)
         return out + _gathered(out, bias)
     flat = x.reshape(-1, x.shape[-1])
-    spans = weight.context.batch.segments(flat.shape[0]).row_spans(weight.row_map)
-    starts = [0, *(end for _, _, end in spans)]
-    out = grouped_linear(flat.contiguous(), weight.rows, [row for row, _, _ in spans], starts)
+    groups = weight.context.batch.segments(flat.shape[0]).row_groups(weight.row_map)
+    out = grouped_linear(flat.contiguous(), weight.rows, groups.ids, groups.starts)
     if isinstance(bias, VariantStack):
         out = out + bias.per_token(flat.shape[0])
     elif bias is not None:
