@@ -110,6 +110,10 @@ class Simulation:
             seq_lens=lens,
             block_table=block_table,
             slot_mapping=torch.tensor(slots),
+            token_sequence=torch.tensor([i for i, s in enumerate(order) for _ in range(counts[s])]),
+            token_visible=torch.tensor(
+                [n for i, s in enumerate(order) for n in range(lens[i] - counts[s] + 1, lens[i] + 1)]
+            ),
             decode_rows=torch.tensor([starts[i] for i in decodes]) if decodes else None,
             decode_table=block_table[decodes] if decodes else None,
             decode_lens=torch.tensor([lens[i] for i in decodes]) if decodes else None,

@@ -95,6 +95,8 @@ class ModelRunner:
             seq_lens=seq_lens,
             block_table=to(block_table),
             slot_mapping=to(np.concatenate(slots)),
+            token_sequence=to(np.repeat(np.arange(len(order)), counts)),
+            token_visible=to(np.concatenate(positions) + 1),
             decode_rows=to(np.array([starts[i] for i in decodes])) if decodes else None,
             decode_table=to(np.ascontiguousarray(block_table[decodes, :decode_width])) if decodes else None,
             decode_lens=to(np.array([seq_lens[i] for i in decodes])) if decodes else None,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.kernels.paged_decode import paged_decode
+from polymoe.kernels.paged_attention import paged_attention
 from polymoe.model.context import AttentionBatch, ForwardContext
 from polymoe.model.variant_stack import VariantStack
 
@@ -121,8 +121,14 @@ class PagedAttention:
             sinks = sinks.per_token(num_tokens)
         elif sinks is not None:
             sinks = sinks.expand(num_tokens, -1)
+        if sinks is None and options.get("softcap") is None:
+            own, caches = query.transpose(0, 1).contiguous(), (self.cache.key[layer], self.cache.value[layer])
+            tokens = batch.token_sequence, batch.token_visible
+            fast = paged_attention(own, *caches, batch.block_table, *tokens, options["scaling"], window)
+            if fast is not None:
+                return fast
         if not batch.prefill_seqs:  # the sequences' single tokens are all rows, in order
-            return self._decode(layer, batch, query.transpose(0, 1).contiguous(), window, sinks, **options)
+            return self._decode(layer, batch, query.transpose(0, 1), window, sinks, **options)
         out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
         if batch.decode_rows is not None:
             rows = batch.decode_rows
@@ -135,16 +141,13 @@ class PagedAttention:
     def _decode(
         self, layer: int, batch: AttentionBatch, query: torch.Tensor, window: int | None, sinks: Any, **options: Any
     ) -> torch.Tensor:
-        """All sequences with one query token: `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`."""
+        """All sequences with one query token, in one padded batch.
+
+        `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`.
+        """
         table, lens = batch.decode_table, batch.decode_lens
         assert table is not None
         assert lens is not None
-        if sinks is None and options.get("softcap") is None:
-            caches = self.cache.key[layer], self.cache.value[layer]
-            fast = paged_decode(query, *caches, table, lens, options["scaling"], window)
-            if fast is not None:
-                return fast
-        # One padded batch.
         keys, values = self.cache.gather(layer, table)
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]

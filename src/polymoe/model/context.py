@@ -112,7 +112,9 @@ class AttentionBatch:
     seq_lens: list[int]  # B
     block_table: torch.Tensor  # [B, max blocks] int64, padded with 0
     slot_mapping: torch.Tensor  # [T] int64, block * block_size + offset: where each new key and value goes
-    # Sequences with one query token are computed together, all others one by one.
+    token_sequence: torch.Tensor  # [T] int64, the row of the block table
+    token_visible: torch.Tensor  # [T] int64, how many tokens of its sequence a token sees: its position + 1
+    # Where there is no kernel, sequences with one query token are computed together and all others one by one.
     decode_rows: torch.Tensor | None = None  # [D] int64: row of the flattened batch
     decode_table: torch.Tensor | None = None  # [D, blocks of the longest of them] int64
     decode_lens: torch.Tensor | None = None  # [D] int64

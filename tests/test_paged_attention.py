@@ -1,10 +1,10 @@
-"""The compiled decode kernel against attention in float64 on the gathered keys and values."""
+"""The compiled attention kernel against attention in float64 on the gathered keys and values."""
 
 import pytest
 import torch
 
 from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.paged_decode import paged_decode
+from polymoe.kernels.paged_attention import paged_attention
 
 pytestmark = pytest.mark.skipif(
     cpu_kernels() is None, reason="the CPU kernels are not built, or this processor has no AVX512-BF16"
@@ -24,21 +24,24 @@ def test_against_float64(
     key = torch.randn(num_blocks, block_size, kv_heads, dim, generator=generator).to(torch.bfloat16)
     value = torch.randn(num_blocks, block_size, kv_heads, value_dim, generator=generator).to(torch.bfloat16)
     table = torch.randperm(num_blocks, generator=generator)[: len(lens) * width].view(len(lens), width)
-    query = torch.randn(len(lens), q_heads, dim, generator=generator).to(torch.bfloat16)
+    # The last tokens of each sequence are queries, as in a prompt; each sees what stands before it.
+    tokens = [(i, seen) for i, length in enumerate(lens) for seen in range(max(1, length - 2), length + 1)]
+    sequence, visible = torch.tensor(tokens).t().contiguous()
+    query = torch.randn(len(tokens), q_heads, dim, generator=generator).to(torch.bfloat16)
     for i, length in enumerate(lens):  # what lies behind the end must not matter
         for t in range(length, width * block_size):
             key[table[i, t // block_size], t % block_size] = float("nan")
             value[table[i, t // block_size], t % block_size] = float("nan")
-    out = paged_decode(query, key, value, table, torch.tensor(lens), 0.3, window)
+    out = paged_attention(query, key, value, table, sequence, visible, 0.3, window)
     assert out is not None
-    for i, length in enumerate(lens):
-        first = max(0, length - window) if window else 0
-        k = key[table[i]].flatten(0, 1)[first:length].double()
-        v = value[table[i]].flatten(0, 1)[first:length].double()
+    for n, (i, seen) in enumerate(tokens):
+        first = max(0, seen - window) if window else 0
+        k = key[table[i]].flatten(0, 1)[first:seen].double()
+        v = value[table[i]].flatten(0, 1)[first:seen].double()
         for head in range(q_heads):
             shared = head // (q_heads // kv_heads)
-            weights = torch.softmax(0.3 * (k[:, shared] @ query[i, head].double()), dim=0)
-            torch.testing.assert_close(out[i, head].double(), weights @ v[:, shared], atol=4e-3, rtol=8e-3)
+            weights = torch.softmax(0.3 * (k[:, shared] @ query[n, head].double()), dim=0)
+            torch.testing.assert_close(out[n, head].double(), weights @ v[:, shared], atol=4e-3, rtol=8e-3)
 
 
 def test_very_large_and_equal_scores() -> None:
@@ -46,18 +49,18 @@ def test_very_large_and_equal_scores() -> None:
     key[0, 3] = 1000.0
     value = torch.arange(16.0).repeat_interleave(32).view(1, 16, 1, 32).to(torch.bfloat16)
     query = torch.ones(1, 1, 32, dtype=torch.bfloat16)
-    table, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([16])
-    out = paged_decode(query, key, value, table, lens, 1.0, None)
+    table, first, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), torch.tensor([16])
+    out = paged_attention(query, key, value, table, first, lens, 1.0, None)
     assert out is not None
     assert (out == 3.0).all()
-    out = paged_decode(query, torch.zeros_like(key), value, table, lens, 1.0, None)
+    out = paged_attention(query, torch.zeros_like(key), value, table, first, lens, 1.0, None)
     assert out is not None
     torch.testing.assert_close(out.float(), torch.full((1, 1, 32), 7.5))
 
 
 def test_other_dtypes_and_sizes_are_left_to_torch() -> None:
     cache = torch.zeros(1, 16, 1, 32)
-    table, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([1])
-    assert paged_decode(torch.zeros(1, 1, 32), cache, cache, table, lens, 1.0, None) is None
+    table, first, lens = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), torch.tensor([1])
+    assert paged_attention(torch.zeros(1, 1, 32), cache, cache, table, first, lens, 1.0, None) is None
     odd = torch.zeros(1, 16, 1, 24, dtype=torch.bfloat16)
-    assert paged_decode(torch.zeros(1, 1, 24, dtype=torch.bfloat16), odd, odd, table, lens, 1.0, None) is None
+    assert paged_attention(torch.zeros(1, 1, 24, dtype=torch.bfloat16), odd, odd, table, first, lens, 1.0, None) is None

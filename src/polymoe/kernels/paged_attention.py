@@ -1,0 +1,45 @@
+"""Attention over the paged cache, each query token by itself: the compiled kernel where it applies, else None."""
+
+import torch
+
+from polymoe.kernels.cpu import cpu_kernels
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    sequence: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor | None:
+    """softmax(scaling · q kᵀ) v of each token over its own sequence's blocks, without gathering them.
+
+    Args:
+        query: `[T, Hq, D]`, contiguous.
+        key, value: the cache of one layer, `[blocks, block_size, Hk, D]` and `[…, Dv]`.
+        block_table: `[B, M]` int64, contiguous.
+        sequence: `[T]` int64, the token's row of the block table.
+        visible: `[T]` int64, how many tokens of the sequence it sees: its position + 1.
+        window: only the last `window` of these; None: all.
+
+    Returns: `[T, Hq, Dv]`, or None where there is no kernel for these arguments (not a CPU with AVX512-BF16, another
+    dtype, odd sizes): the caller then gathers and uses torch, which gives the same up to bfloat16 rounding.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or query.shape[2] % 32 or value.shape[3] % 16:
+        return None
+    kernels = cpu_kernels()
+    if kernels is None:
+        return None
+    assert query.is_contiguous()
+    assert block_table.is_contiguous()
+    tokens, q_heads, dim = query.shape
+    out = query.new_empty(tokens, q_heads, value.shape[3])
+    kernels.polymoe_paged_attention_bf16(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), block_table.data_ptr(), block_table.shape[1],
+        sequence.data_ptr(), visible.data_ptr(), window or 0, tokens, q_heads, key.shape[2], dim, value.shape[3],
+        key.shape[1], scaling, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
