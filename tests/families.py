@@ -136,6 +136,7 @@ def make_family(
     *,
     frozen: str | None = None,
     frozen_experts: Collection[int] = (),
+    changed: float | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = False,
     max_shard_size: str | None = None,
@@ -146,6 +147,7 @@ def make_family(
     `perturb`: fine-tunes are base + perturb · std · noise; None makes the variants unrelated random models.
     `frozen`: a regular expression; tensors whose (v5) name it finds stay bit-identical to the base's.
     `frozen_experts`: expert indices that stay bit-identical in every layer.
+    `changed`: share of the values of experts that a fine-tune changed; None: all of them.
     `overrides` are config fields. Returns {variant name: folder}.
     """
     base = make_model(arch, seed, **overrides)
@@ -162,6 +164,9 @@ def make_family(
                     if frozen is not None and re.search(frozen, name):
                         tensor.copy_(start[name])
                     elif ".experts." in name:
+                        if changed is not None:
+                            kept = torch.rand(tensor.shape) >= changed
+                            tensor.copy_(torch.where(kept, start[name], tensor))
                         for expert in frozen_experts:
                             tensor[expert] = start[name][expert]
         name = "base" if index == 0 else f"v{index}"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import ARCHITECTURES, make_family
 from polymoe.errors import BundleError, PlanError
-from polymoe.offline import atomic, bundle_writer
+from polymoe.offline import atomic, bundle_writer, tensorfile
 from polymoe.offline.api import inspect, make_plan
 from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle import Bundle
@@ -68,6 +68,7 @@ def stored_bytes(bundle: Bundle) -> dict[str, int]:
     sources = {name: sorted(set(bundle.nonexpert_sources(name))) for name in bundle.nonexpert_names}
     return {
         "resident_experts": sum(t.nbytes for layer in layers for t in bundle.resident_experts(layer).values()),
+        "deltas": 0,
         "nonexperts_shared": sum(bundle.nonexpert(0, n).nbytes for n, s in sources.items() if len(s) == 1),
         "nonexperts_own": sum(bundle.nonexpert(v, n).nbytes for n, s in sources.items() if len(s) > 1 for v in s),
         "tables": bundle.table.nbytes,
@@ -213,7 +214,7 @@ class TestOpen:
         with pytest.raises(BundleError, match="unfinished bundle"):
             Bundle.open(folder)
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 1}', b"\xff"])
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format_version": 2}', b"\xff"])
     def test_damaged_manifest(self, folder: Path, content: str | bytes) -> None:
         (folder / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
@@ -221,7 +222,7 @@ class TestOpen:
 
     def test_other_format_version(self, folder: Path) -> None:
         (folder / "manifest.json").write_text('{"format_version": 99, "anything": "else"}')
-        with pytest.raises(BundleError, match="has bundle format 99, this polymoe reads 1"):
+        with pytest.raises(BundleError, match="has bundle format 99, this polymoe reads 2"):
             Bundle.open(folder)
 
     @pytest.mark.parametrize(
@@ -326,8 +327,8 @@ class TestWriting:
                 raise OSError(28, "No space left on device")
             return original(self, name, piece)
 
-        original = bundle_writer.TensorFileWriter.append
-        monkeypatch.setattr(bundle_writer.TensorFileWriter, "append", append)
+        original = tensorfile.TensorFileWriter.append
+        monkeypatch.setattr(tensorfile.TensorFileWriter, "append", append)
         with pytest.raises(PlanError, match=r"the disk is full while writing .*nothing was changed"):
             write(family, scan, tmp_path / "b")
         assert [path.name for path in tmp_path.iterdir()] == (["b"] if existing else [])

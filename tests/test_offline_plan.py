@@ -9,7 +9,8 @@ import torch
 
 from polymoe.errors import PlanError
 from polymoe.offline.budget import build_plan, expert_capacity, parse_memory
-from polymoe.offline.plan import Plan, lay_out, paper_plan, round_robin_layout, separate_plan, table
+from polymoe.offline.layout import lay_out, table
+from polymoe.offline.plan import Plan, paper_plan, round_robin_layout, separate_plan
 from polymoe.offline.scan import FamilyScan
 
 
@@ -146,6 +147,7 @@ def scan() -> FamilyScan:
         expert_modules=("model.layers.1.mlp.experts", "model.layers.2.mlp.experts"),
         distance=np.arange(10.0).reshape(2, 5),
         norm=np.ones((2, 5)),
+        pair_distance=np.zeros((2, 2)),
         expert_version=version,
         expert_hash=np.zeros((2, 2, 5, 32), dtype=np.uint8),
         expert_bytes=100,
@@ -178,7 +180,7 @@ def test_policies(scan: FamilyScan) -> None:
     assert build_plan(scan, "separate").position_counts() == {"shared": 0, "separate": 10, "absent": 0}
     assert build_plan(scan, "paper", "0x").position_counts()["absent"] == 10
     assert num_resident(build_plan(scan, "separate", "1.5x")) == 15
-    with pytest.raises(PlanError, match="unknown policy 'best'; there are paper and separate"):
+    with pytest.raises(PlanError, match=r"unknown policy 'best'; there are auto, paper, .* and cluster"):
         build_plan(scan, "best")
 
 

@@ -11,6 +11,36 @@ from rich.console import Console
 from rich.table import Table
 
 from polymoe.bench.cli import app as bench
+from polymoe.cli_options import (
+    AdmissionFactor,
+    ApiKey,
+    Base,
+    Calibrate,
+    Clusters,
+    DeltaBits,
+    Device,
+    DType,
+    ExpertCache,
+    Grace,
+    Host,
+    KVCache,
+    MaxBatched,
+    MaxLen,
+    MaxSeqs,
+    Memory,
+    MinTop1,
+    Policy,
+    Port,
+    Slo,
+    SlotsOption,
+    Specs,
+    TargetItl,
+    Text,
+    Threads,
+    Weight,
+    file_lists,
+    pairs,
+)
 from polymoe.config import EngineConfig, parse_bytes, parse_numbers
 from polymoe.errors import PolymoeError
 
@@ -23,43 +53,6 @@ app = typer.Typer(
 )
 app.add_typer(bench)
 console = Console()
-
-Specs = Annotated[
-    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
-]
-Policy = Annotated[str, typer.Option(help="paper: similar experts shared; separate: lossless, every variant its own")]
-Memory = Annotated[
-    str | None, typer.Option(help="1.0x: expert bytes in multiples of one model's; 24GiB: all weights on the device")
-]
-DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-SlotsOption = Annotated[
-    int | None, typer.Option(help="variants whose non-experts are on the device at once; default all")
-]
-KVCache = Annotated[str, typer.Option(help="memory for keys and values, for example 4GiB")]
-ExpertCache = Annotated[str, typer.Option(help="memory for absent experts that were fetched")]
-MaxLen = Annotated[int | None, typer.Option(help="longest sequence in tokens; default: what the variants support")]
-MaxSeqs = Annotated[int, typer.Option(help="sequences that run at once")]
-MaxBatched = Annotated[int, typer.Option(help="tokens in one step")]
-Weight = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=WEIGHT", help="share of a variant when all are busy; default 1 each; may be repeated"),
-]
-Slo = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=SECONDS", help="class of requests and its time to first token; may be repeated"),
-]
-AdmissionFactor = Annotated[
-    float, typer.Option(help="refuse what would take this many times its SLO class; 0: refuse nothing for that")
-]
-TargetItl = Annotated[
-    float | None, typer.Option(help="seconds: prompts are cut smaller so that no token takes longer; default no limit")
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's")]
-Host = Annotated[str, typer.Option(help="address to listen on; another than 127.0.0.1 needs --api-key")]
-Port = Annotated[int, typer.Option(min=1, max=65535)]
-ApiKey = Annotated[str | None, typer.Option(envvar="POLYMOE_API_KEY", help="clients must send this key")]
-Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM")]
 
 
 def engine_config(bundle: str | Path, **options: Any) -> EngineConfig:
@@ -77,44 +70,56 @@ def engine_options(**options: Any) -> dict[str, Any]:
     return options
 
 
-def pairs(values: list[str], option: str) -> dict[str, Path]:
-    """`VARIANT=FILE` options -> a dict, each once, each an existing path."""
-    found: dict[str, Path] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or not name or not path:
-            raise PolymoeError(f"{option} {value!r}: write VARIANT=PATH.")
-        if name in found:
-            raise PolymoeError(f"{option} names {name} twice.")
-        if not Path(path).exists():
-            raise PolymoeError(f"{option} {name}: {path} does not exist.")
-        found[name] = Path(path)
-    return found
-
-
 @app.command()
 def inspect(
-    specs: Specs,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to compare")
+    ],
     png: Annotated[Path, typer.Option(help="where to write the heat map")] = Path("distances.png"),
 ) -> None:
-    """Compare checkpoints expert by expert: a table by layer, and a heat map of the distances."""
-    from polymoe.offline.api import inspect as run
+    """Show a bundle (bytes, formats, fidelity), or compare checkpoints expert by expert, with a heat map."""
+    from polymoe.offline import api
 
-    run(specs, png, console)
+    if len(sources) == 1 and "=" not in sources[0]:
+        api.inspect_bundle(sources[0], console)
+    else:
+        api.inspect(sources, png, console)
 
 
 @app.command()
 def plan(
     specs: Specs,
     out: Annotated[Path, typer.Option(help="folder of the new bundle")],
-    policy: Policy = "paper",
+    policy: Policy = "auto",
     memory: Memory = None,
-    force: Annotated[bool, typer.Option(help="replace an existing bundle")] = False,
+    base: Base = "stored",
+    delta_bits: DeltaBits = None,
+    clusters: Clusters = None,
+    min_top1: MinTop1 = None,
+    calibrate: Calibrate = None,
+    text: Text = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="replace an existing bundle; share experts of variants without a common ancestor (a warning)"
+        ),
+    ] = False,
 ) -> None:
-    """Decide which experts are shared and write a bundle that is ready to serve."""
+    """Decide which experts are shared, and how they are stored, and write a bundle that is ready to serve."""
     from polymoe.offline.api import make_plan
+    from polymoe.offline.options import PlanOptions
 
-    make_plan(specs, policy=policy, memory=memory, out=out, overwrite=force, console=console)
+    options = PlanOptions(
+        base=base, delta_bits=delta_bits, clusters=clusters, min_top1=min_top1,
+        calibrate=file_lists(calibrate or [], "--calibrate"), accept_unrelated=force,
+    )  # fmt: skip
+    texts = pairs(text or [], "--text")
+    checkpoints, token_ids = _encoded(specs, texts)  # what is wrong with a text is said before minutes of planning
+    made = make_plan(specs, policy=policy, memory=memory, out=out, overwrite=force, console=console, options=options)
+    if texts:
+        from polymoe.evaluate.record import measure_and_record
+
+        measure_and_record(made, checkpoints, texts, token_ids, console)
 
 
 @app.command()
@@ -154,7 +159,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
-    policy: Policy = "paper",
+    policy: Policy = "auto",
     memory: Memory = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -184,6 +189,10 @@ def serve(
     )  # fmt: skip
     EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
     check_address(host, port, api_key)
+    if policy == "auto" and memory is None and "=" in sources[0]:
+        from polymoe.offline.device_memory import device_budget
+
+        memory = device_budget(device, reserved=options["kv_cache_bytes"] + options["expert_cache_bytes"])
     config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
     raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
 
@@ -193,7 +202,9 @@ def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -
     """Serve the four small models that come with the package: base, math, drama and code."""
     from polymoe.demo import family_paths
 
-    serve([f"{name}={path}" for name, path in family_paths().items()], host=host, port=port, threads=threads)
+    specs = [f"{name}={path}" for name, path in family_paths().items()]
+    # One model's experts for all four: that they fit a computer whole would show nothing.
+    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads)
 
 
 @app.command(name="eval")
@@ -228,6 +239,18 @@ def version() -> None:
     import polymoe
 
     print(polymoe.__version__)
+
+
+def _encoded(specs: list[str], texts: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[int]]]:
+    """(variant -> checkpoint folder, variant -> token ids of its text); nothing is read without texts."""
+    if not texts:
+        return {}, {}
+    from polymoe.evaluate.texts import encode_texts
+    from polymoe.offline.family import parse_variant_specs
+    from polymoe.offline.source import resolve
+
+    checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
+    return checkpoints, encode_texts(checkpoints, texts)
 
 
 def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:

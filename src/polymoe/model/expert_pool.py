@@ -1,25 +1,24 @@
 """The physical experts of every layer, shared by all variants, and the tier behind them for those that are absent.
 
 `table [V, L, E]` says for each (variant, layer, expert) which physical expert serves it: an index into the layer's
-resident stack, or `-1 - h` for expert h of the layer's host tier. Sharing an expert is two entries with one value.
+resident bases, or `-1 - h` for expert h of the layer's host tier. Sharing an expert is two entries with one value.
+Where experts are packed or variants have deltas, `delta [V, L, E]` and `sign [V, L, E]` say what is added to the base.
 """
 
 import itertools
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
+from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, route
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
-from polymoe.model.cache_policy import FrequencyPolicy
+from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.model.context import ForwardContext
-from polymoe.model.slots import copy_padded
+from polymoe.model.expert_cache import ExpertCache, Weights
+from polymoe.quant.formats import get_format
 
-Weights = Mapping[str, torch.Tensor]
+PackedTensors = dict[str, dict[str, torch.Tensor]]
 
 
 class ExpertStore(Protocol):
@@ -29,114 +28,36 @@ class ExpertStore(Protocol):
     def table(self) -> torch.Tensor:
         """`[V, L, E]` int32."""
 
+    @property
+    def delta(self) -> torch.Tensor | None:
+        """`[V, L, E]` int32, −1 for none."""
+
+    @property
+    def sign(self) -> torch.Tensor | None:
+        """`[V, L, E]` int8, of the deltas; None: all 1."""
+
+    @property
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> [out, in] or [out] of what packed tensors stand for."""
+
     def resident_experts(self, layer: int) -> dict[str, torch.Tensor]:
-        """Name -> `[P_l, *shape]`."""
+        """Name -> `[P_0, *shape]`, the bases that are not packed; their ids are the lowest."""
+
+    def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
+        """Format -> name -> part -> `[P, …]`, in the order of the ids."""
+
+    def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:
+        """Format -> name -> part -> `[D, …]`, in the order of the ids."""
 
     def host_expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
         """Name -> `[*shape]`, read lazily."""
 
 
-@dataclass
-class TierStats:
-    """What fetching absent experts cost. A hit found the expert in the cache; bytes are those read from the host."""
-
-    hits: int = 0
-    misses: int = 0
-    prefetched: int = 0  # of the misses, fetched beside computation
-    host_bytes: int = 0
-    seconds: float = 0.0  # that the engine waited
-
-
-Key = tuple[int, int]  # (layer, index in the layer's host list)
-
-
-class ExpertCache:
-    """Absent experts on the device, in a byte budget: what is used often is kept, what is needed next is on its way.
-
-    A quarter of the budget (at most `MAX_STAGING` experts) stages what `expect` announced, fetched by a thread of its
-    own while other experts compute; the rest keeps what the frequency policy chooses. With a budget below two experts
-    an expert is fetched when needed and dropped after use (Algorithm 2 of the paper is budget 0).
-    """
-
-    MAX_STAGING = 8
-
-    def __init__(self, store: ExpertStore, budget: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.store, self.budget, self.device, self.dtype = store, budget, device, dtype
-        self.stats = TierStats()
-        self._expert_bytes = 0  # on the device, each; known from the first one on
-        self._host_bytes = 0  # as stored
-        self._staging = 0
-        self._policy = FrequencyPolicy(0)
-        self._kept: dict[Key, Weights] = {}
-        self._arriving: dict[Key, Future[Weights]] = {}
-        self._expected: deque[Key] = deque()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polymoe-experts")
-
-    @property
-    def used(self) -> int:
-        """Bytes held now."""
-        return (len(self._kept) + len(self._arriving)) * self._expert_bytes
-
-    def expect(self, keys: Iterable[Key]) -> None:
-        """These experts are needed soon, in this order. What was expected before and is not among them is forgotten."""
-        if not self._expert_bytes:
-            self._measure(keys := list(keys))
-        self._expected = deque(key for key in keys if key not in self._kept)
-        wanted = set(self._expected)
-        for key in [key for key in self._arriving if key not in wanted]:
-            self._arriving.pop(key).cancel()
-        self._pump()
-
-    def get(self, layer: int, index: int) -> Weights:
-        """The tensors of expert `index` of the layer's host tier, on the device."""
-        key = (layer, index)
-        if not self._expert_bytes:
-            self._measure([key])
-        if self._policy.access(key):
-            self.stats.hits += 1
-            return self._kept[key]
-        started = time.perf_counter()
-        arriving = self._arriving.pop(key, None)
-        weights = self._fetch(key) if arriving is None else arriving.result()
-        self.stats.misses += 1
-        self.stats.prefetched += arriving is not None
-        self.stats.host_bytes += self._host_bytes
-        if key in self._policy:
-            self._kept[key] = weights
-            for dropped in [k for k in self._kept if k not in self._policy]:
-                del self._kept[dropped]
-        self._pump()
-        self.stats.seconds += time.perf_counter() - started
-        return weights
-
-    def _measure(self, keys: list[Key]) -> None:
-        """Size one expert, and share out the budget."""
-        if not keys:
-            return
-        tensors = self.store.host_expert(*keys[0]).values()
-        self._host_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        self._expert_bytes = sum(t.numel() for t in tensors) * torch.empty((), dtype=self.dtype).element_size()
-        room = self.budget // self._expert_bytes
-        self._staging = min(room // 4 or room // 2, self.MAX_STAGING)
-        self._policy = FrequencyPolicy(room - self._staging)
-
-    def _pump(self) -> None:
-        while self._expected and len(self._arriving) < self._staging:
-            key = self._expected.popleft()
-            if key not in self._arriving and key not in self._kept:
-                self._arriving[key] = self._worker.submit(self._fetch, key)
-
-    def _fetch(self, key: Key) -> Weights:
-        """Copy one expert to the device. May run beside a forward pass."""
-        fetched = {}
-        for name, source in self.store.host_expert(*key).items():
-            fetched[name] = torch.empty(source.shape, dtype=self.dtype, device=self.device)
-            copy_padded(fetched[name], source)
-        return fetched
-
-
 class LayerExperts:
-    """One layer's physical experts and its slice of the table; attached to the stock experts module."""
+    """One layer's physical experts and its slices of the tables; attached to the stock experts module.
+
+    `delta`, `sign` `[V, E]` and `compressed` are None where every resident expert is stored as it is, without deltas.
+    """
 
     def __init__(
         self,
@@ -145,8 +66,12 @@ class LayerExperts:
         resident: dict[str, torch.Tensor],
         cache: ExpertCache,
         ctx: ForwardContext,
+        compressed: CompressedLayer | None = None,
+        delta: torch.Tensor | None = None,
+        sign: torch.Tensor | None = None,
     ) -> None:
         self.layer, self.table, self.resident, self.cache, self.context = layer, table, resident, cache, ctx
+        self.compressed, self.delta, self.sign = compressed, delta, sign
         self.all_resident = bool((table >= 0).all())
         self.next: LayerExperts | None = None
 
@@ -161,7 +86,15 @@ class LayerExperts:
     ) -> torch.Tensor:
         """The layer's experts for `hidden [T, H]` with each variant's own routing `[T, K]`."""
         token_variant = self.context.batch.segments(hidden.shape[0]).token_variant
-        physical = self.table[token_variant[:, None], top_k_index]
+        entry = token_variant[:, None], top_k_index
+        physical = self.table[entry]
+        if self.compressed is not None:
+            if not self.all_resident:
+                self._announce(physical)
+            delta = None if self.delta is None else self.delta[entry]
+            sign = None if self.sign is None else self.sign[entry]
+            routing = route(physical, token_variant, delta, sign)
+            return experts_compressed(module, hidden, routing, top_k_weights, self.compressed, self.weights_of)
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
         if (
@@ -207,27 +140,70 @@ class ExpertPool:
     ) -> None:
         table = store.table
         self.table = table.to(device)
-        self.cache = ExpertCache(store, cache_bytes, device, dtype)
+        self.delta = None if store.delta is None else store.delta.to(device)
+        self.sign = None if store.sign is None else store.sign.to(device)
+        self.cache = ExpertCache(store.host_expert, cache_bytes, device, dtype)
         self.layers: list[LayerExperts] = []
         for layer in range(table.shape[1]):
             # copy=True: a tensor read from a memory-mapped file would otherwise stay on disk
             resident = {n: t.to(device, dtype, copy=True) for n, t in store.resident_experts(layer).items()}
-            self.layers.append(LayerExperts(layer, self.table[:, layer], resident, self.cache, context))
+            compressed = _compressed(store, layer, resident, device)
+            tables = [None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign)]
+            self.layers.append(
+                LayerExperts(layer, self.table[:, layer], resident, self.cache, context, compressed, *tables)
+            )
             progress((layer + 1) / table.shape[1])
         for layer_experts, following in itertools.pairwise(self.layers):
             layer_experts.next = following
         self.check_integrity()
 
     @property
-    def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.resident.values())
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes on the device: `resident_experts`, `deltas` and `tables`."""
+        compressed = [layer.compressed for layer in self.layers if layer.compressed is not None]
+        stored = sum(t.numel() * t.element_size() for layer in self.layers for t in layer.resident.values())
+        tables = [t for t in (self.table, self.delta, self.sign) if t is not None]
+        return {
+            "resident_experts": stored + sum(pool.num_bytes for layer in compressed for pool in layer.bases),
+            "deltas": sum(pool.num_bytes for layer in compressed for pool in layer.deltas),
+            "tables": sum(t.numel() * t.element_size() for t in tables),
+        }
 
     def check_integrity(self) -> None:
         """Every table entry points at an expert that exists."""
         for layer in self.layers:
             counts = {t.shape[0] for t in layer.resident.values()} or {0}
             assert len(counts) == 1, f"layer {layer.layer}: expert tensors disagree on their count {counts}"
-            assert int(layer.table.max()) < counts.pop(), f"layer {layer.layer}: the table points past the pool"
+            compressed = layer.compressed
+            num_bases = counts.pop() if compressed is None else compressed.num_bases
+            assert int(layer.table.max()) < num_bases, f"layer {layer.layer}: the table points past the pool"
+            if layer.delta is not None and compressed is not None:
+                assert int(layer.delta.max()) < compressed.num_deltas, f"layer {layer.layer}: no such delta"
+                assert bool((layer.table[layer.delta >= 0] >= 0).all()), (
+                    f"layer {layer.layer}: a delta on a host expert"
+                )
+
+
+def _compressed(
+    store: ExpertStore, layer: int, resident: dict[str, torch.Tensor], device: torch.device
+) -> CompressedLayer | None:
+    """The packed pools of a layer, as stored; None if it has none."""
+
+    def load(tensors: PackedTensors) -> PackedTensors:
+        return {name: {part: t.to(device, copy=True) for part, t in parts.items()} for name, parts in tensors.items()}
+
+    bases, deltas = store.packed_bases(layer), store.packed_deltas(layer)
+    if not bases and not deltas:
+        return None
+    shapes = store.packed_shapes
+    return CompressedLayer(
+        resident,
+        tuple(PackedPool(get_format(name), load(tensors), shapes) for name, tensors in bases.items()),
+        tuple(
+            ExactPool(load(tensors)) if name == "exact" else PackedPool(get_format(name), load(tensors), shapes)
+            for name, tensors in deltas.items()
+        ),
+    )
 
 
 def polymoe_experts_forward(

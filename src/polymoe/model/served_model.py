@@ -152,11 +152,9 @@ class ServedModel:
     @property
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held on the device, by kind; `expert_cache` is what it holds now."""
-        table = self.pool.table
         return {
-            "resident_experts": self.pool.resident_bytes,
+            **self.pool.resident_bytes,
             **self._bytes,
-            "tables": table.numel() * table.element_size(),
             "expert_cache": self.pool.cache.used,
             "kv_cache": self.kv_cache.nbytes,
         }

@@ -1,28 +1,26 @@
 """What `polymoe plan` and `polymoe inspect` do, from checkpoints to a printed summary."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from polymoe.config import format_bytes
 from polymoe.offline.atomic import check_target
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
 from polymoe.offline.bundle_writer import write_bundle
 from polymoe.offline.family import Family
-from polymoe.offline.plan import Plan
+from polymoe.offline.options import PlanOptions
+from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
 from polymoe.offline.similarity import heatmap
 
-_KINDS = {
-    "resident_experts": "experts",
-    "nonexperts_shared": "non-experts, shared by all",
-    "nonexperts_own": "non-experts of single variants",
-    "tables": "tables",
-}
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate import Calibration
 
 
 def make_plan(
@@ -32,23 +30,52 @@ def make_plan(
     out: str | Path,
     overwrite: bool = False,
     console: Console | None = None,
+    options: PlanOptions | None = None,
 ) -> Bundle:
-    """Plan a family and write the bundle `out`. `specs`: {name: checkpoint} or ["NAME=SPEC", …]; `memory`: see
-    `polymoe.offline.budget.build_plan`. With a console it shows progress and says at the end what was decided.
+    """Plan a family and write the bundle `out`. `specs`: {name: checkpoint} or ["NAME=SPEC", …]; `memory` and
+    `options`: see `polymoe.offline.budget.build_plan`. With a console it shows progress and says at the end what was
+    decided.
 
-    Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was.
+    Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was. With calibration text an
+    interrupted run leaves its finished layers in `.NAME.calibration` beside `out`; the same call goes on from there.
     """
     # What can be refused without reading gigabytes is refused first.
+    options = options or PlanOptions()
+    options.check(policy)
     if memory is not None:
         parse_memory(memory)
-    check_target(Path(out).expanduser(), overwrite)
+    target = Path(out).expanduser()
+    check_target(target, overwrite)
     family = Family.open(specs)
     _say_ignored(family, console)
+    started = target.parent / f".{target.name}.calibration"
+    calibration = _calibration(family, options, started)
     scan = family.scan(console)
-    plan = build_plan(scan, policy, memory)
-    bundle = write_bundle(family, scan, plan, out, overwrite, console)
+    check_related(scan, policy, options.accept_unrelated, console)
+    plan = build_plan(scan, policy, memory, options, family, calibration, console)
+    bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
+    shutil.rmtree(started, ignore_errors=True)
     if console is not None:
-        print_bundle(bundle, scan, plan, console)
+        print_bundle(bundle, console)
+        print_sharing(bundle, scan, plan, console)
+    return bundle
+
+
+def _calibration(family: Family, options: PlanOptions, folder: Path) -> "Calibration | None":
+    """The variants' texts as token ids; None without any. `folder` keeps finished layers of an interrupted run."""
+    if not options.calibrate:
+        return None
+    from polymoe.offline.calibrate import Calibration
+
+    return Calibration.from_files(family, options.calibrate, folder=folder)
+
+
+def inspect_bundle(path: str | Path, console: Console | None = None) -> Bundle:
+    """Print what a bundle holds and how close its variants are to their originals. Raises `BundleError`."""
+    console = console or Console()
+    bundle = Bundle.open(path)
+    print_bundle(bundle, console)
+    print_variants(bundle, console)
     return bundle
 
 
@@ -82,41 +109,6 @@ def inspect(
         heatmap(scan, png)
         console.print(f"Heat map: {png}", soft_wrap=True)
     return scan
-
-
-def print_bundle(bundle: Bundle, scan: FamilyScan, plan: Plan, console: Console) -> None:
-    """Say what a plan decided: bytes by kind, positions, and what each variant gets."""
-    manifest = bundle.manifest
-    kinds = Table(
-        title=f"{bundle.path.name}: policy {manifest.policy} {manifest.memory}".rstrip(), title_justify="left"
-    )
-    kinds.add_column("on the device")
-    kinds.add_column("bytes", justify="right")
-    kinds.add_column("", justify="right")
-    one_model = manifest.expert_bytes * manifest.num_experts * len(manifest.expert_modules)
-    for kind, count in manifest.resident_bytes.items():
-        note = f"{count / one_model:.2f}x one model's" if kind == "resident_experts" else ""
-        kinds.add_row(_KINDS.get(kind, kind), format_bytes(count), note)
-    kinds.add_section()
-    kinds.add_row("together", format_bytes(sum(manifest.resident_bytes.values())))
-    kinds.add_row("host tier: absent experts", format_bytes(manifest.host_bytes))
-    console.print(kinds)
-
-    counts = manifest.positions
-    console.print(
-        f"{sum(counts.values())} expert positions: {counts['shared']} shared by all variants, "
-        f"{counts['separate']} separate, {counts['absent']} absent (fetched from the host).",
-        soft_wrap=True,
-    )
-    variants = Table(title="Experts of each variant", title_justify="left")
-    for column in ("variant", "its own", "another variant's", "from the host", "version"):
-        variants.add_column(column, justify="left" if column in ("variant", "version") else "right")
-    for index, record in enumerate(bundle.variants):
-        own = plan.serving[index] == scan.expert_version[index]
-        resident = plan.resident[index]
-        numbers = (own & resident, ~own, own & ~resident)
-        variants.add_row(record.name, *(str(int(np.sum(n))) for n in numbers), record.version[:12])
-    console.print(variants)
 
 
 def _say_ignored(family: Family, console: Console | None) -> None:

@@ -1,12 +1,23 @@
 """How much memory a plan may use, and the plan that a policy makes of it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
 
 from polymoe.config import format_bytes, parse_bytes
 from polymoe.errors import ConfigError, PlanError
-from polymoe.offline.plan import POLICIES, Plan, paper_plan, separate_plan
+from polymoe.offline.options import PlanOptions
+from polymoe.offline.plan import STORED, Plan, paper_plan, separate_plan
 from polymoe.offline.scan import FamilyScan
+from polymoe.offline.shared_plan import PositionBytes, delta_format, exact_delta_plan, fit, shared_plan
+from polymoe.offline.sizes import ExpertSizes
+
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate import Calibration
+    from polymoe.offline.family import Family
 
 
 @dataclass(frozen=True)
@@ -34,34 +45,126 @@ def parse_memory(text: str) -> Memory:
         ) from error
 
 
-def expert_capacity(memory: Memory, scan: FamilyScan) -> int:
-    """How many experts fit the budget. Raises `PlanError` that names the minimum when not even the rest fits."""
+def expert_budget(memory: Memory, scan: FamilyScan, table_bytes: int | None = None) -> int:
+    """Bytes for experts and deltas. Raises `PlanError` that names the minimum when not even the rest fits.
+
+    table_bytes: of the tables on the device; default that of plans without deltas.
+    """
     _, num_layers, num_experts = scan.expert_version.shape
     if memory.multiple is not None:
         # A product such as 1.1 · 40 may end in …999; nobody means one expert less.
-        return int(memory.multiple * num_layers * num_experts + 1e-6)
+        return int((memory.multiple * num_layers * num_experts + 1e-6) * scan.expert_bytes)
     assert memory.num_bytes is not None
-    fixed = scan.nonexpert_bytes_total + scan.table_bytes
+    fixed = scan.nonexpert_bytes_total + (scan.table_bytes if table_bytes is None else table_bytes)
     if memory.num_bytes < fixed:
         raise PlanError(
             f"--memory {memory.text} is below the minimum of {format_bytes(fixed)} ({fixed} bytes): the non-experts of "
             f"{len(scan.variant_names)} variants must be on the device, and each expert there adds "
             f"{format_bytes(scan.expert_bytes)}."
         )
-    return (memory.num_bytes - fixed) // scan.expert_bytes
+    return memory.num_bytes - fixed
 
 
-def build_plan(scan: FamilyScan, policy: str, memory: str | None = None) -> Plan:
-    """The plan of `policy` for a family. `memory` None: `paper` takes 1.0x, `separate` everything on the device.
+def expert_capacity(memory: Memory, scan: FamilyScan) -> int:
+    """How many experts, as stored, fit the budget. Raises as `expert_budget` does."""
+    return expert_budget(memory, scan) // scan.expert_bytes
 
-    Raises `PlanError` for an unknown policy, a malformed budget or one below the minimum.
+
+def build_plan(
+    scan: FamilyScan,
+    policy: str,
+    memory: str | None = None,
+    options: PlanOptions | None = None,
+    family: "Family | None" = None,
+    calibration: "Calibration | None" = None,
+    console: Console | None = None,
+) -> Plan:
+    """The plan of `policy` for a family.
+
+    Args:
+        memory: None: `paper` and `auto` take 1.0x, every other policy what it needs with everything on the device.
+        family: needed by everything but `paper` and `separate` with bases as stored.
+        calibration: activations of the variants on text; needed by `regmean`, used by `auto`.
+
+    Raises `PlanError` for an unknown policy, options that it does not have, a malformed budget or one below the
+    minimum.
     """
-    if policy not in POLICIES:
-        raise PlanError(f"unknown policy {policy!r}; there are {' and '.join(POLICIES)}.")
-    if memory is None and policy == "separate":
-        return separate_plan(scan.expert_version)
+    options = options or PlanOptions()
+    options.check(policy)
+    version, base = scan.expert_version, options.base
+    if policy == "auto":
+        assert family is not None
+        return _auto_plan(family, scan, memory, options, calibration, console)
+    if policy == "regmean" and calibration is None:
+        raise PlanError("--policy regmean weighs experts by what they see; give text with --calibrate VARIANT=FILE.")
+    if policy == "paper" and memory is None:
+        memory = "1.0x"
+    budget = None if memory is None else parse_memory(memory)
+    text = "" if budget is None else budget.text
+    if policy in ("paper", "separate"):
+        expert_bytes = scan.expert_bytes if base == STORED else _sizes(family)(base)
+        capacity = None if budget is None else expert_budget(budget, scan) // expert_bytes
+        if policy == "separate":
+            plan = separate_plan(version, capacity, text)
+        else:
+            assert capacity is not None
+            plan = paper_plan(scan.distance, version, capacity, text)
+        return replace(plan, base=np.full(version.shape[1:], base, dtype=object))
+
+    assert family is not None
+    sizes = _sizes(family)
+    cost = PositionBytes(scan.expert_bytes, sizes, sizes)
+    if policy == "exact-delta":
+        from polymoe.offline.merge import exact_delta_bytes
+
+        exact = exact_delta_bytes(family, scan, console)
+        exact += 16 * len(sizes.tensors)  # at most, for where each delta's values start
+        cost = replace(cost, delta=lambda _: exact)
+    if policy == "exact-delta":
+        plan = exact_delta_plan(version, cost, text)
+    else:
+        groups = np.zeros_like(version)
+        if policy == "cluster":
+            from polymoe.offline.merge import cluster_positions
+
+            groups = cluster_positions(family, scan, options.clusters or 2, console)
+        merge = "regmean" if calibration is not None else "mean"
+        merge = "mean" if policy == "mean" else merge
+        delta = delta_format(groups, base, options.bits) if policy == "delta" else "none"
+        plan = shared_plan(policy, groups, version, base, merge, delta, text)
+    if budget is None:
+        return plan
+    return fit(plan, version, scan.distance, cost, expert_budget(budget, scan, _table_bytes(plan)))
+
+
+def _table_bytes(plan: Plan) -> int:
+    """Bytes of the tables that `plan` needs, whatever fits in the end."""
+    tables = 4 + 4 * bool((plan.delta_owner >= 0).any()) + bool((plan.sign < 0).any())
+    return tables * plan.serving.size
+
+
+def _sizes(family: "Family | None") -> ExpertSizes:
+    assert family is not None, "formats other than stored need the family"
+    return ExpertSizes.of(family)
+
+
+def _auto_plan(
+    family: "Family",
+    scan: FamilyScan,
+    memory: str | None,
+    options: PlanOptions,
+    calibration: "Calibration | None",
+    console: Console | None,
+) -> Plan:
+    from polymoe.offline.allocate import auto_plan
+
+    if options.min_top1 is not None:
+        if memory is not None:
+            raise PlanError("give either --memory or --min-top1: one is the budget, the other the promise.")
+        return auto_plan(family, scan, min_top1=options.min_top1, calibration=calibration, console=console)
     budget = parse_memory("1.0x" if memory is None else memory)
-    capacity = expert_capacity(budget, scan)
-    if policy == "paper":
-        return paper_plan(scan.distance, scan.expert_version, capacity, budget.text)
-    return separate_plan(scan.expert_version, capacity, budget.text)
+    table_bytes = 9 * scan.expert_version.size  # bases and deltas int32, signs int8
+    plan = auto_plan(
+        family, scan, budget_bytes=expert_budget(budget, scan, table_bytes), calibration=calibration, console=console
+    )
+    return replace(plan, memory=budget.text)

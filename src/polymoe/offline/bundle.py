@@ -3,45 +3,68 @@
 `polymoe.offline.bundle_writer.write_bundle` makes one; `polymoe.offline.manifest` draws the folder.
 """
 
+import fcntl
 import hashlib
+import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymoe.errors import BundleError
 from polymoe.offline.manifest import (
+    MANIFEST,
     SHARED,
     TABLES,
+    Fidelity,
     Manifest,
     VariantRecord,
+    delta_file,
+    encode_manifest,
     host_file,
     own_file,
+    packed_name,
     read_manifest,
     resident_file,
     variant_folder,
 )
+from polymoe.quant.formats import Format, get_format, parts
+
+PackedTensors = dict[str, dict[str, Tensor]]  # tensor name -> part -> [P, …]
 
 
 class Bundle:
-    """An opened bundle. V variants, L expert layers, E experts a layer, P physical experts of one layer.
+    """An opened bundle. V variants, L expert layers, E experts a layer, P physical bases of one layer, D its deltas.
 
-    `path`, `manifest`; `table` int32 [V, L, E]: >= 0 an index of the layer's resident stack, −1 − h its host expert h.
+    `path`, `manifest`; `table` int32 [V, L, E]: >= 0 a physical base of the layer, −1 − h its host expert h.
+    `delta` int32 [V, L, E]: a physical delta of the layer, −1 for none. `sign` int8 [V, L, E] of the deltas. Both are
+    None where no variant has any.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
-        self.table = self._tensor(TABLES, "table")
-        shape = (len(manifest.variants), len(manifest.expert_modules), manifest.num_experts)
-        if tuple(self.table.shape) != shape or self.table.dtype != torch.int32:
+        tables = self._handles[TABLES].keys()
+        self.table = self._table("table", torch.int32)
+        self.delta = self._table("delta", torch.int32) if "delta" in tables else None
+        self.sign = self._table("sign", torch.int8) if "sign" in tables else None
+        if self.delta is None and any(manifest.delta_pools):
+            raise BundleError(f"{path / TABLES} has no table of the deltas; plan it again.")
+
+    def _table(self, name: str, dtype: torch.dtype) -> Tensor:
+        table = self._tensor(TABLES, name)
+        shape = (len(self.manifest.variants), len(self.manifest.expert_modules), self.manifest.num_experts)
+        if tuple(table.shape) != shape or table.dtype != dtype:
             raise BundleError(
-                f"{path / TABLES} has shape {list(self.table.shape)}, expected {list(shape)}; plan it again."
+                f"{self.path / TABLES}: {name} has shape {list(table.shape)}, expected {list(shape)}; plan it again."
             )
+        return table
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Self:
@@ -121,8 +144,51 @@ class Bundle:
         return dict(self.manifest.resident_bytes)
 
     def resident_experts(self, layer: int) -> dict[str, Tensor]:
-        """{tensor name: [P, *shape]} of one expert layer; P may be 0."""
+        """{tensor name: [P, *shape]}: one layer's bases in format "stored", which have the lowest ids; P may be 0."""
         return {name: self._tensor(resident_file(layer), name) for name in self.manifest.expert_shapes}
+
+    @property
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{tensor name: [out, in] (or [out])} that packed tensors stand for."""
+        flip = -1 if self.manifest.transposed else 1
+        return {name: tuple(shape[::flip]) for name, shape in self.manifest.expert_shapes.items()}
+
+    def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
+        """Format -> packed bases of one layer, in the order of their ids, which follow those of `resident_experts`."""
+        pools = self.manifest.base_pools[layer]
+        return {name: self._packed(resident_file(layer), name, n) for name, n in pools.items() if name != "stored"}
+
+    def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:
+        """Format -> deltas of one layer, in the order of their ids. Exact ones: the values of delta d are
+        `values[starts[d] : starts[d + 1]]`."""
+        pools = self.manifest.delta_pools[layer]
+        return {name: self._packed(delta_file(layer), name, n) for name, n in pools.items()}
+
+    def _packed(self, file: str, format_name: str, count: int) -> PackedTensors:
+        fmt = get_format(format_name)
+        found: PackedTensors = {}
+        for tensor, shape in self.packed_shapes.items():
+            # The dtype of biases is the checkpoint's, which does not matter here.
+            names = ("bitmap", "values", "starts") if format_name == "exact" else parts(fmt, shape, torch.float32)
+            found[tensor] = {part: self._tensor(file, packed_name(format_name, tensor, part)) for part in names}
+            self._check_packed(file, fmt, tensor, shape, count, found[tensor])
+        return found
+
+    def _check_packed(
+        self, file: str, fmt: Format, tensor: str, shape: tuple[int, ...], count: int, found: Mapping[str, Tensor]
+    ) -> None:
+        """Raise `BundleError` for a pool of another size: reading past it would be silent in a kernel."""
+        if fmt.name == "exact":
+            *lead, inputs = shape
+            starts = found["starts"].tolist()
+            whole = starts[:1] == [0] and starts == sorted(starts) and starts[-1] == len(found["values"])
+            fits = whole and len(starts) == count + 1 and list(found["bitmap"].shape) == [count, *lead, -(-inputs // 8)]
+        else:
+            wanted = parts(fmt, (count, *shape) if len(shape) > 1 else shape, torch.float32)
+            sizes = {part: size if len(shape) > 1 else (count, *size) for part, (_, size) in wanted.items()}
+            fits = all(tuple(found[part].shape) == size for part, size in sizes.items())
+        if not fits:
+            raise BundleError(f"{self.path / file}: {fmt.name}.{tensor} has another size than planned; plan it again.")
 
     def host_experts(self, layer: int) -> int:
         """How many experts the layer has in the host tier."""
@@ -160,3 +226,41 @@ class Bundle:
         except (KeyError, SafetensorError) as error:
             raise BundleError(f"{self.path / file} does not hold {name} ({error}); plan the bundle again.") from error
         return tensor
+
+
+def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
+    """Write how close variants were measured to be into the bundle's manifest, in one step.
+
+    Variants that are not named keep what they have. What the planner predicted is added where it is missing.
+    Raises `BundleError` for a name that no variant has or a bundle that cannot be written.
+    """
+    folder = Path(path).expanduser()
+    temporary = folder / f".{MANIFEST}.tmp"
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two measurements at a time must not lose each other's figures
+            manifest = read_manifest(folder)
+            names = [variant.name for variant in manifest.variants]
+            for name in fidelity:
+                if name not in names:
+                    raise BundleError(f"{folder} has no variant {name}; there are {', '.join(names)}.")
+            variants = [_measured(variant, fidelity.get(variant.name)) for variant in manifest.variants]
+            with temporary.open("wb") as file:
+                file.write(encode_manifest(msgspec.structs.replace(manifest, variants=variants)))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / MANIFEST)
+            os.fsync(lock)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _measured(variant: VariantRecord, fidelity: Fidelity | None) -> VariantRecord:
+    if fidelity is None:
+        return variant
+    if fidelity.predicted_damage is None:
+        fidelity = msgspec.structs.replace(fidelity, predicted_damage=variant.predicted_damage)
+    return msgspec.structs.replace(variant, fidelity=fidelity)

@@ -1,11 +1,14 @@
-"""Write a plan with its weights. Holds one expert tensor of one layer V times at most; the folder appears at once."""
+"""Write a plan with its weights. Holds one expert tensor of one layer V times at most, and what is packed of the layer;
+the folder appears at once."""
 
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -16,7 +19,10 @@ from polymoe.config import format_bytes
 from polymoe.errors import PlanError
 from polymoe.offline.atomic import check_target, new_folder
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.encode import EncodedLayer, is_transposed, make_encoder
 from polymoe.offline.family import Family, max_model_len
+from polymoe.offline.layer_writer import LayerWriter, open_tensors
+from polymoe.offline.layout import PhysicalLayout, lay_out
 from polymoe.offline.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -26,16 +32,17 @@ from polymoe.offline.manifest import (
     Manifest,
     VariantRecord,
     encode_manifest,
-    host_file,
     own_file,
-    resident_file,
     variant_folder,
 )
-from polymoe.offline.plan import PhysicalLayout, Plan, lay_out
+from polymoe.offline.plan import Plan
 from polymoe.offline.progress import byte_progress
 from polymoe.offline.scan import FamilyScan
+from polymoe.offline.sizes import ExpertSizes, plan_bytes
 from polymoe.offline.source import side_files
-from polymoe.offline.tensorfile import TensorFileWriter
+
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate import Calibration
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _SPARE_BYTES = 4 << 20  # headers, manifest, folders
@@ -48,8 +55,9 @@ def write_bundle(
     out: str | Path,
     overwrite: bool = False,
     console: Console | None = None,
+    calibration: "Calibration | None" = None,
 ) -> Bundle:
-    """Write the bundle folder `out` and open it.
+    """Write the bundle folder `out` and open it. `calibration`: what merges, scales and deltas are fitted to.
 
     Atomic: until the end `out` is what it was, also when the process is killed. Raises `PlanError` when `out` exists
     and `overwrite` is not set, when the disk has too little room or cannot be written; `CheckpointError` when a
@@ -57,6 +65,7 @@ def write_bundle(
     """
     target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow a link to the target
     check_target(target, overwrite)
+    plan = plan.with_shared_deltas(scan.expert_version)
     plan.check_integrity()
     writer = _Writer(family, scan, plan)
     writer.check_disk(target)
@@ -64,7 +73,7 @@ def write_bundle(
         new_folder(target, overwrite) as folder,
         byte_progress("Writing", writer.weight_bytes, console) as advance,
     ):
-        writer.write(folder, advance)
+        writer.write(folder, advance, calibration, console)
     return Bundle.open(target)
 
 
@@ -81,17 +90,19 @@ class _Writer:
             v: [name for name, sources in versions.items() if len(set(sources)) > 1 and v in sources]
             for v in range(len(family.names))
         }
-        self.resident_bytes = {
-            "resident_experts": scan.expert_bytes * sum(len(layer) for layer in self.layout.resident),
+        sizes = ExpertSizes.of(family)
+        self.layers = LayerWriter(family, plan, self.layout, is_transposed(family))
+        self.base_bytes, self.delta_bytes = plan_bytes(self.layout, sizes)  # an upper bound where deltas are exact
+        self.nonexpert_bytes = {
             "nonexperts_shared": sum(scan.nonexpert_bytes[name][0] for name in self.shared),
             "nonexperts_own": sum(scan.nonexpert_bytes[name][v] for v, names in self.own.items() for name in names),
-            "tables": scan.table_bytes,
         }
         self.host_bytes = scan.expert_bytes * sum(len(layer) for layer in self.layout.host)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(self.resident_bytes.values()) + self.host_bytes
+        packed = self.base_bytes + self.delta_bytes + self.layout.table_bytes
+        return packed + sum(self.nonexpert_bytes.values()) + self.host_bytes
 
     def check_disk(self, target: Path) -> None:
         """Raise `PlanError` when the disk of `target` has less room than the bundle needs."""
@@ -104,12 +115,16 @@ class _Writer:
                 "free some space or choose another --out."
             )
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        for name in ("experts", "host", "nonexperts", "variants"):
+    def write(
+        self, folder: Path, advance: Callable[[int], None], calibration: "Calibration | None", console: Console | None
+    ) -> None:
+        for name in ("experts", "deltas", "host", "nonexperts", "variants"):
             (folder / name).mkdir()
-        self._tensors(folder, TABLES, {"table": torch.from_numpy(self.layout.table)}, advance)
+        self._tensors(folder, TABLES, self._tables(), advance)
+        self.encoder = make_encoder(self.family, self.scan, self.plan, calibration, console) if self._packs else None
         for layer in range(self.family.architecture.num_layers):
             self._expert_layer(folder, layer, advance)
+        self.files += self.layers.files
         self._nonexperts(folder, SHARED, 0, self.shared, advance)
         for variant, names in self.own.items():
             self._nonexperts(folder, own_file(self.family.names[variant]), variant, names, advance)
@@ -117,48 +132,43 @@ class _Writer:
         # Last: a folder with a manifest is whole.
         _write_synced(folder / MANIFEST, encode_manifest(self._manifest(records)))
 
+    def _tables(self) -> dict[str, Tensor]:
+        tables = {"table": torch.from_numpy(self.layout.table)}
+        if any(self.layout.deltas):
+            tables["delta"] = torch.from_numpy(self.layout.delta)
+        if self.layout.sign is not None:
+            tables["sign"] = torch.from_numpy(self.layout.sign)
+        return tables
+
+    @property
+    def _packs(self) -> bool:
+        """Whether anything is not a checkpoint's expert verbatim."""
+        positions = np.argwhere(self.plan.resident.any(axis=0))
+        return any(self.layout.deltas) or not all(self.plan.is_verbatim(*position) for position in positions)
+
     def _expert_layer(self, folder: Path, layer: int, advance: Callable[[int], None]) -> None:
-        """Both tiers of one layer, tensor by tensor, so that each stored tensor is read once."""
-        info, variants = self.family.architecture, self.family.checkpoints
-        resident, host = self.layout.resident[layer], self.layout.host[layer]
-        dtypes = {tensor: variants[0].dtype(info.expert_tensor(layer, tensor)) for tensor in info.expert_shapes}
-        stacks = {t: (dtypes[t], (len(resident), *shape)) for t, shape in info.expert_shapes.items()}
-        singles = {
-            f"{h}.{t}": (dtypes[t], tuple(shape)) for t, shape in info.expert_shapes.items() for h in range(len(host))
-        }
-        with (
-            _Open(folder, resident_file(layer), stacks) as on_device,
-            _Open(folder, host_file(layer), singles) as on_host,
-        ):
-            for tensor in on_device.file.names:
-                used = {owner for owner, _ in (*resident, *host)}
-                loaded = {v: variants[v].tensor(info.expert_tensor(layer, tensor)) for v in used}
-                for owner, expert in resident:
-                    advance(on_device.file.append(tensor, loaded[owner][expert]))
-                for h, (owner, expert) in enumerate(host):
-                    advance(on_host.file.append(f"{h}.{tensor}", loaded[owner][expert]))
-        self.files += [on_device.record(), on_host.record()]
+        self.layers.write(folder, layer, self.encoder.layer(layer) if self.encoder else EncodedLayer(), advance)
 
     def _nonexperts(
         self, folder: Path, file: str, variant: int, names: Iterable[str], advance: Callable[[int], None]
     ) -> None:
         checkpoint = self.family.checkpoints[variant]
         declared = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in names}
-        with _Open(folder, file, declared) as output:
-            for name in output.file.names:
-                advance(output.file.append(name, checkpoint.tensor(name)))
-        self.files.append(output.record())
+        with open_tensors(folder, file, declared, self.files) as output:
+            for name in output.names:
+                advance(output.append(name, checkpoint.tensor(name)))
 
     def _tensors(self, folder: Path, file: str, tensors: dict[str, Tensor], advance: Callable[[int], None]) -> None:
-        with _Open(folder, file, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as output:
-            for name in output.file.names:
-                advance(output.file.append(name, tensors[name]))
-        self.files.append(output.record())
+        declared = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        with open_tensors(folder, file, declared, self.files) as output:
+            for name in output.names:
+                advance(output.append(name, tensors[name]))
 
     def _variant(self, folder: Path, variant: int) -> VariantRecord:
         """Copy a variant's small files and describe it."""
         checkpoint, name = self.family.checkpoints[variant], self.family.names[variant]
-        digest = hashlib.sha256(self.scan.weights_hash(variant, self.plan.serving[variant]).encode())
+        served = self.scan.weights_hash(variant, self.plan.serving[variant], self._packed_hashes(variant))
+        digest = hashlib.sha256(served.encode())
         copied = side_files(checkpoint.path)
         for file in copied:
             data = (checkpoint.path / file).read_bytes()
@@ -180,11 +190,32 @@ class _Writer:
             vocab_size=self.family.vocab_sizes[variant],
             dtype=str(checkpoint.dtype(tensor)).removeprefix("torch."),
             has_tokenizer=any(Path(file) in copied for file in _TOKENIZER_FILES),
+            predicted_damage=None if self.plan.predicted_damage is None else float(self.plan.predicted_damage[variant]),
         )
+
+    def _packed_hashes(self, variant: int) -> dict[tuple[int, int], bytes]:
+        """(layer, expert) -> SHA-256 of what serves the variant where that is not a checkpoint's expert verbatim."""
+        plan, hashes, found = self.plan, self.layers.hashes, {}
+        for layer, expert in np.ndindex(*plan.serving.shape[1:]):
+            leader, owner = int(plan.serving[variant, layer, expert]), int(plan.delta_owner[variant, layer, expert])
+            if not plan.resident[variant, layer, expert] or (plan.is_verbatim(layer, expert) and owner < 0):
+                continue
+            base = hashes.get((layer, leader, expert, "base"), self.scan.expert_hash[leader, layer, expert].tobytes())
+            digest = hashlib.sha256(f"{plan.base[layer, expert]}\0".encode() + base)
+            if owner >= 0:
+                sign = int(plan.sign[variant, layer, expert])
+                digest.update(f"{plan.delta_format(layer, expert)}\0{sign}\0".encode())
+                digest.update(hashes[layer, owner, expert, "delta"])
+            found[layer, expert] = digest.digest()
+        return found
 
     def _manifest(self, variants: list[VariantRecord]) -> Manifest:
         info = self.family.architecture
         parameters = info.num_layers * info.num_experts * info.expert_parameters
+        base_bytes, delta_bytes = self.layers.base_bytes, self.layers.delta_bytes
+        planned = self.base_bytes, self.delta_bytes
+        same = base_bytes == planned[0] and (self.layout.num_deltas("exact") or delta_bytes == planned[1])
+        assert same, f"{base_bytes} + {delta_bytes} bytes were written, {planned[0]} + {planned[1]} planned"
         return Manifest(
             format_version=FORMAT_VERSION,
             polymoe_version=polymoe.__version__,
@@ -201,34 +232,21 @@ class _Writer:
             expert_parameters=info.expert_parameters,
             nonexperts={name: list(sources) for name, sources in self.scan.nonexpert_version.items()},
             tied=dict(self.family.checkpoints[0].tied),
-            resident_experts=[len(layer) for layer in self.layout.resident],
+            transposed=self.layers.transposed,
+            base_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.bases],
+            delta_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.deltas],
             host_experts=[len(layer) for layer in self.layout.host],
             positions=self.plan.position_counts(),
-            resident_bytes=self.resident_bytes,
+            resident_bytes={
+                "resident_experts": base_bytes,
+                "deltas": delta_bytes,
+                **self.nonexpert_bytes,
+                "tables": self.layout.table_bytes,
+            },
             host_bytes=self.host_bytes,
-            bytes_per_expert_parameter=self.resident_bytes["resident_experts"] / parameters,
+            bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
             files=self.files,
         )
-
-
-class _Open:
-    """A tensor file while it is written; closed without a check when an exception passes through."""
-
-    def __init__(self, folder: Path, path: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self.path = path
-        self.file = TensorFileWriter(folder / path, tensors)
-
-    def __enter__(self) -> "_Open":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._written = self.file.close()
-        else:
-            self.file.abandon()
-
-    def record(self) -> FileRecord:
-        return FileRecord(self.path, self._written.size, self._written.sha256)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

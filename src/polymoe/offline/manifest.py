@@ -1,8 +1,11 @@
 """What a bundle says about itself: `manifest.json`, written last, so that a folder with one is whole.
 
 manifest.json                       this
-tables.safetensors                  `table` int32 [V, L, E]
-experts/layer-000.safetensors       resident experts of expert layer 0: one stack [P, *shape] a tensor name
+tables.safetensors                  `table` int32 [V, L, E]; `delta` int32 and `sign` int8 [V, L, E] where there are any
+experts/layer-000.safetensors       resident bases of expert layer 0: one stack [P, *shape] a tensor name for those
+                                    stored as they are, `{format}.{name}.{part}` [P, …] for each packed format
+deltas/layer-000.safetensors        deltas of expert layer 0: `{format}.{name}.{part}` [D, …]; exact ones have their
+                                    `values` back to back, delta d's are starts[d] : starts[d + 1]
 host/layer-000.safetensors          host tier of expert layer 0: `{h}.{tensor name}`, one expert's tensors each
 nonexperts/shared.safetensors       tensors that are identical in all variants
 nonexperts/variant.NAME.safetensors NAME's own; a tensor that some variants share is with the lowest of them
@@ -15,7 +18,7 @@ import msgspec
 
 from polymoe.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TABLES = "tables.safetensors"
 SHARED = "nonexperts/shared.safetensors"
@@ -23,6 +26,15 @@ SHARED = "nonexperts/shared.safetensors"
 
 def resident_file(layer: int) -> str:
     return f"experts/layer-{layer:03d}.safetensors"
+
+
+def delta_file(layer: int) -> str:
+    return f"deltas/layer-{layer:03d}.safetensors"
+
+
+def packed_name(format_name: str, tensor: str, part: str) -> str:
+    """("int4", "down_proj", "codes") -> "int4.down_proj.codes"; a bias has the part ""."""
+    return f"{format_name}.{tensor}.{part}" if part else f"{format_name}.{tensor}"
 
 
 def host_file(layer: int) -> str:
@@ -37,6 +49,18 @@ def variant_folder(variant: str) -> str:
     return f"variants/{variant}"
 
 
+class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
+    """How close a served variant is to its original on one text; means over `tokens` predicted tokens."""
+
+    text: str  # what it was measured on
+    tokens: int
+    kl: float  # KL(original ‖ served), nats a token
+    top1: float  # share of tokens where both rank the same one first
+    perplexity_original: float
+    perplexity_served: float
+    predicted_damage: float | None = None  # nats a token, what the planner expected
+
+
 class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One served model. Hashes are SHA-256, hex."""
 
@@ -49,6 +73,8 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int  # rows of its embeddings
     dtype: str  # of the experts as stored: "bfloat16", …
     has_tokenizer: bool
+    predicted_damage: float | None = None  # nats a token; None when the policy does not predict
+    fidelity: Fidelity | None = None  # None until measured
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -77,13 +103,31 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     expert_parameters: int  # one expert
     nonexperts: dict[str, list[int]]  # name -> per variant, the lowest variant with the identical tensor
     tied: dict[str, str]  # parameter -> the one it shares its tensor with
-    resident_experts: list[int]  # physical experts of each layer's stack
+    transposed: bool  # the stock module holds its matrices as [in, out]; packed ones are [out, in] all the same
+    base_pools: list[dict[str, int]]  # per layer: format -> physical bases, in the order of their ids
+    delta_pools: list[dict[str, int]]  # per layer: format -> deltas, in the order of their ids
     host_experts: list[int]  # of each layer's host list
     positions: dict[str, int]  # shared, separate, absent
     resident_bytes: dict[str, int]  # on the device, by kind
     host_bytes: int  # experts in the host tier
-    bytes_per_expert_parameter: float  # resident expert bytes over one model's expert parameters
+    bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one
+
+    @property
+    def resident_experts(self) -> list[int]:
+        """Physical bases of each layer."""
+        return [sum(pools.values()) for pools in self.base_pools]
+
+    def format_counts(self) -> dict[str, tuple[int, int]]:
+        """Format -> (bases, deltas) of all layers, in the order of the pools."""
+        names = dict.fromkeys(n for pools in (self.base_pools, self.delta_pools) for layer in pools for n in layer)
+        return {
+            name: (
+                sum(layer.get(name, 0) for layer in self.base_pools),
+                sum(layer.get(name, 0) for layer in self.delta_pools),
+            )
+            for name in names
+        }
 
 
 class _VersionOnly(msgspec.Struct):

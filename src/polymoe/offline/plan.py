@@ -1,61 +1,127 @@
-"""Which expert serves whom, and what of it fits on the device. Pure arithmetic, no files.
+"""Which expert serves whom, how it is stored, and what of it fits on the device. Pure arithmetic, no files.
 
 Letters: V variants, L layers with routed experts, E experts a layer. A position is (layer, expert). Two variants whose
 experts at a position are bit-identical share one *version* there, named by the lowest such variant; sharing it is free
 and happens in every policy.
+
+A *base* is a stored expert that one or more variants build on, a *delta* a correction of one variant against the base
+as stored: variant v's expert at (l, e) is decode(base) + sign · decode(delta).
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from polymoe.errors import PlanError
+from polymoe.quant.formats import SIGNED
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-POLICIES = ("paper", "separate")
+StrArray = NDArray[np.object_]
+STORED, NO_DELTA = "stored", "none"
+MERGES = ("own", "mean", "regmean")
+
+
+def _distinct(serving: IntArray) -> IntArray:
+    """The `version` [V, L, E] of a family where no two experts are identical."""
+    return np.broadcast_to(np.arange(len(serving))[:, None, None], serving.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """`serving` int [V, L, E]: the variant whose expert version serves variant v at (l, e).
+    """For each position and variant: which base serves it, in what format, and with what correction.
 
-    `resident` bool [V, L, E]: that expert is on the device; otherwise it is fetched from the host tier when routed to.
-    Equal `serving` at one position is one physical expert.
+    serving: int [V, L, E], the variant that names v's base at (l, e). Equal `serving` at one position is one base:
+        that variant's own expert (merge "own"), or the merge of all variants that it serves.
+    resident: bool [V, L, E], the base is on the device; otherwise it is fetched from the host tier when routed to.
+        The host tier holds experts as the checkpoints store them.
+    memory: the budget as it was asked for; "" for the policy's default.
+    base: str [L, E], format of the position's resident bases.
+    merge: str [L, E], "own", "mean" or "regmean".
+    delta: str [L, E], "none", a delta format, or "±" and one: then two variants add and subtract the same delta.
+    delta_owner: int [V, L, E], the variant whose delta v uses, −1 for none. Default: everyone has an own one, but not
+        where it is zero (the owner of a base stored as it is).
+    predicted_damage: float [V], nats a token; None when it was not predicted.
+
+    The fields [L, E] may be given as anything that broadcasts to that shape.
     """
 
     policy: str
     serving: IntArray
     resident: BoolArray
-    memory: str = ""  # the budget as it was asked for; "" for the policy's default
+    memory: str = ""
+    base: StrArray = STORED  # type: ignore[assignment]
+    merge: StrArray = "own"  # type: ignore[assignment]
+    delta: StrArray = NO_DELTA  # type: ignore[assignment]
+    delta_owner: IntArray = None  # type: ignore[assignment]
+    predicted_damage: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("base", "merge", "delta"):
+            value = np.asarray(getattr(self, name), dtype=object)
+            object.__setattr__(self, name, np.broadcast_to(value, self.serving.shape[1:]))
+        if self.delta_owner is None:
+            object.__setattr__(self, "delta_owner", self._deltas(_distinct(self.serving)))
+
+    def _deltas(self, version: IntArray) -> IntArray:
+        """`delta_owner` [V, L, E]: one delta for identical experts on one base, none where it would be zero."""
+        together = self.serving[:, None] == self.serving[None]  # [V, V, L, E]
+        alike = version[:, None] == version[None]
+        alone = (~together | alike).all(axis=1)  # everyone on v's base is identical to v
+        is_base = alone | ((self.merge == "own") & (version == np.take_along_axis(version, self.serving, axis=0)))
+        lowest = (together & alike).argmax(axis=1)  # the lowest variant on v's base that is identical to v
+        owner = np.where(self.plus_minus, self.serving, lowest)
+        none = (self.delta == NO_DELTA) | ~self.resident | ((self.base == STORED) & is_base)
+        return np.where(none, -1, owner)
+
+    def with_shared_deltas(self, version: IntArray) -> Self:
+        """The same plan with one delta for variants whose experts are identical. `version` as in the module."""
+        return replace(self, delta_owner=self._deltas(version))
+
+    @property
+    def plus_minus(self) -> BoolArray:
+        """bool [L, E]: two variants share one delta with opposite signs."""
+        found: BoolArray = np.char.startswith(self.delta.astype(str), SIGNED)
+        return found
+
+    @property
+    def sign(self) -> NDArray[np.int8]:
+        """int8 [V, L, E]: −1 for the second variant of a ± position, else 1."""
+        second = self.plus_minus & (self.delta_owner >= 0) & (self.delta_owner != _distinct(self.serving))
+        return np.where(second, -1, 1).astype(np.int8)
+
+    def delta_format(self, layer: int, expert: int) -> str:
+        """The format of a position's deltas, without the sign."""
+        return str(self.delta[layer, expert]).removeprefix(SIGNED)
+
+    def is_verbatim(self, layer: int, expert: int) -> bool:
+        """The position's bases are experts as the checkpoints store them."""
+        return bool(self.base[layer, expert] == STORED and self.merge[layer, expert] == "own")
 
     def check_integrity(self) -> None:
-        """Assert that an expert version is either resident for all its users or for none."""
-        assert self.serving.shape == self.resident.shape
-        for v in range(len(self.serving)):
+        """Assert that a base is either resident for all its users or for none, and that deltas match their bases."""
+        variants = range(len(self.serving))
+        assert self.serving.shape == self.resident.shape == self.delta_owner.shape
+        assert np.isin(self.merge.astype(str), MERGES).all(), "unknown merge"
+        for v in variants:
             for w in range(v):
                 same = self.serving[v] == self.serving[w]
                 assert bool((self.resident[v] == self.resident[w])[same].all()), f"variants {v} and {w} disagree"
+        has_delta = self.delta_owner >= 0
+        assert not bool((has_delta & ~(self.resident & (self.delta != NO_DELTA))).any()), "a delta on nothing"
+        owners_base = np.take_along_axis(self.serving, np.maximum(self.delta_owner, 0), axis=0)
+        assert bool((owners_base == self.serving)[has_delta].all()), "a delta against another base"
+        pairs = (self.sign[:, None] * self.sign[None] < 0) & (self.serving[:, None] == self.serving[None])
+        assert bool((pairs.sum(axis=(0, 1)) <= 2)[self.plus_minus].all()), "± is for two variants"
 
     def position_counts(self) -> dict[str, int]:
-        """Positions `shared` (one resident expert for all), `separate` (several) and `absent` (any from the host)."""
+        """Positions `shared` (one resident base for all), `separate` (several) and `absent` (any from the host)."""
         on_device = self.resident.all(axis=0)
         one = (self.serving == self.serving[0]).all(axis=0)
         shared, separate = int((on_device & one).sum()), int((on_device & ~one).sum())
         return {"shared": shared, "separate": separate, "absent": int((~on_device).sum())}
-
-
-@dataclass(frozen=True, eq=False)
-class PhysicalLayout:
-    """Where each expert lies. `table` int32 [V, L, E]: p >= 0 is index p of the layer's resident stack, −1 − h is index
-    h of its host list. `resident[l]` and `host[l]` list the (variant, expert) stored there, by expert, then variant."""
-
-    table: NDArray[np.int32]
-    resident: tuple[tuple[tuple[int, int], ...], ...]
-    host: tuple[tuple[tuple[int, int], ...], ...]
 
 
 def round_robin_layout(distance: Any, num_variants: int, capacity: int) -> IntArray:
@@ -141,32 +207,3 @@ def separate_plan(version: IntArray, capacity: int | None = None, memory: str = 
     for layer, expert, owner in order if capacity is None else order[:capacity]:
         resident[:, layer, expert] |= version[:, layer, expert] == owner
     return Plan("separate", version.copy(), resident, memory)
-
-
-def lay_out(plan: Plan) -> PhysicalLayout:
-    """Number the physical experts of each layer."""
-    _, num_layers, num_experts = plan.serving.shape
-    table = np.zeros(plan.serving.shape, dtype=np.int32)
-    resident: list[tuple[tuple[int, int], ...]] = []
-    host: list[tuple[tuple[int, int], ...]] = []
-    for layer in range(num_layers):
-        tiers: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        for expert in range(num_experts):
-            here, on_device = plan.serving[:, layer, expert], plan.resident[:, layer, expert]
-            for owner in _distinct(here.tolist()):
-                users = here == owner
-                tier = tiers[bool(on_device[users][0])]
-                table[users, layer, expert] = len(tier) if tier is tiers[True] else -1 - len(tier)
-                tier.append((owner, expert))
-        resident.append(tuple(tiers[True]))
-        host.append(tuple(tiers[False]))
-    return PhysicalLayout(table, tuple(resident), tuple(host))
-
-
-def table(plan: Plan) -> NDArray[np.int32]:
-    """int32 [V, L, E]: >= 0 an index of the layer's resident stack, −1 − h index h of its host list."""
-    return lay_out(plan).table
-
-
-def _distinct(values: Iterable[int]) -> list[int]:
-    return sorted(set(values))

@@ -1,10 +1,18 @@
-"""One progress bar by bytes, gone when it is done."""
+"""Progress bars by bytes or by steps, gone when they are done."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @contextmanager
@@ -17,3 +25,15 @@ def byte_progress(label: str, total: int, console: Console | None) -> Iterator[C
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+@contextmanager
+def step_progress(label: str, total: int, console: Console | None) -> Iterator[Callable[[], None]]:
+    """Show `label`, steps done and the time left, and yield `advance()`. Without a console nothing is shown."""
+    if console is None:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda: progress.advance(task)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
@@ -31,6 +32,7 @@ class FamilyScan:
     expert_modules: tuple[str, ...]  # one path an expert layer
     distance: NDArray[np.float64]  # [L, E], Σ_{i<j} ‖W_i − W_j‖₂
     norm: NDArray[np.float64]  # [L, E], mean over the variants of ‖W_v‖₂
+    pair_distance: NDArray[np.float64]  # [V, V], of all experts together, relative to the norm of their weights
     expert_version: NDArray[np.int64]  # [V, L, E], the lowest variant whose expert is bit-identical
     expert_hash: NDArray[np.uint8]  # [V, L, E, 32]
     expert_bytes: int  # one expert, as stored
@@ -64,8 +66,16 @@ class FamilyScan:
         """Bytes of the int32 table that maps (variant, layer, expert) to a physical expert."""
         return 4 * self.expert_version.size
 
-    def weights_hash(self, variant: int, serving: NDArray[np.int64] | None = None) -> str:
-        """Hash over all tensors of a variant; with `serving` [L, E], over the experts that serve it, not its own."""
+    def weights_hash(
+        self,
+        variant: int,
+        serving: NDArray[np.int64] | None = None,
+        packed: Mapping[tuple[int, int], bytes] | None = None,
+    ) -> str:
+        """Hash over all tensors of a variant; with `serving` [L, E], over the experts that serve it, not its own.
+
+        `packed`: (layer, expert) -> the hash of what serves it there, where that is no checkpoint's expert verbatim.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.nonexpert_hash):
             digest.update(name.encode() + b"\0" + self.nonexpert_hash[name][variant])
@@ -73,18 +83,20 @@ class FamilyScan:
         for layer in range(num_layers):
             for expert in range(num_experts):
                 owner = variant if serving is None else int(serving[layer, expert])
-                digest.update(self.expert_hash[owner, layer, expert].tobytes())
+                instead = None if packed is None else packed.get((layer, expert))
+                digest.update(instead or self.expert_hash[owner, layer, expert].tobytes())
         return digest.hexdigest()
 
 
 def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     """Read every tensor of every variant once, layer by layer; one expert tensor of one layer is held V times at most.
 
-    Raises `CheckpointError` when an expert's weights are not finite.
+    Raises `CheckpointError` when weights are not finite.
     """
     info, variants = family.architecture, family.checkpoints
     shape = (len(variants), info.num_layers, info.num_experts)
     distance, norm = np.zeros(shape[1:]), np.zeros(shape[1:])
+    squares = np.zeros((len(variants), len(variants)))
     version, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
     nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
 
@@ -107,27 +119,35 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
                 stacks = load(info.expert_tensor(layer, tensor))
                 digests = list(pool.map(lambda stack: [tensor_hash(row) for row in stack], stacks))
                 sums.add(stacks, digests)
+                for variant, expert in np.argwhere(~np.isfinite(sums.norms)):
+                    raise CheckpointError(
+                        f"{variants[variant].path}: expert {expert} of {info.expert_tensor(layer, tensor)} has NaN or "
+                        "infinite weights; save or download it again."
+                    )
                 for variant, rows in enumerate(digests):
                     for expert, digest in enumerate(rows):
                         experts[variant][expert].update(tensor.encode() + b"\0" + digest)
-            for variant, expert in np.argwhere(~np.isfinite(sums.norms)):
-                raise CheckpointError(
-                    f"{variants[variant].path}: expert {expert} of {info.expert_modules[layer]} has NaN or infinite "
-                    "weights; save or download it again."
-                )
+            squares += sums.squares
             distance[layer], norm[layer] = sums.distance, sums.norms.mean(axis=0)
             for expert in range(info.num_experts):
                 column = [row[expert].digest() for row in experts]
                 version[:, layer, expert] = _lowest_equal(column)
                 hashes[:, layer, expert] = [list(digest) for digest in column]
         for name in info.nonexperts:
-            nonexpert_hash[name] = tuple(pool.map(tensor_hash, load(name)))
+            tensors = load(name)
+            for checkpoint, weight in zip(variants, tensors, strict=True):
+                if not bool(torch.isfinite(weight).all()):
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} has NaN or infinite weights; save or download it again."
+                    )
+            nonexpert_hash[name] = tuple(pool.map(tensor_hash, tensors))
 
     return FamilyScan(
         variant_names=family.names,
         expert_modules=info.expert_modules,
         distance=distance,
         norm=norm,
+        pair_distance=_relative(squares),
         expert_version=version,
         expert_hash=hashes,
         expert_bytes=family.expert_bytes,
@@ -135,6 +155,15 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
         nonexpert_hash=nonexpert_hash,
         nonexpert_bytes={name: tuple(c.num_bytes(name) for c in variants) for name in info.nonexperts},
     )
+
+
+def _relative(squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[V, V] squared distances with squared norms on the diagonal -> distances over the root mean square norm."""
+    own = squares.diagonal()
+    scale = (own[:, None] + own[None]) / 2
+    relative: NDArray[np.float64] = np.sqrt(np.divide(squares, scale, out=np.zeros_like(squares), where=scale > 0))
+    np.fill_diagonal(relative, 0.0)
+    return relative
 
 
 def tensor_hash(tensor: Tensor) -> bytes:

@@ -46,6 +46,14 @@ class LayerDistances:
         return distance
 
     @property
+    def squares(self) -> NDArray[np.float64]:
+        """[V, V], Σ over the experts of ‖W_i − W_j‖², and of ‖W_i‖² on the diagonal."""
+        squares = np.diag(self._norm_square.sum(axis=1))
+        for (i, j), square in zip(self._pairs, self._square.sum(axis=1), strict=True):
+            squares[i, j] = squares[j, i] = square
+        return squares
+
+    @property
     def norms(self) -> NDArray[np.float64]:
         """[V, E], ‖W_v(e)‖₂."""
         return np.sqrt(self._norm_square)

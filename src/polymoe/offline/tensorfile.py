@@ -32,7 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}  # written, not read
 # Widths in bits of everything the format knows, also of what is refused later as quantised.
 _BITS = {name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()} | {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),

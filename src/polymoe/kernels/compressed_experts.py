@@ -1,0 +1,193 @@
+"""The routed experts of one layer where bases are packed or variants have deltas of their own.
+
+    y_t = Σ_k g_tk · (act(x_t G) ∘ (x_t U)) D ,   G, U, D = base_b + s · delta_d of (variant of t, k-th expert)
+
+Rows, one a (token, expert) pair, are sorted by base, then variant, so that all variants share the base product:
+
+    |------------- base 0 -------------|---- base 1 ----| …
+    |- variant 0 -|- variant 2 -| v. 3 |- v. 0 -| v. 1 -| …      a segment has one base, one delta and one sign
+
+Deltas are added in float32, before the activation and before the routing weight. Letters as in `grouped_experts.py`,
+with S = T · K rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polymoe.kernels import grouped_experts
+from polymoe.kernels.grouped_linear import grouped_linear
+from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Sorted rows and their segments.
+
+    order: `[S]` int64, row i is the (token, k) pair `order[i]`.
+    starts: G + 1 offsets of the segments, from 0 to S.
+    base, delta, sign: of each segment; base < 0 is a host expert, delta −1 is none.
+    """
+
+    order: Tensor
+    starts: list[int]
+    base: list[int]
+    delta: list[int]
+    sign: list[int]
+
+    def from_segment(self, first: int) -> "Routing":
+        """Without the segments before `first`, and rows counted from its start."""
+        start = self.starts[first]
+        starts = [offset - start for offset in self.starts[first:]]
+        return Routing(self.order[start:], starts, self.base[first:], self.delta[first:], self.sign[first:])
+
+
+def route(physical: Tensor, token_variant: Tensor, delta: Tensor | None, sign: Tensor | None) -> Routing:
+    """Sort `physical` `[T, K]` (base ids) by base, then by `token_variant` `[T]`.
+
+    delta, sign: `[T, K]`, or None where there are none.
+    """
+    base = physical.reshape(-1).cpu().numpy()
+    variant = token_variant[:, None].expand_as(physical).reshape(-1).cpu().numpy()
+    order = np.lexsort((variant, base))
+    base, variant = base[order], variant[order]
+    starts = np.flatnonzero((np.diff(base, prepend=base[0] - 1) != 0) | (np.diff(variant, prepend=-1) != 0))
+
+    def of_segments(values: Tensor | None, default: int) -> list[int]:
+        if values is None:
+            return [default] * len(starts)
+        found: list[int] = values.reshape(-1).cpu().numpy()[order][starts].tolist()
+        return found
+
+    return Routing(
+        torch.from_numpy(order).to(physical.device),
+        [*starts.tolist(), len(base)],
+        base[starts].tolist(),
+        of_segments(delta, -1),
+        of_segments(sign, 1),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLayer:
+    """One layer's physical bases and deltas.
+
+    stored: tensor name -> `[P_0, *shape]` as the stock module holds them; the bases with the lowest ids.
+    bases: packed pools, whose ids follow in order. deltas: pools of deltas, numbered likewise from 0.
+    """
+
+    stored: Weights
+    bases: tuple[PackedPool, ...]
+    deltas: tuple[PackedPool | ExactPool, ...]
+
+    @property
+    def num_stored(self) -> int:
+        return next(iter(self.stored.values())).shape[0]
+
+    @property
+    def num_bases(self) -> int:
+        return self.num_stored + sum(len(pool) for pool in self.bases)
+
+    @property
+    def num_deltas(self) -> int:
+        return sum(len(pool) for pool in self.deltas)
+
+
+def experts_compressed(
+    module: Any,
+    hidden: Tensor,
+    routing: Routing,
+    gate: Tensor,
+    layer: CompressedLayer,
+    host_expert: Callable[[int], Weights],
+) -> Tensor:
+    """One layer's experts for a batch that mixes variants.
+
+    Args:
+        module: the stock experts module; its `_apply_gate` (or `act_fn`) and layout flags are used.
+        hidden: `[T, H]`. gate: `[T, K]` routing weights.
+        host_expert: id < 0 -> the tensors of an absent expert, fetched.
+
+    Returns: `[T, H]` in `hidden`'s dtype.
+    """
+    inputs = hidden[routing.order // gate.shape[1]]
+    pieces = []
+    first = 0  # segments of host experts come first
+    while first < len(routing.base) and routing.base[first] < 0:
+        following = next((g for g in range(first, len(routing.base)) if routing.base[g] != routing.base[first]), None)
+        following = len(routing.base) if following is None else following
+        weights = host_expert(routing.base[first])
+        rows = inputs[routing.starts[first] : routing.starts[following]]
+        pieces.append(_mlp(module, rows, partial(grouped_experts._project, module, weights=weights)))
+        first = following
+    if first < len(routing.base):
+        here = routing.from_segment(first)
+        rows = inputs[routing.starts[first] :]
+        pieces.append(_mlp(module, rows, partial(_project, layer=layer, routing=here, transposed=module.is_transposed)))
+    return grouped_experts._combine(torch.cat(pieces), routing.order, gate, hidden.dtype)
+
+
+def _mlp(module: Any, x: Tensor, project: Callable[..., Tensor]) -> Tensor:
+    x = project(x=x, name="gate_up_proj" if module.has_gate else "up_proj")
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    return project(x=x.contiguous(), name="down_proj")
+
+
+def _project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing, transposed: bool) -> Tensor:
+    """`[S, I]` -> `[S, O]` in x's dtype; every row by its base and its delta."""
+    shape = layer.stored[name].shape
+    out = torch.empty(x.shape[0], shape[-1] if transposed else shape[-2], dtype=torch.float32, device=x.device)
+    runs = list(_runs(routing))
+    here = [run for run in runs if run[0] < layer.num_stored]
+    if here:
+        last = here[-1][2]
+        stack = layer.stored[name].transpose(-2, -1) if transposed else layer.stored[name]
+        starts = [*(run[1] for run in here), last]
+        out[:last] = grouped_linear(x[:last], stack, [run[0] for run in here], starts, layer.stored.get(f"{name}_bias"))
+
+    offset = layer.num_stored
+    for pool in layer.bases:
+        here = [run for run in runs if offset <= run[0] < offset + len(pool)]
+        ids = [run[0] - offset for run in here]
+        pool.linear(x, name, Groups(ids, [run[1] for run in here], [run[2] for run in here], [1] * len(here)), out)
+        offset += len(pool)
+    _add_deltas(x, name, routing, layer, transposed, out)
+    return out.to(x.dtype)
+
+
+def _add_deltas(x: Tensor, name: str, routing: Routing, layer: CompressedLayer, transposed: bool, out: Tensor) -> None:
+    offset = 0
+    for pool in layer.deltas:
+        here = [g for g, delta in enumerate(routing.delta) if offset <= delta < offset + len(pool)]
+        groups = Groups(
+            [routing.delta[g] - offset for g in here],
+            [routing.starts[g] for g in here],
+            [routing.starts[g + 1] for g in here],
+            [routing.sign[g] for g in here],
+        )
+        if isinstance(pool, PackedPool):
+            pool.add(x, name, groups, out)
+        else:
+            bases = [routing.base[g] for g in here]
+
+            def stored_base(tensor: str, g: int, bases: list[int] = bases) -> Tensor:
+                base = layer.stored[tensor][bases[g]]
+                return base.T if transposed and base.ndim == 2 else base
+
+            pool.replace(x, name, groups, stored_base, out)
+        offset += len(pool)
+
+
+def _runs(routing: Routing) -> Iterator[tuple[int, int, int]]:
+    """(base, start, stop): neighbouring segments on one base joined."""
+    begins = [g for g, base in enumerate(routing.base) if g == 0 or routing.base[g - 1] != base]
+    for g, following in pairwise([*begins, len(routing.base)]):
+        yield routing.base[g], routing.starts[g], routing.starts[following]

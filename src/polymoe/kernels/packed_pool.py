@@ -1,0 +1,102 @@
+"""Stacks of packed experts on the device, and the linear maps over them: torch, one matrix decoded at a time.
+
+    base:   y_r = Q_b(r) x_r + c_b(r)             delta:   y_r += s_r (Δ_d(r) x_r + e_d(r))
+
+Letters: S rows, G groups of rows, P packed bases, D deltas, I inputs, O outputs. Nothing here keeps a dense expert: a
+matrix is decoded, used for the rows of its group and dropped.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polymoe.quant.codec import decode
+from polymoe.quant.exact import decode_exact
+from polymoe.quant.formats import Format
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Group g is rows `starts[g] : stops[g]` and uses entry `ids[g]` of a pool, times `signs[g]`."""
+
+    ids: Sequence[int]
+    starts: Sequence[int]
+    stops: Sequence[int]
+    signs: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPool:
+    """Experts in one format of scaled codes.
+
+    tensors: tensor name -> part -> `[P, …]` as `polymoe.quant.formats.parts` describes; a bias has the one part "".
+    shapes: tensor name -> [O, I] or [O].
+    """
+
+    fmt: Format
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return next(iter(next(iter(self.tensors.values())).values())).shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for parts in self.tensors.values() for t in parts.values())
+
+    def decoded(self, name: str, index: int) -> Tensor:
+        """float32 [O, I] or [O]: one tensor of one expert."""
+        parts = {part: stack[index] for part, stack in self.tensors[name].items()}
+        return decode(parts, self.fmt, self.shapes[name], torch.float32)
+
+    def linear(self, x: Tensor, name: str, groups: Groups, out: Tensor) -> None:
+        """Set the groups' rows of `out` (float32 [S, O]) to the base product of `x` [S, I], bias included."""
+        for index, start, stop in zip(groups.ids, groups.starts, groups.stops, strict=True):
+            out[start:stop] = x[start:stop].float() @ self.decoded(name, index).T
+            if f"{name}_bias" in self.tensors:
+                out[start:stop] += self.decoded(f"{name}_bias", index)
+
+    def add(self, x: Tensor, name: str, groups: Groups, out: Tensor) -> None:
+        """Add the delta product of `x` [S, I] with its sign to the groups' rows of `out` (float32 [S, O])."""
+        for index, start, stop, sign in zip(groups.ids, groups.starts, groups.stops, groups.signs, strict=True):
+            out[start:stop].addmm_(x[start:stop].float(), self.decoded(name, index).T, alpha=sign)
+            if f"{name}_bias" in self.tensors:
+                out[start:stop] += sign * self.decoded(f"{name}_bias", index)
+
+
+@dataclass(frozen=True, eq=False)
+class ExactPool:
+    """Lossless deltas: which values of the base changed, and to what.
+
+    tensors: tensor name -> {"bitmap": uint8 [D, O, ⌈I / 8⌉], "values": [all changes], "starts": int64 [D + 1]}, the
+        values of delta d at `values[starts[d] : starts[d + 1]]`; biases likewise without the axis O.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values()))["bitmap"].shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for parts in self.tensors.values() for t in parts.values())
+
+    def changed(self, name: str, index: int, base: Tensor) -> Tensor:
+        """The variant's own tensor, in the dtype and on the device of `base` [O, I] or [O]."""
+        parts = self.tensors[name]
+        start, stop = parts["starts"][index : index + 2].tolist()
+        entry = {"bitmap": parts["bitmap"][index].cpu(), "values": parts["values"][start:stop].to(base.dtype).cpu()}
+        return decode_exact(entry, base.cpu()).to(base.device)
+
+    def replace(self, x: Tensor, name: str, groups: Groups, base_of: Callable[[str, int], Tensor], out: Tensor) -> None:
+        """Set the groups' rows of `out` (float32 [S, O]) to the product with the variants' own tensors.
+
+        base_of: (tensor name, group) -> the base as stored, [O, I] or [O].
+        """
+        for g, (index, start, stop) in enumerate(zip(groups.ids, groups.starts, groups.stops, strict=True)):
+            own = self.changed(name, index, base_of(name, g))
+            out[start:stop] = (x[start:stop] @ own.T).float()
+            if f"{name}_bias" in self.tensors:
+                out[start:stop] += self.changed(f"{name}_bias", index, base_of(f"{name}_bias", g)).float()

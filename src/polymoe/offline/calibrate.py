@@ -1,0 +1,141 @@
+"""Calibration text: what each variant reads, tokenised with its own tokenizer, and what its experts then see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from polymoe.errors import PlanError
+from polymoe.offline.family_run import Routed
+
+if TYPE_CHECKING:
+    from polymoe.offline.checkpoint import Checkpoint
+    from polymoe.offline.family import Family
+
+WINDOW = 256  # tokens
+MAX_WINDOWS = 128  # a variant
+MIN_TOKENS = 256  # a variant; below, statistics say nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """`windows[v]` int64 [n_v, length]: token ids of variant v's text. `folder`: where finished layers are kept, so
+    that an interrupted run goes on from there; None: nowhere."""
+
+    windows: tuple[Tensor, ...]
+    folder: Path | None = None
+
+    @classmethod
+    def from_files(
+        cls,
+        family: Family,
+        files: Mapping[str, Sequence[str | Path]],
+        window: int = WINDOW,
+        max_windows: int = MAX_WINDOWS,
+        folder: Path | None = None,
+    ) -> Calibration:
+        """Read {variant: text files}. A `.jsonl` file holds one conversation a line, {"messages": [...]}, which goes
+        through the variant's chat template. Long texts are sampled evenly. A variant without text reads that of all
+        the others.
+
+        Raises `PlanError` for an unknown variant, a file that cannot be read, and too few tokens.
+        """
+        unknown = [name for name in files if name not in family.names]
+        if unknown:
+            raise PlanError(
+                f"--calibrate {unknown[0]}=…: there is no variant {unknown[0]!r}; there are {', '.join(family.names)}."
+            )
+        if not files:
+            raise PlanError("calibration needs text: --calibrate VARIANT=FILE.")
+        return cls(
+            tuple(
+                _windows_of(checkpoint, files.get(checkpoint.name), files, min(window, _longest(family)), max_windows)
+                for checkpoint in family.checkpoints
+            ),
+            folder,
+        )
+
+    def hash(self) -> str:
+        """SHA-256 over the tokens."""
+        digest = hashlib.sha256()
+        for windows in self.windows:
+            digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def second_moments(hidden: Sequence[Tensor], gates: Sequence[Tensor], num_tokens: Sequence[int]) -> dict[int, Tensor]:
+    """Variant -> float32 [I, I], Σ g² x xᵀ over its routed rows `hidden[v]` [t, I] with `gates[v]` [t], per token of
+    its text (`num_tokens`), so that variants with more text do not count more."""
+    moments = {}
+    for v, (x, g, n) in enumerate(zip(hidden, gates, num_tokens, strict=True)):
+        weighted = x.float() * g[:, None]
+        moments[v] = weighted.T @ weighted / n
+    return moments
+
+
+def first_projection(module: Any, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """What the expert's down projection sees, [t, I], for `hidden` [t, H]; `weights` are matrices [out, in]."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    out = torch.nn.functional.linear(hidden, weights[name], weights.get(f"{name}_bias"))
+    activated: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    return activated
+
+
+def down_projection(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    return torch.nn.functional.linear(hidden, weights["down_proj"], weights.get("down_proj_bias"))
+
+
+def weighted_sum(routed: Routed, pieces: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Expert outputs to the layer's [T, H]. `pieces`: expert -> (rows [t], gates [t], outputs [t, H])."""
+    total = torch.zeros_like(routed.hidden, dtype=torch.float32)
+    for rows, gates, out in pieces.values():
+        total.index_add_(0, rows, out * gates[:, None])
+    return total
+
+
+def _longest(family: Family) -> int:
+    from polymoe.offline.family import max_model_len
+
+    return min(max_model_len(checkpoint.config) for checkpoint in family.checkpoints)
+
+
+def _windows_of(
+    checkpoint: Checkpoint,
+    own: Sequence[str | Path] | None,
+    files: Mapping[str, Sequence[str | Path]],
+    window: int,
+    max_windows: int,
+) -> Tensor:
+    paths = own if own is not None else [path for given in files.values() for path in given]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    ids: list[int] = []
+    for path in paths:
+        ids += tokenizer.encode(_read(Path(path), tokenizer), add_special_tokens=False)
+    if len(ids) < max(MIN_TOKENS, window):
+        shown = ", ".join(str(path) for path in paths)
+        raise PlanError(
+            f"the calibration text for {checkpoint.name} ({shown}) has {len(ids)} tokens; at least "
+            f"{max(MIN_TOKENS, window)} are needed, and some 20,000 are good."
+        )
+    whole = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    chosen = torch.linspace(0, len(whole) - 1, min(max_windows, len(whole))).round().long()
+    return whole[chosen]
+
+
+def _read(path: Path, tokenizer: Any) -> str:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        conversations = [json.loads(line)["messages"] for line in text.splitlines() if line.strip()]
+        return "".join(tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"calibration text {path} cannot be read: {error}") from error

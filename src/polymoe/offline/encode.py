@@ -1,0 +1,88 @@
+"""The weights of a plan's merged, quantised and residual experts, layer by layer, as the bundle stores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from torch import Tensor
+
+from polymoe.offline.family import Family
+from polymoe.offline.matrices import as_matrix, mlp_order
+from polymoe.offline.matrices import is_transposed as is_transposed
+from polymoe.offline.matrices import matrix_shape as matrix_shape
+from polymoe.offline.plan import NO_DELTA, Plan
+from polymoe.offline.position_codec import PackedTensor, encode_tensor, groups_of
+from polymoe.offline.scan import FamilyScan
+
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate import Calibration
+
+Packed = dict[str, dict[str, Tensor]]  # tensor name -> part -> packed tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedLayer:
+    """`bases` (serving leader, expert) and `deltas` (variant, expert) -> tensor name -> part -> packed tensor.
+
+    Left out: bases that are a variant's own expert as stored, and deltas of variants that are the base as stored.
+    Variants with bit-identical experts have one and the same parts. With "±" only the leader has a delta.
+    Matrices are packed as [out, in] whatever the module holds; `matrix_shape` says what `decode` is to be given.
+    """
+
+    bases: dict[tuple[int, int], Packed] = field(default_factory=dict)
+    deltas: dict[tuple[int, int], Packed] = field(default_factory=dict)
+
+    def add(self, leader: int, expert: int, tensor: str, packed: PackedTensor) -> None:
+        if packed.base is not None:
+            self.bases.setdefault((leader, expert), {})[tensor] = packed.base
+        for v, parts in packed.deltas.items():
+            self.deltas.setdefault((v, expert), {})[tensor] = parts
+
+
+class Encoder(Protocol):
+    """Makes one layer's packed experts; called once a layer, ascending."""
+
+    def layer(self, layer: int) -> EncodedLayer: ...
+
+
+def make_encoder(
+    family: Family,
+    scan: FamilyScan,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    console: Console | None = None,
+) -> Encoder:
+    """The encoder of `plan`: from the weights alone, or fitted to the calibration text.
+
+    `console` is told which layers an earlier, interrupted run had finished; progress is shown by who asks for layers.
+    """
+    if calibration is None:
+        return PlainEncoder(family, scan, plan)
+    from polymoe.offline.calibrated_encoder import CalibratedEncoder
+
+    return CalibratedEncoder(family, scan, plan, calibration, console)
+
+
+class PlainEncoder:
+    """From the weights alone: plain means, scales by least squares, nearest levels."""
+
+    def __init__(self, family: Family, scan: FamilyScan, plan: Plan) -> None:
+        self.family, self.scan, self.plan = family, scan, plan
+        self.transposed = is_transposed(family)
+
+    def layer(self, layer: int) -> EncodedLayer:
+        """Holds one tensor of the layer's experts V times, and the packed result."""
+        encoded = EncodedLayer()
+        groups = [g for g in groups_of(self.plan, layer) if not (g.is_verbatim and g.delta == NO_DELTA)]
+        info, version = self.family.architecture, self.scan.expert_version[:, layer]
+        for tensor in mlp_order(list(info.expert_shapes)) if groups else ():
+            name = info.expert_tensor(layer, tensor)
+            used = {int(version[v, group.expert]) for group in groups for v in group.members}
+            stacks = {v: self.family.checkpoints[v].tensor(name) for v in sorted(used)}
+            for group in groups:
+                versions = version[:, group.expert].tolist()
+                own = {v: as_matrix(stacks[versions[v]][group.expert], self.transposed) for v in group.members}
+                encoded.add(group.leader, group.expert, tensor, encode_tensor(group, own, versions))
+        return encoded
