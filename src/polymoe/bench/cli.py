@@ -140,6 +140,57 @@ def qos(
     _finish(qos_report(results), results, folder / "qos")
 
 
+@app.command()
+def quality(
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: the family that comes with the package"),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VARIANT=FILE", help="held-out text; may be repeated; the demo family has its own"),
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VARIANT=FILE", help="other text, to fit plans to; may be repeated, also for one variant"),
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="of policy auto, comma-separated; default 0.55x to 1.5x")] = None,
+    systems: Annotated[
+        str | None, typer.Option(help="comma-separated, of: average, merge, paper, copies, delta, auto")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="of each text at most, evenly spread")] = 64,
+    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
+    fresh: Annotated[bool, typer.Option(help="measure again what an earlier run has measured")] = False,
+    cache: Cache = None,
+    out: Out = Path(),
+) -> None:
+    """Fidelity against memory: every policy and what one could do instead, on the same texts, in float32."""
+    from polymoe.bench.contenders import BUDGETS, GROUPS
+    from polymoe.bench.quality import QualityPlan, run_quality
+    from polymoe.bench.quality_report import quality_plot, quality_report
+    from polymoe.bench.session import output_folder
+    from polymoe.cli_options import file_lists, pairs
+    from polymoe.demo import family_paths, text_paths
+    from polymoe.offline.cache import default_root
+    from polymoe.offline.family import parse_variant_specs
+    from polymoe.offline.source import resolve
+
+    checkpoints = {n: resolve(s) for n, s in parse_variant_specs(specs).items()} if specs else family_paths()
+    texts = pairs(text or [], "--text") or ({} if specs else text_paths())
+    if not texts:
+        raise PolymoeError("fidelity needs text: --text VARIANT=FILE, once for each variant that is to be measured.")
+    plan = QualityPlan(
+        checkpoints, texts, (cache or default_root().parent) / "quality",
+        calibrate=file_lists(calibrate or [], "--calibrate"), windows=windows, window=window, fresh=fresh,
+        groups=list(GROUPS) if systems is None else [name.strip() for name in systems.split(",")],
+        budgets=BUDGETS if budgets is None else [name.strip() for name in budgets.split(",")],
+    )  # fmt: skip
+    folder = output_folder(out)
+    results = run_quality(plan, console)
+    quality_plot(results, folder / "quality.png")
+    _finish(quality_report(results), results, folder / "quality")
+
+
 def _builder(
     specs: list[str] | None, shape: str, variants: int, cache: Path | None, memory: str,
     device: str, dtype: DTypeName, threads: int | None, kv_cache: str,

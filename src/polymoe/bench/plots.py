@@ -22,7 +22,7 @@ _COLOURS = {
     "partition": "#b91c1c",
 }
 _MARKERS = dict(zip(_COLOURS, "osD^vPX", strict=True))
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,7 +44,7 @@ _STYLE = {
 def throughput_plot(results: dict[str, Any], path: Path) -> None:
     """Bars of output tokens a second with their range, and of TTFT and turnaround."""
     systems = results["systems"]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (speed, first, whole) = plt.subplots(
             1, 3, figsize=(13, 1.6 + 0.42 * len(systems)), layout="constrained", width_ratios=(1.5, 1, 1)
         )
@@ -83,7 +83,7 @@ def throughput_plot(results: dict[str, Any], path: Path) -> None:
 def rate_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Throughput against arrival rate, one panel for each pair of lengths."""
     panels = _by_lengths(points)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             1, len(panels), figsize=(6.4 * len(panels), 4.2), layout="constrained", squeeze=False
         )
@@ -114,7 +114,7 @@ def rate_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
 def latency_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """TTFT and turnaround of every system at every rate: bars of the mean, ticks at the 95th percentile."""
     panels = _by_lengths(points)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             len(panels), 2, figsize=(13, 3.8 * len(panels)), layout="constrained", squeeze=False
         )

@@ -96,7 +96,7 @@ class Document:
 def throughput_report(results: dict[str, Any]) -> Document:
     """What `run_throughput` returned, for people."""
     document = Document("Throughput, saturated")
-    document.say(_machine_line(results["machine"]))
+    document.say(machine_line(results["machine"]))
     settings = results["settings"]
     document.say(
         f"{settings['variants']} variants, {settings['in_flight']} requests in flight, "
@@ -119,7 +119,7 @@ def throughput_report(results: dict[str, Any]) -> Document:
 def qos_report(results: dict[str, Any]) -> Document:
     """What `run_qos` returned, for people."""
     document = Document("Quality of service, open loop")
-    document.say(_machine_line(results["machine"]))
+    document.say(machine_line(results["machine"]))
     settings = results["settings"]
     arrivals = (
         f"the trace {settings['trace']}" if settings["trace"] else f"Poisson arrivals for {settings['duration_s']:g} s"
@@ -177,7 +177,8 @@ def _say_ceiling(document: Document, ceiling: dict[str, Any]) -> None:
     )
 
 
-def _machine_line(machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine in a line."""
     memory = "" if machine["memory_bytes"] is None else f", {format_bytes(machine['memory_bytes'])}"
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     return f"{machine['cpu']}, {machine['cores']} cores{memory}{gpu}; torch {machine['torch']}."

@@ -158,6 +158,7 @@ class EngineCore:
             tokenizer_dir=None if folder is None else str(folder),
             eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)],
             generation=defaults if generation.get("do_sample", bool(defaults)) else {},
+            fidelity=record.fidelity,
         )
 
     def add_request(self, request: EngineRequest) -> None:

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from polymoe.offline.manifest import Fidelity
+
 
 class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What clients may know of a variant."""
@@ -15,6 +17,7 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str | None
     eos_token_ids: list[int]
     generation: dict[str, float]  # sampling defaults of its generation config
+    fidelity: Fidelity | None = None  # to its original, as measured when it was planned
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,8 +6,9 @@ one batch. Both in float32 unless asked otherwise, so that the figures measure t
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class OriginalModel:
             return list(out)
         return [self.logits([w])[0] for w in windows]
 
+    def numbered_logits(self, _first: int, windows: list[list[int]]) -> list[torch.Tensor]:
+        """The same as a `Logits` of `compare`."""
+        return self.logits(windows)
+
 
 class _Sums:
     """Running sums over positions, in float64 on the CPU."""
@@ -83,9 +88,35 @@ class _Sums:
         )
 
 
-def batches_of(windows: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
+# (number of the first window, windows) -> float32 [tokens, vocabulary] for each: logits or their log-softmax
+Logits = Callable[[int, list[list[int]]], list[torch.Tensor]]
+
+
+def compare(
+    windows: list[list[int]],
+    original: Logits,
+    served: Logits,
+    vocab_size: int,
+    batch: int,
+    advance: Callable[[int], None] | None = None,
+) -> Fidelity:
+    """One variant's windows through two models, `batch` at a time. `advance`: called with windows done since last.
+
+    vocab_size: of the variant; what either model has beyond it is left out.
+    """
+    sums = _Sums()
+    for start in range(0, len(windows), batch):
+        group = windows[start : start + batch]
+        for window, p, q in zip(group, original(start, group), served(start, group), strict=True):
+            sums.add(window, p[:, :vocab_size], q[:, :vocab_size])
+        if advance is not None:
+            advance(len(group))
+    return sums.result()
+
+
+def served_logits(engine: EngineCore, variant: int) -> Logits:
+    """What the engine computes for a variant (its index)."""
+    return lambda _, windows: engine.prompt_logits([(variant, window) for window in windows])
 
 
 def measure(
@@ -111,17 +142,18 @@ def measure(
     results = {}
     for name, windows in texts.items():
         vocab = engine.info.variants[index[name]].vocab_size
-        if any(max(w) >= vocab or min(w) < 0 for w in windows):
-            raise PolymoeError(f"the text for {name} has token ids outside its vocabulary of {vocab}.")
+        check_token_ids(name, windows, vocab)
         original = OriginalModel(originals[name], dtype, engine.device)
-        sums = _Sums()
-        for group in batches_of(windows, batch):
-            served = engine.prompt_logits([(index[name], window) for window in group])
-            for window, p, q in zip(group, original.logits(group), served, strict=True):
-                sums.add(window, p[:, :vocab], q)
-            if advance is not None:
-                advance(name, len(group))
-        results[name] = sums.result()
+        report = None if advance is None else partial(advance, name)
+        results[name] = compare(
+            windows, original.numbered_logits, served_logits(engine, index[name]), vocab, batch, report
+        )
         del original
         gc.collect()
     return results
+
+
+def check_token_ids(name: str, windows: list[list[int]], vocab_size: int) -> None:
+    """Raise `PolymoeError` for a token that the variant `name` lacks."""
+    if any(max(w) >= vocab_size or min(w) < 0 for w in windows):
+        raise PolymoeError(f"the text for {name} has token ids outside its vocabulary of {vocab_size}.")

@@ -1,5 +1,7 @@
 """`polymoe eval`: texts and checkpoints in, a table and a dictionary out."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +56,26 @@ def run_eval(
         windows[name] = windows_of(ids, window, limit)
         if not windows[name]:
             raise PolymoeError(f"the text for {name} ({path}) has fewer than two tokens.")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    ) as progress:  # fmt: skip
-        tasks = {n: progress.add_task(n, total=len(w)) for n, w in windows.items()}
-        results = measure(
-            engine, checkpoints, windows, _original_dtype(config), batch, lambda n, k: progress.advance(tasks[n], k)
-        )
-    console.print(_table(results))
+    with window_progress(windows, console) as advance:
+        results = measure(engine, checkpoints, windows, _original_dtype(config), batch, advance)
+    console.print(fidelity_table(results))
     console.print(_bytes_table(bundle.resident_bytes))
     return {
         "variants": {name: vars_of(result) for name, result in results.items()},
         "resident_bytes": bundle.resident_bytes,
         "bytes_per_expert_parameter": bundle.manifest.bytes_per_expert_parameter,
     }
+
+
+@contextmanager
+def window_progress(windows: dict[str, list[list[int]]], console: Console) -> Iterator[Callable[[str, int], None]]:
+    """A bar for each variant; yields `advance(variant, windows)`."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    ) as progress:  # fmt: skip
+        tasks = {name: progress.add_task(name, total=len(found)) for name, found in windows.items()}
+        yield lambda name, count: progress.advance(tasks[name], count)
 
 
 def vars_of(result: Fidelity) -> dict[str, float]:
@@ -96,7 +103,8 @@ def _checkpoint(bundle: Bundle, index: int, override: Path | None) -> Path:
     return path
 
 
-def _table(results: dict[str, Fidelity]) -> Table:
+def fidelity_table(results: dict[str, Fidelity]) -> Table:
+    """The figures of each variant."""
     table = Table("variant", title="served against original")
     for column in ("ppl original", "ppl served", "KL (nats/token)", "top-1 agreement", "tokens"):
         table.add_column(column, justify="right")

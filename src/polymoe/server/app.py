@@ -6,6 +6,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -164,4 +165,6 @@ def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
             "experts_resident": info.experts_resident,
             "experts_absent": info.experts_absent,
         },
+        # How close it is to its original, measured when it was planned; null where it was not.
+        "fidelity": None if variant.fidelity is None else msgspec.to_builtins(variant.fidelity),
     }

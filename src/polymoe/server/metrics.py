@@ -150,6 +150,15 @@ class _EngineCollector(Collector):
             ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        for name, text, figure in (
+            ("polymoe:fidelity_kl", "KL(original || served), nats a token, measured when planned.", "kl"),
+            ("polymoe:fidelity_top1", "Share of tokens with the original's first choice, likewise.", "top1"),
+        ):
+            fidelity = GaugeMetricFamily(name, text, labels=["model_name"])
+            for variant in info.variants:
+                if variant.fidelity is not None:
+                    fidelity.add_metric([variant.name], getattr(variant.fidelity, figure))
+            yield fidelity
         resident = GaugeMetricFamily("polymoe:resident_bytes", "Bytes on the device.", labels=["kind"])
         for kind, count in stats.resident_bytes.items():
             resident.add_metric([kind], count)

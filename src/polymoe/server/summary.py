@@ -6,6 +6,7 @@ from rich.console import Console
 
 from polymoe.config import format_bytes
 from polymoe.engine.client import AsyncEngineClient
+from polymoe.engine.info import VariantInfo
 
 
 def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, api_key: bool) -> None:
@@ -15,6 +16,7 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     lines = [f"{len(info.variants)} variants, policy {info.policy}, {info.dtype} on {info.device}"]
     lines += [
         f"  {variant.name:<{width}}  version {variant.version[:12]}  {variant.max_model_len} tokens of context"
+        f"{_fidelity(variant)}"
         for variant in info.variants
     ]
     sizes = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in info.resident_bytes.items())
@@ -31,6 +33,11 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     for line in lines:
         # Soft wrap: a line that the terminal broke could not be copied.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _fidelity(variant: VariantInfo) -> str:
+    found = variant.fidelity
+    return "" if found is None else f"  KL {found.kl:.2g} to its original, same first token {100 * found.top1:.1f} %"
 
 
 def curl_line(client: AsyncEngineClient, host: str, port: int, api_key: bool) -> str:

@@ -1,0 +1,65 @@
+"""The measurement that ends a plan: what each variant lost, written into the bundle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from polymoe.config import EngineConfig
+from polymoe.engine.engine import EngineCore
+from polymoe.evaluate.fidelity import Fidelity, measure
+from polymoe.evaluate.report import fidelity_table, window_progress
+from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW, spread_windows
+from polymoe.offline import manifest
+from polymoe.offline.bundle import Bundle, record_fidelity
+
+_BATCH = 8  # windows a pass
+
+
+def measure_and_record(
+    bundle: Bundle,
+    checkpoints: Mapping[str, Path],
+    texts: Mapping[str, Path],
+    token_ids: Mapping[str, list[int]],
+    console: Console,
+    windows: int = MAX_WINDOWS,
+) -> dict[str, Fidelity]:
+    """Measure a bundle in float32 on the CPU against its checkpoints, print a table and keep the figures in it.
+
+    Args:
+        checkpoints: variant -> folder of its original.
+        texts: variant -> the file that `token_ids` come from; its name is kept with the figures.
+        windows: at most so many of `WINDOW` tokens of each text, evenly spread.
+    """
+    window = min(WINDOW, *(variant.max_model_len for variant in bundle.variants))
+    pieces = {name: spread_windows(ids, window, windows) for name, ids in token_ids.items()}
+    engine = float32_engine(bundle, window)
+    with window_progress(pieces, console) as advance:
+        results = measure(engine, dict(checkpoints), pieces, torch.float32, _BATCH, advance)
+    console.print(fidelity_table(results))
+    record_fidelity(
+        bundle.path,
+        {
+            name: manifest.Fidelity(
+                text=str(texts[name]),
+                tokens=found.tokens,
+                kl=found.kl,
+                top1=found.top1_agreement,
+                perplexity_original=found.ppl_original,
+                perplexity_served=found.ppl_served,
+            )
+            for name, found in results.items()
+        },
+    )
+    return results
+
+
+def float32_engine(bundle: Bundle, window: int, batch: int = _BATCH, device: str = "cpu") -> EngineCore:
+    """An engine that takes `batch` windows of `window` tokens in one pass and rounds nothing beyond the plan."""
+    block = 16
+    config = EngineConfig(
+        bundle=str(bundle.path), device=device, dtype="float32", block_size=block, enable_prefix_caching=False,
+        max_num_seqs=batch, max_model_len=window, num_kv_blocks=batch * ((window + block - 1) // block),
+    )  # fmt: skip
+    return EngineCore(config)
