@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymoe.kernels import grouped_experts
+from polymoe.kernels.grouped_experts import combine, mlp, project
 from polymoe.kernels.grouped_linear import grouped_linear
 from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool
 
@@ -126,19 +126,13 @@ def experts_compressed(
         following = len(routing.base) if following is None else following
         weights = host_expert(routing.base[first])
         rows = inputs[routing.starts[first] : routing.starts[following]]
-        pieces.append(_mlp(module, rows, partial(grouped_experts._project, module, weights=weights)))
+        pieces.append(mlp(module, rows, partial(project, module, weights=weights)))
         first = following
     if first < len(routing.base):
         here = routing.from_segment(first)
         rows = inputs[routing.starts[first] :]
-        pieces.append(_mlp(module, rows, partial(_project, layer=layer, routing=here, transposed=module.is_transposed)))
-    return grouped_experts._combine(torch.cat(pieces), routing.order, gate, hidden.dtype)
-
-
-def _mlp(module: Any, x: Tensor, project: Callable[..., Tensor]) -> Tensor:
-    x = project(x=x, name="gate_up_proj" if module.has_gate else "up_proj")
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    return project(x=x.contiguous(), name="down_proj")
+        pieces.append(mlp(module, rows, partial(_project, layer=layer, routing=here, transposed=module.is_transposed)))
+    return combine(torch.cat(pieces), routing.order, gate, hidden.dtype)
 
 
 def _project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing, transposed: bool) -> Tensor:

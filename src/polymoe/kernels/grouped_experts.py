@@ -9,6 +9,7 @@ waits for the device.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,9 @@ def experts_by_loop(
     start = 0
     for expert, count in zip(ids.tolist(), counts.tolist(), strict=True):
         weights = weights_of(expert)
-        x = inputs[start : start + count]
-        up_name = "gate_up_proj" if module.has_gate else "up_proj"
-        x = _project(module, x, weights, up_name)
-        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
-        pieces.append(_project(module, x, weights, "down_proj"))
+        pieces.append(mlp(module, inputs[start : start + count], partial(project, module, weights=weights)))
         start += count
-    return _combine(torch.cat(pieces), order, gate, hidden.dtype)
+    return combine(torch.cat(pieces), order, gate, hidden.dtype)
 
 
 def experts_by_group(
@@ -74,12 +71,11 @@ def experts_by_group(
     ids = found.tolist()
     bounds = [*starts.tolist(), len(flat)]
 
-    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+    def project_groups(x: torch.Tensor, name: str) -> torch.Tensor:
         return grouped_linear(x, pool[name], ids, bounds, pool.get(f"{name}_bias"))
 
-    x = project(hidden[torch.from_numpy(order // top_k)], "gate_up_proj" if module.has_gate else "up_proj")
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
-    return _combine(project(x.contiguous(), "down_proj"), torch.from_numpy(order), gate, hidden.dtype)
+    out = mlp(module, hidden[torch.from_numpy(order // top_k)], project_groups)
+    return combine(out, torch.from_numpy(order), gate, hidden.dtype)
 
 
 def experts_by_grouped_mm(
@@ -100,17 +96,14 @@ def experts_by_grouped_mm(
     num_physical = next(iter(pool.values())).shape[0]
     bounds = torch.arange(num_physical, device=flat.device, dtype=flat.dtype)
     ends = torch.searchsorted(sorted_ids, bounds, right=True, out_int32=True)
-    x = hidden[order // top_k]
 
-    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+    def project_groups(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = pool[name] if module.is_transposed else pool[name].transpose(-2, -1)
         out = torch.nn.functional.grouped_mm(x, weight, offs=ends)
         bias = pool.get(f"{name}_bias")
         return out if bias is None else out + bias[sorted_ids]
 
-    x = project(x, "gate_up_proj" if module.has_gate else "up_proj")
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
-    return _combine(project(x, "down_proj"), order, gate, hidden.dtype)
+    return combine(mlp(module, hidden[order // top_k], project_groups), order, gate, hidden.dtype)
 
 
 def _fused_experts(
@@ -144,13 +137,21 @@ def _is_plain_silu(module: Any) -> bool:
     return bool(module.has_gate) and default and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation)
 
 
-def _project(module: torch.nn.Module, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
+def mlp(module: Any, x: torch.Tensor, project: Callable[[torch.Tensor, str], torch.Tensor]) -> torch.Tensor:
+    """`x [S, H]` through an expert as the stock module has it; `project(x, tensor name)` multiplies by a weight."""
+    x = project(x, "gate_up_proj" if module.has_gate else "up_proj")
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    return project(x.contiguous(), "down_proj")
+
+
+def project(module: torch.nn.Module, x: torch.Tensor, name: str, weights: Weights) -> torch.Tensor:
+    """`x` times one expert's tensor `name`, with its bias if there is one."""
     weight, bias = weights[name], weights.get(f"{name}_bias")
     out = x @ weight if module.is_transposed else torch.nn.functional.linear(x, weight)
     return out if bias is None else out + bias
 
 
-def _combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weigh the expert outputs (sorted by expert) and sum each token's, in float32 where the gate is.
 
     Args:

@@ -221,24 +221,23 @@ inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const
 // Memory that is kept from call to call, since fresh pages cost more than filling them.
 struct Scratch {
     std::vector<Tile> tiles;
-    std::vector<int64_t> first_tile, first_pair;  // of each group
+    std::vector<int64_t> first_tile;  // of each group
+    std::vector<int64_t> tile_at;     // of each tile: where its pairs start
     std::vector<uint32_t> pairs;
 };
 
 inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     scratch.tiles.clear();
     scratch.first_tile.assign(1, 0);
-    scratch.first_pair.assign(1, 0);
+    scratch.tile_at.clear();
     int64_t pairs = 0;
-    std::vector<int64_t> tile_at;
     for (int64_t g = 0; g < p.num_groups; ++g) {
         if (p.rows(g) > FEW_ROWS) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
-        for (size_t t = tile_at.size(); t < scratch.tiles.size(); ++t) {
-            tile_at.push_back(pairs);
+        for (size_t t = scratch.tile_at.size(); t < scratch.tiles.size(); ++t) {
+            scratch.tile_at.push_back(pairs);
             pairs += scratch.tiles[t].height * (p.in / 2);
         }
         scratch.first_tile.push_back(static_cast<int64_t>(scratch.tiles.size()));
-        scratch.first_pair.push_back(pairs);
     }
     if (static_cast<int64_t>(scratch.pairs.size()) < pairs) scratch.pairs.resize(pairs);
     const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
@@ -251,14 +250,14 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
             buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
             packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < num_tiles; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + tile_at[t]);
+            for (int64_t t = 0; t < num_tiles; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
         }
 #pragma omp for schedule(dynamic, 2)
         for (int64_t piece = 0; piece < p.num_groups * pieces; ++piece) {
             const int64_t g = piece / pieces, o = piece % pieces * step, count = std::min(step, p.out - o);
             if (p.rows(g) > FEW_ROWS)
                 matmul(p, scratch.tiles.data() + scratch.first_tile[g], scratch.first_tile[g + 1] - scratch.first_tile[g],
-                       scratch.pairs.data() + scratch.first_pair[g], g, o, count, packed);
+                       scratch.pairs.data() + scratch.tile_at[scratch.first_tile[g]], g, o, count, packed);
             else if (p.paired)
                 dots<true>(p, g, o, count);
             else
