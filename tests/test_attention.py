@@ -104,7 +104,6 @@ class Simulation:
         block_table = torch.zeros(len(order), max(len(self.blocks[s]) for s in order), dtype=torch.int64)
         for i, s in enumerate(order):
             block_table[i, : len(self.blocks[s])] = torch.tensor(self.blocks[s])
-        decodes = [i for i, s in enumerate(order) if counts[s] == 1]
         batch = AttentionBatch(
             query_start_loc=starts,
             seq_lens=lens,
@@ -114,10 +113,6 @@ class Simulation:
             token_visible=torch.tensor(
                 [n for i, s in enumerate(order) for n in range(lens[i] - counts[s] + 1, lens[i] + 1)]
             ),
-            decode_rows=torch.tensor([starts[i] for i in decodes]) if decodes else None,
-            decode_table=block_table[decodes] if decodes else None,
-            decode_lens=torch.tensor([lens[i] for i in decodes]) if decodes else None,
-            prefill_seqs=tuple(i for i, s in enumerate(order) if counts[s] > 1),
         )
         segments = segments_from_variants([s % self.num_variants for s in order], [counts[s] for s in order])
         self.context.set(ForwardBatch(tokens=segments, sampled=segments, attention=batch))

@@ -88,8 +88,6 @@ class ModelRunner:
         def to(array: Any) -> torch.Tensor:
             return torch.as_tensor(array, device=device)
 
-        decodes = [i for i, count in enumerate(counts) if count == 1]
-        decode_width = max((seq_lens[i] + self.block_size - 1) // self.block_size for i in decodes) if decodes else 0
         attention = AttentionBatch(
             query_start_loc=starts,
             seq_lens=seq_lens,
@@ -97,10 +95,6 @@ class ModelRunner:
             slot_mapping=to(np.concatenate(slots)),
             token_sequence=to(np.repeat(np.arange(len(order)), counts)),
             token_visible=to(np.concatenate(positions) + 1),
-            decode_rows=to(np.array([starts[i] for i in decodes])) if decodes else None,
-            decode_table=to(np.ascontiguousarray(block_table[decodes, :decode_width])) if decodes else None,
-            decode_lens=to(np.array([seq_lens[i] for i in decodes])) if decodes else None,
-            prefill_seqs=tuple(i for i, count in enumerate(counts) if count > 1),
         )
         tokens = segments_from_variants(variants, counts, device)
         rows = segments_from_variants(variants, num_rows, device)

@@ -130,8 +130,8 @@ class PagedAttention:
         if not batch.prefill_seqs:  # the sequences' single tokens are all rows, in order
             return self._decode(layer, batch, query.transpose(0, 1), window, sinks, **options)
         out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
-        if batch.decode_rows is not None:
-            rows = batch.decode_rows
+        if batch.decode_seqs:
+            rows = torch.tensor([batch.query_start_loc[i] for i in batch.decode_seqs], device=query.device)
             own_sinks = None if sinks is None else sinks[rows]
             out[rows] = self._decode(layer, batch, query.transpose(0, 1)[rows], window, own_sinks, **options)
         for index in batch.prefill_seqs:
@@ -145,9 +145,10 @@ class PagedAttention:
 
         `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`.
         """
-        table, lens = batch.decode_table, batch.decode_lens
-        assert table is not None
-        assert lens is not None
+        seq_lens = [batch.seq_lens[i] for i in batch.decode_seqs]
+        num_blocks = (max(seq_lens) + self.cache.block_size - 1) // self.cache.block_size
+        table = batch.block_table[list(batch.decode_seqs), :num_blocks]
+        lens = torch.tensor(seq_lens, device=query.device)
         keys, values = self.cache.gather(layer, table)
         positions = torch.arange(keys.shape[1], device=query.device)
         visible = positions < lens[:, None]  # [D, L]

@@ -6,6 +6,8 @@ is no module-level state: two models in one process have two contexts.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -114,11 +116,18 @@ class AttentionBatch:
     slot_mapping: torch.Tensor  # [T] int64, block * block_size + offset: where each new key and value goes
     token_sequence: torch.Tensor  # [T] int64, the row of the block table
     token_visible: torch.Tensor  # [T] int64, how many tokens of its sequence a token sees: its position + 1
+
     # Where there is no kernel, sequences with one query token are computed together and all others one by one.
-    decode_rows: torch.Tensor | None = None  # [D] int64: row of the flattened batch
-    decode_table: torch.Tensor | None = None  # [D, blocks of the longest of them] int64
-    decode_lens: torch.Tensor | None = None  # [D] int64
-    prefill_seqs: tuple[int, ...] = ()
+
+    @cached_property
+    def prefill_seqs(self) -> tuple[int, ...]:
+        """Sequences with several query tokens."""
+        return tuple(i for i, (start, end) in enumerate(pairwise(self.query_start_loc)) if end - start > 1)
+
+    @cached_property
+    def decode_seqs(self) -> tuple[int, ...]:
+        """Sequences with one query token."""
+        return tuple(i for i, (start, end) in enumerate(pairwise(self.query_start_loc)) if end - start == 1)
 
 
 @dataclass(frozen=True)
