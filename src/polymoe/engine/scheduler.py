@@ -212,12 +212,14 @@ class Scheduler:
         cost, slots = self.policies.cost, self.policies.slots
         load = 0.0 if slots is None else slots.cost
         work: dict[int, VariantWork] = {}
+        full = len(self.running) >= self.places.max_num_seqs
         for sequence in self.sequences:
             known = work.get(sequence.variant, VariantWork())
             arrived = sequence.arrival[0]
             first_since, start_by = math.inf, math.inf
             if sequence.num_output_tokens == 0:
-                first_since = arrived
+                if not full or sequence not in self.waiting:
+                    first_since = arrived
                 if sequence.ttft_target is not None:
                     start_by = sequence.deadline - load - cost.seconds(sequence.num_uncomputed, 0)
             work[sequence.variant] = VariantWork(

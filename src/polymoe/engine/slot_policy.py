@@ -12,12 +12,14 @@ that passes, one part in `stay` may go into such loads, and no more than `_SAVIN
 however requests alternate, what is loaded stays for `stay` times the cost of a load on average (no ping-pong), and yet
 a single request hardly waits while loads are rare. (A token bucket, as networks use it to bound bursts.)
 
-The variant that became due first comes first, so the wait of each is bounded, with C the cost of a load, S slots and V
-variants:
+Of those that are due, requests without a token come first, in the order of their arrival (a first token takes one step,
+the others many), but never twice in a row past a variant that became due before them. So the wait of each is bounded,
+with C the cost of a load, S slots and V variants:
 
-    patience · C + (V - S) · ((1 + stay) · C + one step)
+    patience · C + 2 · (V - S) · ((1 + stay) · C + one step)
 
-With a cost of zero (a limit on the variants of a step, nothing is loaded) this is round robin, step by step.
+With a cost of zero (a limit on the variants of a step, nothing is loaded; or loads that the staging row hides) this is
+round robin, step by step, with new requests let in between.
 """
 
 import math
@@ -60,6 +62,7 @@ class SlotPolicy:
         self._saved = math.inf  # seconds that loads may take now
         self._saved_at = 0.0
         self._measured = False
+        self._let_in = False  # the last step was given to a new request, past a variant that was due before it
         self.cost = 0.0  # seconds of a load
 
     @property
@@ -77,20 +80,23 @@ class SlotPolicy:
         self._saved_at = now
         self._served_at.update((v, now) for v in self._loaded_at if v in work)
         fresh: set[int] = set()
+        kept = self._kept_for_new_requests(work)
+        first_due = next((v for v in self._by_turn(work) if now >= self._due(v, work[v])), None)
         for variant in self.upcoming(work):
             idle = [v for v in self._loaded_at if v not in work]
-            busy = [v for v in self._loaded_at if v in work and v not in fresh]
+            busy = [v for v in self._loaded_at if v in work and v not in fresh and v not in kept]
             if len(self._loaded_at) < self._num_slots:
                 pass
             elif idle:
                 del self._loaded_at[min(idle, key=lambda v: self._served_at.get(v, -math.inf))]
-            elif busy and now >= self._due(variant, work[variant]) and self._saved >= self.cost:
+            elif busy and now >= self._due(variant, work[variant]) and self._saved >= self._needed(work[variant]):
                 del self._loaded_at[min(busy, key=lambda v: self._loaded_at[v])]
                 self._saved -= self.cost
             else:
                 break
             self._loaded_at[variant] = self._served_at[variant] = now
             fresh.add(variant)
+        self._let_in = first_due is not None and first_due not in self._loaded_at
         return self.active
 
     def force(self, now: float, variants: Iterable[int]) -> frozenset[int]:
@@ -100,7 +106,21 @@ class SlotPolicy:
 
     def upcoming(self, work: Mapping[int, VariantWork]) -> list[int]:
         """The variants that wait for a slot, the next one first."""
+        waiting = self._by_turn(work)
+        if self._let_in:
+            return waiting
+        return sorted(waiting, key=lambda v: work[v].first_since)  # a stable sort: the others stay in turn
+
+    def _by_turn(self, work: Mapping[int, VariantWork]) -> list[int]:
+        """The variants that wait for a slot, the one that is due first before the others."""
         return sorted((v for v in work if v not in self._loaded_at), key=lambda v: (self._due(v, work[v]), v))
+
+    def _kept_for_new_requests(self, work: Mapping[int, VariantWork]) -> set[int]:
+        """Loaded variants with a request without a token that came before all of those outside."""
+        if self._let_in:
+            return set()
+        outside = min((w.first_since for v, w in work.items() if v not in self._loaded_at), default=math.inf)
+        return {v for v in self._loaded_at if v in work and work[v].first_since < outside}
 
     def wait(self, now: float, variant: int) -> float:
         """Seconds until a request of `variant` that arrives now can run if no other is before it; 0: at once."""
@@ -108,6 +128,10 @@ class SlotPolicy:
             return 0.0
         saved = self._saved + (now - self._saved_at) / self._stay
         return max(self._eagerness * self.cost, self._stay * (self.cost - saved)) + self.cost
+
+    def _needed(self, work: VariantWork) -> float:
+        """Savings for a load now, seconds: those for one more are kept for the next request without a token."""
+        return self.cost if min(work.first_since, work.start_by) < math.inf else _SAVINGS * self.cost
 
     def _due(self, variant: int, work: VariantWork) -> float:
         served = self._served_at.get(variant, -math.inf)
