@@ -1,10 +1,35 @@
-"""Shared by all tests: one thread (tiny models are slower with more), and quiet transformers."""
+"""Shared by all tests: one thread (tiny models are slower with more), quiet transformers, and a family of three."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
+
+from families import make_family
+from polymoe.offline.family import Family
+from polymoe.offline.scan import FamilyScan
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three tiny Mixtrals with tokenizers; a tensor and expert 2 of every layer are identical in all."""
+    return make_family("mixtral", tmp_path_factory.mktemp("trio"), tokenizer=True, frozen="q_proj", frozen_experts=[2])
+
+
+@pytest.fixture(scope="module")
+def family(trio: dict[str, Path]) -> Family:
+    return Family.open(trio)
+
+
+@pytest.fixture(scope="module")
+def scan(family: Family) -> FamilyScan:
+    return family.scan()

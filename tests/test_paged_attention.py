@@ -44,6 +44,24 @@ def test_against_float64(
             torch.testing.assert_close(out[n, head].double(), weights @ v[:, shared], atol=4e-3, rtol=8e-3)
 
 
+def test_a_bias_and_a_later_start() -> None:
+    """A decoder's own tokens stand behind its encoder's in the same blocks, and have a bias by distance."""
+    generator = torch.Generator().manual_seed(0)
+    starts, stops, heads, dim, block_size = [0, 5, 16, 21], [1, 40, 33, 22], 3, 32, 16
+    key, value = torch.randn(2, 12, block_size, heads, dim, generator=generator).to(torch.bfloat16)
+    table = torch.randperm(12, generator=generator).view(4, 3)
+    query = torch.randn(4, heads, dim, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(4, heads, 37, generator=generator)
+    start, stop = torch.tensor(starts), torch.tensor(stops)
+    out = paged_attention(query, key, value, table, torch.arange(4), stop, 1.0, None, start, bias)
+    assert out is not None
+    for n, (first, last) in enumerate(zip(starts, stops, strict=True)):
+        k, v = (side[table[n]].flatten(0, 1)[first:last].double() for side in (key, value))
+        scores = torch.einsum("hd,thd->ht", query[n].double(), k) + bias[n, :, : last - first]
+        expected = torch.einsum("ht,thd->hd", torch.softmax(scores, dim=-1), v)
+        torch.testing.assert_close(out[n].double(), expected, atol=8e-3, rtol=8e-3)
+
+
 def test_very_large_and_equal_scores() -> None:
     key = torch.zeros(1, 16, 1, 32, dtype=torch.bfloat16)
     key[0, 3] = 1000.0

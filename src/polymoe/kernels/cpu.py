@@ -32,7 +32,7 @@ def cpu_kernels() -> ctypes.CDLL | None:
     linear, attention = library.polymoe_grouped_linear_bf16, library.polymoe_paged_attention_bf16
     combine, experts = library.polymoe_combine_bf16, library.polymoe_experts_bf16
     linear.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5, _INT]
-    attention.argtypes = [*[_POINTER] * 4, _NUMBER, *[_POINTER] * 2, *[_NUMBER] * 7, _FLOAT, _POINTER, _INT]
+    attention.argtypes = [*[_POINTER] * 4, _NUMBER, *[_POINTER] * 4, *[_NUMBER] * 8, _FLOAT, _POINTER, _INT]
     combine.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _POINTER, _INT]
     experts.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3, _INT]
     norm = library.polymoe_rms_norm_bf16

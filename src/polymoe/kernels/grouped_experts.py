@@ -114,7 +114,7 @@ def _fused_experts(
     It knows one kind of expert, bfloat16, gated by SiLU as transformers does by default, and without biases.
     """
     kernels = cpu_kernels()
-    if kernels is None or hidden.dtype != torch.bfloat16 or gate.dtype != torch.float32 or not _is_plain_silu(module):
+    if kernels is None or hidden.dtype != torch.bfloat16 or gate.dtype != torch.float32 or not is_plain_silu(module):
         return None
     gate_up, down = pool["gate_up_proj"], pool["down_proj"]
     tokens, width = hidden.shape
@@ -131,7 +131,7 @@ def _fused_experts(
     return out
 
 
-def _is_plain_silu(module: Any) -> bool:
+def is_plain_silu(module: Any) -> bool:
     """Whether the stock module computes `silu(gate) * up` on the halves of gate_up."""
     default = getattr(type(module), "_apply_gate", None) is _default_apply_gate
     return bool(module.has_gate) and default and isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation)

@@ -1,6 +1,6 @@
 // Causal attention over the paged cache in bfloat16, each query token by itself, without gathering keys and values first.
 //
-//     out_h = Σ_t softmax_t(scaling · q_h · k_t) v_t ,   t = first .. visible - 1 of the sequence's own blocks
+//     out_h = Σ_t softmax_t(scaling · q_h · k_t + bias_ht) v_t ,   t = first .. visible - 1 of the sequence's own blocks
 //
 // One piece of work is a query token and a key head with all the query heads that share it. The tokens of a prompt come
 // one after the other and find their sequence's keys and values in the caches. Scores and sums are float32. Needs AVX512-BF16, key_dim a multiple of 32 and value_dim of 16.
@@ -94,10 +94,12 @@ void weigh(const float* weights, const float* total, int64_t heads, int64_t dim,
 
 // query [num_tokens, q_heads, key_dim]; key [blocks, block_size, kv_heads, key_dim], value likewise with value_dim;
 // block_table [*, table_width]; token n is of the sequence with row sequence[n] there and sees its first visible[n]
-// positions, of these the last `window` (0: all). out [num_tokens, q_heads, value_dim].
+// positions, of these the last `window` (0: all), or those from start[n] on (start may be null). bias (may be null)
+// [num_tokens, q_heads, bias_width], its first entry for the first position seen. out [num_tokens, q_heads, value_dim].
 extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16_t* key, const uint16_t* value,
                                              const int64_t* block_table, int64_t table_width, const int64_t* sequence,
-                                             const int64_t* visible, int64_t window, int64_t num_tokens, int64_t q_heads,
+                                             const int64_t* visible, const int64_t* start, const float* bias,
+                                             int64_t bias_width, int64_t window, int64_t num_tokens, int64_t q_heads,
                                              int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
                                              float scaling, uint16_t* out, int num_threads) {
     const int64_t heads = q_heads / kv_heads;
@@ -107,7 +109,8 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < num_tokens * kv_heads; ++piece) {
             const int64_t n = piece / kv_heads, head = piece % kv_heads;
-            const int64_t first = window && visible[n] > window ? visible[n] - window : 0;
+            const int64_t oldest = window && visible[n] > window ? visible[n] - window : 0;
+            const int64_t first = start ? start[n] : oldest;
             const int64_t count = visible[n] - first;
             const int64_t* blocks = block_table + sequence[n] * table_width;
             scores.resize(heads * count);
@@ -115,6 +118,10 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
             const Sequence values = {blocks, block_size, kv_heads * value_dim};
             score(query + (n * q_heads + head * heads) * key_dim, heads, key_dim, key + head * key_dim, keys, first, count,
                   scaling, scores.data());
+            for (int64_t h = 0; bias && h < heads; ++h) {
+                const float* own = bias + (n * q_heads + head * heads + h) * bias_width;
+                for (int64_t t = 0; t < count; ++t) scores[h * count + t] += own[t];
+            }
             for (int64_t h = 0; h < heads; ++h) total[h] = exponentials(scores.data() + h * count, count);
             weigh(scores.data(), total.data(), heads, value_dim, value + head * value_dim, values, first, count,
                   out + (n * q_heads + head * heads) * value_dim);

@@ -1,0 +1,108 @@
+"""Which block sizes a kernel runs with, per shape: timed once on the GPU at hand, then read from a file.
+
+The file is `$XDG_CACHE_HOME/polymoe/gpu-kernels.json` (`~/.cache` without the variable): {"device, triton version":
+{"kernel and shape": index of the candidate}}. Nothing is timed while a CUDA graph is captured, nor in the interpreter:
+there the first candidate is used, which fits every supported GPU. So run each shape once before capturing.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+_REPEATS = 5  # timings of a candidate; the median counts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Columns of a tile, inputs of one step, and the launch options."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def choose(
+    kind: str, shape: Sequence[object], candidates: Sequence[Config], launch: Callable[[Config], None]
+) -> Config:
+    """The fastest of `candidates` for a kernel and shape.
+
+    Args:
+        kind, shape: what is remembered; a shape should hold a bucket of the number of rows, not the number.
+        candidates: the first is used where nothing can be timed. Give the same ones for the same kind and shape.
+        launch: runs the kernel on the current stream; must give the same when run again.
+    """
+    if not torch.cuda.is_available() or len(candidates) == 1:
+        return candidates[0]
+    known = _known()
+    key = " ".join(str(part) for part in (kind, *shape, f"of {len(candidates)}"))
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        times = [_time(launch, config) for config in candidates]
+        known[key] = times.index(min(times))
+        _save(known)
+    return candidates[known[key]]
+
+
+def row_bucket(num_rows: int) -> int:
+    """The next power of two: the number of rows as far as a choice depends on it."""
+    return 1 << max(0, num_rows - 1).bit_length()
+
+
+def _time(launch: Callable[[Config], None], config: Config) -> float:
+    """Median milliseconds; infinite where the kernel does not fit the device."""
+    try:
+        launch(config)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        launch(config)
+        stop.record()
+        stop.synchronize()
+        times.append(float(start.elapsed_time(stop)))
+    return statistics.median(times)
+
+
+def _path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polymoe" / "gpu-kernels.json"
+
+
+def _device_key() -> str:
+    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+@cache
+def _known() -> dict[str, int]:
+    return _read().get(_device_key(), {})
+
+
+def _read() -> dict[str, dict[str, int]]:
+    """The whole file; nothing where there is none or it is damaged: it is only a cache."""
+    try:
+        found: dict[str, dict[str, int]] = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _save(known: dict[str, int]) -> None:
+    """Written beside and renamed; a home that cannot be written costs the next process the same timings, no more."""
+    with contextlib.suppress(OSError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            json.dump({**_read(), _device_key(): known}, file, indent=1, sort_keys=True)
+        Path(file.name).replace(path)

@@ -1,0 +1,210 @@
+"""The routed experts of one layer on a GPU, for a batch that mixes variants: sort, gate and up, down, combine.
+
+    y_t = Σ_k g_tk · (silu(x_t G) ∘ (x_t U)) D ,   G, U, D = base_b + s · delta_d of (variant of t, k-th expert of t)
+
+Letters as in `grouped_experts.py`. `experts_torch` is the reference. Rows of one step go through memory as x `[T, H]`,
+silu · up `[S, I]` in x's dtype and weighted outputs `[S, H]` in float32; weights as `expert_gemm.py` says.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from polymoe.kernels.compressed_experts import CompressedLayer
+from polymoe.kernels.gpu.combine import combine_rows, combine_rows_torch
+from polymoe.kernels.gpu.expert_gemm import GATED, LINEAR, WEIGHTED, block_m_for, expert_gemm, expert_gemm_torch
+from polymoe.kernels.gpu.pool_matrix import PoolMatrix, packed_matrix, stored_matrix
+from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows, sort_rows_torch
+from polymoe.kernels.grouped_experts import is_plain_silu
+from polymoe.kernels.packed_pool import PackedPool
+
+Weights = Mapping[str, Tensor]
+
+
+def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
+    """Whether `experts_gpu` computes this layer; else use `experts_by_grouped_mm` or `experts_compressed`.
+
+    Not for experts without a plain SiLU gate, stored as [in, out] (`is_transposed`), or with lossless deltas, whose
+    rows have no fixed length; nor for a layer of which nothing is on the device.
+    """
+    if not is_plain_silu(module):
+        return False
+    stored = weights.stored if isinstance(weights, CompressedLayer) else weights
+    if module.is_transposed and _num_stored(stored) > 0:
+        return False
+    if not isinstance(weights, CompressedLayer):
+        return _num_stored(weights) > 0
+    return weights.num_bases > 0 and all(isinstance(pool, PackedPool) for pool in weights.deltas)
+
+
+def experts_gpu(
+    module: Any,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    token_variant: Tensor,
+    table: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
+    weights: Weights | CompressedLayer,
+    num_absent: int | None = None,
+) -> Tensor:
+    """One layer's experts. Never waits for the device; shapes decide everything that is not on it.
+
+    Args:
+        module: the stock experts module, one that `supported` accepts.
+        hidden: `[T, H]`. top_k_index, top_k_weights: `[T, K]`. token_variant: `[T]`.
+        table: `[V, E]` int32, the layer's; may be a strided view. An id < 0 (absent) contributes zero: add its share.
+        delta, sign: `[V, E]` int32 and int8 with the strides of `table`, or None.
+        weights: the stock stacks by name `[P, …]`, or the layer's packed pools.
+        num_absent: how many different absent experts the table names at most, 0 if all are on the device; None: it is
+            not known, and the grids are as large as if every entry had an expert of its own.
+
+    Returns: `[T, H]` in `hidden`'s dtype.
+    """
+    return _experts(
+        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
+        module.is_transposed,         (sort_rows, expert_gemm, combine_rows),
+    )  # fmt: skip
+
+
+def experts_torch(
+    module: Any,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    token_variant: Tensor,
+    table: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
+    weights: Weights | CompressedLayer,
+    num_absent: int | None = None,
+) -> Tensor:
+    """The reference: the same steps, each in torch. Arguments as `experts_gpu`."""
+    return _experts(
+        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
+        module.is_transposed,         (sort_rows_torch, expert_gemm_torch, combine_rows_torch),
+    )  # fmt: skip
+
+
+def warm_up(
+    module: Any,
+    weights: Weights | CompressedLayer,
+    table: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
+    num_tokens: Iterable[int],
+    dtype: torch.dtype,
+    top_k: int,
+) -> None:
+    """Compile, and choose configurations, for batches of `num_tokens` each, routed at random over all variants.
+
+    Call it before CUDA graphs are captured. Arguments as `experts_gpu`.
+    """
+    num_variants, num_experts = table.shape
+    width = _projections(weights, dtype, module.is_transposed)[0][0][0].inputs
+    for count in num_tokens:
+        hidden = torch.randn(count, width, dtype=dtype, device=table.device)
+        index = torch.rand(count, num_experts, device=table.device).topk(top_k).indices
+        weight = torch.full((count, top_k), 1 / top_k, device=table.device)
+        variant = torch.arange(count, device=table.device) * num_variants // count
+        experts_gpu(module, hidden, index, weight, variant, table, delta, sign, weights)
+
+
+Steps = tuple[Any, Any, Any]  # sort, multiply, combine
+
+
+def _experts(
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, token_variant: Tensor, table: Tensor,
+    delta: Tensor | None, sign: Tensor | None, weights: Weights | CompressedLayer, num_absent: int | None,
+    transposed: bool, steps: Steps,
+) -> Tensor:  # fmt: skip
+    sort, multiply, combine = steps
+    top_k, num_rows = top_k_index.shape[1], top_k_index.numel()
+    if num_rows == 0:
+        return torch.zeros_like(hidden)
+    gate_up, down = _projections(weights, hidden.dtype, transposed)
+    if not gate_up[1]:
+        delta = sign = None
+    resident = min(sum(matrix.count for matrix in gate_up[0]), table.numel())
+    num_bases = table.numel() if num_absent is None else min(resident + num_absent, table.numel())
+    rows = sort(
+        top_k_index, token_variant, table, delta, sign, block_m_for(num_rows, resident), num_bases
+    )  # fmt: skip
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    inner = _gate_up(hidden, rows, *gate_up, multiply)
+    out = hidden.new_empty(num_rows, down[0][0].outputs, dtype=torch.float32)
+    _passes(multiply, WEIGHTED.value, inner, rows, *down, out, top_k_weights.contiguous(), zero_absent=True)
+    summed: Tensor = combine(out, top_k, hidden.dtype)
+    return summed
+
+
+def _gate_up(
+    hidden: Tensor, rows: SortedRows, bases: list[PoolMatrix], deltas: list[PoolMatrix], multiply: Any
+) -> Tensor:
+    """silu(gate) ∘ up, sorted: `[S, I]` in `hidden`'s dtype."""
+    num_rows, outputs = len(rows.order), bases[0].outputs
+    if len(deltas) <= 1:
+        inner = hidden.new_empty(num_rows, outputs // 2)
+        _passes(multiply, GATED.value, hidden, rows, bases, deltas, inner)
+        return inner
+    # The sum must be complete before the activation.
+    both = hidden.new_empty(num_rows, outputs, dtype=torch.float32)
+    _passes(multiply, LINEAR.value, hidden, rows, bases, deltas, both)
+    gate, up = both.chunk(2, dim=1)
+    return (torch.nn.functional.silu(gate) * up).to(hidden.dtype)
+
+
+def _passes(
+    multiply: Any, kind: int, x: Tensor, rows: SortedRows, bases: list[PoolMatrix], deltas: list[PoolMatrix],
+    out: Tensor, routing_weight: Tensor | None = None, zero_absent: bool = False,
+) -> None:  # fmt: skip
+    """Each pool of bases with the first of deltas in one kernel; further delta formats add to what is there."""
+    first = deltas[0] if deltas else None
+    for number, base in enumerate(bases):
+        multiply(kind, x, rows, base, first, out, routing_weight, zero_absent=zero_absent and number == 0)
+    for delta in deltas[1:]:
+        multiply(kind, x, rows, None, delta, out, routing_weight, add=True)
+
+
+def _projections(weights: Weights | CompressedLayer, dtype: torch.dtype, transposed: bool) -> tuple["Pools", ...]:
+    """(bases, deltas) of gate_up_proj and of down_proj."""
+    return tuple(_pools(weights, name, dtype, transposed) for name in ("gate_up_proj", "down_proj"))
+
+
+Pools = tuple[list[PoolMatrix], list[PoolMatrix]]
+_POOLS: WeakKeyDictionary[CompressedLayer, dict[tuple[str, torch.dtype], Pools]] = WeakKeyDictionary()
+
+
+def _pools(weights: Weights | CompressedLayer, name: str, dtype: torch.dtype, transposed: bool) -> Pools:
+    """Made once for a layer with packed pools: it costs more than a launch."""
+    if not isinstance(weights, CompressedLayer):
+        return [stored_matrix(weights[name], weights.get(f"{name}_bias"))], []
+    known = _POOLS.setdefault(weights, {})
+    if (name, dtype) not in known:
+        known[name, dtype] = _layer_pools(weights, name, dtype, transposed)
+    return known[name, dtype]
+
+
+def _layer_pools(weights: CompressedLayer, name: str, dtype: torch.dtype, transposed: bool) -> Pools:
+    bases, deltas = [], []
+    first = _num_stored(weights.stored)
+    if first:
+        assert not transposed
+        bases.append(stored_matrix(weights.stored[name], weights.stored.get(f"{name}_bias")))
+    for pool in weights.bases:
+        bases.append(packed_matrix(pool, name, first, dtype))
+        first += len(pool)
+    first = 0
+    for delta in weights.deltas:
+        assert isinstance(delta, PackedPool)
+        deltas.append(packed_matrix(delta, name, first, dtype))
+        first += len(delta)
+    return bases, deltas
+
+
+def _num_stored(stored: Weights) -> int:
+    return next(iter(stored.values())).shape[0] if stored else 0
