@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 112,
@@ -97,21 +103,45 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 
+# An encoder and a decoder of a dense and a sparse layer each; with few buckets, so that far tokens share the last one.
+SWITCH: dict[str, Any] = {
+    "vocab_size": 112,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "num_experts": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
 
 def make_config(arch: str, **overrides: Any) -> Any:
     """The transformers config of one tiny model of `arch`."""
+    if arch == "switch_transformers":
+        return AutoConfig.for_model(arch, **{**SWITCH, **overrides})
     return AutoConfig.for_model(arch, **{**COMMON, **ARCHITECTURES[arch], **overrides})
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fill every parameter and persistent buffer so that each of them changes the logits."""
     generator = torch.Generator().manual_seed(seed)
+    tied = getattr(model, "all_tied_weights_keys", {})
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if name in tied:  # its other end is filled
+                continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
                 tensor.copy_(1 + 0.2 * noise)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or name == "shared.weight":
                 tensor.copy_(noise)
             elif tensor.ndim >= 2:
                 tensor.copy_(noise * 1.5 * tensor.shape[-1] ** -0.5)
@@ -121,7 +151,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 def make_model(arch: str, seed: int = 0, **overrides: Any) -> Any:
     """One random float32 model of `arch` in eval mode."""
-    model = AutoModelForCausalLM.from_config(make_config(arch, **overrides), dtype=torch.float32).eval()
+    config = make_config(arch, **overrides)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed)
     return model
 
@@ -168,17 +200,31 @@ def make_family(
                             kept = torch.rand(tensor.shape) >= changed
                             tensor.copy_(torch.where(kept, start[name], tensor))
                         for expert in frozen_experts:
-                            tensor[expert] = start[name][expert]
+                            if re.search(rf"\.expert_{expert}\.", name):  # Switch Transformers: a module an expert
+                                tensor.copy_(start[name])
+                            elif ".expert_" not in name:
+                                tensor[expert] = start[name][expert]
         name = "base" if index == 0 else f"v{index}"
         paths[name] = folder / name
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.to(dtype).save_pretrained(paths[name], save_original_format=not save_v5_names, **shards)
-        GenerationConfig(eos_token_id=1, bos_token_id=0).save_pretrained(paths[name])
+        if arch == "switch_transformers":
+            GenerationConfig(eos_token_id=1, pad_token_id=0, decoder_start_token_id=0).save_pretrained(paths[name])
+        else:
+            GenerationConfig(eos_token_id=1, bos_token_id=0).save_pretrained(paths[name])
         if tokenizer:
-            make_tokenizer(paths[name], template_tag=name)
+            make_tokenizer(paths[name], template_tag=name, append_eos=arch == "switch_transformers")
         if index == 0:
             base.to(torch.float32)
     return paths
+
+
+def make_switch_family(
+    folder: Path, num_variants: int = 3, perturb: float | None = 0.1, **options: Any
+) -> dict[str, Path]:
+    """Switch Transformers with tokenizers that end a text with `</s>`, as T5's do; `options` as in `make_family`."""
+    options = {"tokenizer": True} | options
+    return make_family("switch_transformers", folder, num_variants, perturb=perturb, **options)
 
 
 TEXT = [
@@ -188,13 +234,17 @@ TEXT = [
 ]
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 110, template_tag: str = "") -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    folder: Path, vocab_size: int = 110, template_tag: str = "", append_eos: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE over a small alphabet (ids 0 `<s>`, 1 `</s>`), with a chat template, saved in `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
+    if append_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = (
         "{% for m in messages %}" + template_tag + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

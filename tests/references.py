@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from families import make_family
 from polymoe.engine.engine import EngineCore
@@ -30,9 +30,9 @@ class Case:
 class ReferenceFamily:
     """A tiny family of one architecture, its lossless bundle, and reference answers."""
 
-    def __init__(self, arch: str, folder: Path, num_requests: int = 10) -> None:
+    def __init__(self, arch: str, folder: Path, num_requests: int = 10, **options: Any) -> None:
         self.arch, self.folder = arch, folder
-        self.paths = make_family(arch, folder / "checkpoints", num_variants=3)
+        self.paths = make_family(arch, folder / "checkpoints", num_variants=3, **options)
         self.bundle = self.write(folder / "bundle")
         self.num_requests = num_requests
 
@@ -42,10 +42,15 @@ class ReferenceFamily:
         scan = family.scan()
         return write_bundle(family, scan, separate_plan(scan.expert_version, capacity), out).path
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.arch == "switch_transformers"
+
     @cached_property
     def models(self) -> dict[str, Any]:
+        auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         return {
-            name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            name: auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
             for name, path in self.paths.items()
         }
 
@@ -72,11 +77,16 @@ class ReferenceFamily:
                 pad_token_id=0, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
         logits = torch.cat(output.logits).float()
-        return Case(variant, prompt, max_tokens, output.sequences[0, len(prompt) :].tolist(), logits)
+        start = 1 if self.is_encoder_decoder else len(prompt)
+        return Case(variant, prompt, max_tokens, output.sequences[0, start:].tolist(), logits)
 
 
 def served_logits(engine: EngineCore, cases: list[Case]) -> list[torch.Tensor]:
     """The served model's logits for each case's generated tokens, all cases in one mixed pass."""
     index = {v.name: i for i, v in enumerate(engine.info.variants)}
+    start = engine.info.variants[0].decoder_start_token_id
+    if start is not None:
+        pairs = [(index[c.variant], [*c.prompt, start, *c.tokens[:-1]]) for c in cases]
+        return engine.prompt_logits(pairs, [len(c.prompt) for c in cases])
     prompts = [(index[c.variant], c.prompt + c.tokens[:-1]) for c in cases]
     return [out[len(c.prompt) - 1 :] for c, out in zip(cases, engine.prompt_logits(prompts), strict=True)]

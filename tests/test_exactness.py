@@ -14,9 +14,15 @@ from polymoe import LLM, RequestOutput, SamplingParams
 from references import ReferenceFamily, served_logits
 
 LOGITS_TOLERANCE = 1e-4
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, "switch_transformers"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
     return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -44,30 +50,30 @@ def check(llm: LLM, family: ReferenceFamily, repeat: int = 1) -> list[RequestOut
     return outputs
 
 
-def test_logits_in_one_mixed_pass(family: ReferenceFamily) -> None:
-    llm = load(family.bundle)
+def test_logits_in_one_mixed_pass(family: ReferenceFamily, device: str) -> None:
+    llm = load(family.bundle, device=device)
     for case, served in zip(family.cases, served_logits(llm.engine, family.cases), strict=True):
         torch.testing.assert_close(served, case.logits, atol=LOGITS_TOLERANCE, rtol=0)
 
 
-def test_mixed_batch_and_prefix_hits(family: ReferenceFamily) -> None:
-    outputs = check(load(family.bundle), family, repeat=2)
-    assert any(output.num_cached_tokens > 0 for output in outputs)
+def test_mixed_batch_and_prefix_hits(family: ReferenceFamily, device: str) -> None:
+    outputs = check(load(family.bundle, device=device), family, repeat=2)
+    assert any(output.num_cached_tokens > 0 for output in outputs) != family.is_encoder_decoder
 
 
-def test_chunked_prefill(family: ReferenceFamily) -> None:
-    check(load(family.bundle, max_num_batched_tokens=5, enable_prefix_caching=False), family)
+def test_chunked_prefill(family: ReferenceFamily, device: str) -> None:
+    check(load(family.bundle, device=device, max_num_batched_tokens=5, enable_prefix_caching=False), family)
 
 
-def test_preemption(family: ReferenceFamily) -> None:
-    llm = load(family.bundle, num_kv_blocks=16, max_model_len=48)
+def test_preemption(family: ReferenceFamily, device: str) -> None:
+    llm = load(family.bundle, device=device, num_kv_blocks=16, max_model_len=48)
     check(llm, family, repeat=2)
     assert sum(llm.engine.stats().preemptions) > 0
 
 
 @pytest.mark.parametrize(("slots", "prefetch"), [(1, False), (1, True), (2, False)])
-def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
-    llm = load(family.bundle, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
+def test_fewer_slots_than_variants(family: ReferenceFamily, device: str, slots: int, prefetch: bool) -> None:
+    llm = load(family.bundle, device=device, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
     check(llm, family)
     stats = llm.engine.stats()
     assert stats.reconfigurations > 0
@@ -75,9 +81,9 @@ def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch
 
 
 @pytest.mark.parametrize("cache", [0, 20_000, 1 << 24])
-def test_absent_experts(family: ReferenceFamily, tmp_path: Path, cache: int) -> None:
+def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path, cache: int) -> None:
     bundle = family.write(tmp_path / "bundle", capacity=3)
-    llm = load(bundle, expert_cache_bytes=cache)
+    llm = load(bundle, device=device, expert_cache_bytes=cache)
     check(llm, family)
     stats = llm.engine.stats()
     assert llm.engine.info.experts_absent > 0

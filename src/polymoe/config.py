@@ -9,6 +9,8 @@ import msgspec
 
 from polymoe.errors import ConfigError
 
+DEFAULT_KV_BYTES = 1 << 30  # of the KV cache where nothing is said and it does not fill a device
+
 _CLASS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -65,7 +67,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefetch: bool = True  # with fewer slots than variants: one staging row more, for the variant that runs next
     block_size: int = 16
     num_kv_blocks: int | None = None  # None: from kv_cache_bytes
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None  # None: what remains of a GPU; DEFAULT_KV_BYTES on a CPU
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None  # None: what the variants were configured for
@@ -88,7 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         for name in ("kv_cache_bytes", "expert_cache_bytes"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
         for variant, weight in self.weights.items():
             if not 0 < weight < math.inf:

@@ -43,10 +43,13 @@ Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token id
 
 
 class AsyncEngineClient:
-    """Starts the engine process and talks to it. All methods belong to one event loop."""
+    """Starts the engine process and talks to it. All methods belong to one event loop.
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
+    Args: `module`: what the process runs: `polymoe.engine.process`, or another module's call of its `main`.
+    """
+
+    def __init__(self, config: EngineConfig, module: str = "polymoe.engine.process") -> None:
+        self.config, self.module = config, module
         self.last_progress = time.monotonic()  # when the engine was last heard of, or was given its first work
         self.dead = asyncio.Event()  # set when the engine ended without being told to
         self._process: subprocess.Popen[bytes] | None = None
@@ -72,7 +75,7 @@ class AsyncEngineClient:
         with theirs:
             # -P: a module in the working directory must not stand in for one of ours.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "polymoe.engine.process", "--fd", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", self.module, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from polymoe.config import EngineConfig, format_bytes
+from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
 from polymoe.engine.block_manager import BlockManager, salt_of
+from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
 from polymoe.engine.info import EngineInfo, EngineStats, VariantInfo
+from polymoe.engine.memory_request import memory_request
 from polymoe.engine.model_runner import ModelRunner
 from polymoe.engine.policies import Policies
 from polymoe.engine.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
@@ -18,6 +20,11 @@ from polymoe.engine.scheduler import Scheduler
 from polymoe.engine.sequence import Sequence
 from polymoe.engine.step_plan import ScheduledSequence
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
+from polymoe.model.decode_graphs import DecodeGraphs
+from polymoe.model.device_facts import DeviceFacts, read_device_facts
+from polymoe.model.device_kernels import DeviceKernels
+from polymoe.model.encoder_decoder import EncoderDecoderModel
+from polymoe.model.memory_plan import MemoryPlan, plan_memory
 from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
 from polymoe.offline.bundle import Bundle
@@ -53,19 +60,40 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
+def _decoder_start(config: Any, generation: dict[str, Any]) -> int | None:
+    """The token that a decoder starts with, as `generate` chooses it; None for a decoder-only model."""
+    if not config.is_encoder_decoder:
+        return None
+    for found in (generation.get("decoder_start_token_id"), getattr(config, "decoder_start_token_id", None)):
+        if found is not None:
+            return int(found)
+    raise ConfigError("an encoder–decoder model needs decoder_start_token_id in its config.json.")
+
+
 class EngineCore:
     """Loads a bundle and runs requests.
 
     Args:
         progress: called with (stage, fraction done) while loading.
+        bundle: in place of the one that `config` names (benchmarks have bundles without a folder).
+        kernels: in place of the device's own (tests run a GPU's kernels on a CPU).
+        facts: in place of what the GPU's driver says (a part of it, or none: tests).
 
     Raises: `BundleError`, `ConfigError`.
     """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[str, float], None] | None = None,
+        *,
+        bundle: Bundle | None = None,
+        kernels: DeviceKernels | None = None,
+        facts: DeviceFacts | None = None,
+    ) -> None:
         self.config = config
         self.device = choose_device(config.device)
-        bundle = Bundle.open(config.bundle)
+        bundle = bundle or Bundle.open(config.bundle)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
@@ -74,13 +102,26 @@ class EngineCore:
         weights = config.weights_of([variant.name for variant in bundle.variants])
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
-        self.model = ServedModel(
-            bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch
-        )
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
+        if facts is None and self.device.type == "cuda":
+            facts = read_device_facts(self.device)
+        self.memory_plan: MemoryPlan | None = None  # of a GPU
+
+        def plan(model: ServedModel) -> None:
+            if facts is not None:
+                request = memory_request(config, bundle, model, facts, max(lengths))
+                self.memory_plan = plan_memory(model.weight_bytes(), request)
+
+        encoder_decoder = bundle.config.is_encoder_decoder
+        self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+            bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch, kernels,
+            plan,
+        )  # fmt: skip
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        # What an encoder makes of a prompt depends on all of it.
+        prefix_caching = config.enable_prefix_caching and not encoder_decoder
+        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
         policies = Policies.of(
             weights,
             num_slots=self.model.slots.num_slots,
@@ -99,7 +140,10 @@ class EngineCore:
             max_model_len=lengths,
             reconfigurations=lambda: (self.model.slots.stats.count, self.model.slots.stats.seconds),
         )
-        self.runner = ModelRunner(self.model, config.block_size, [v.vocab_size for v in bundle.variants], config.seed)
+        sizes = [v.vocab_size for v in bundle.variants]
+        graphs = self._decode_graphs(max(lengths), num_blocks, progress)
+        runner = EncoderDecoderRunner if encoder_decoder else ModelRunner
+        self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
         table = bundle.table
         self.info = EngineInfo(
             variants=[self._variant_info(v, lengths[v]) for v in range(len(bundle.variants))],
@@ -130,15 +174,30 @@ class EngineCore:
         size = self.config.block_size
         needed = (longest + size - 1) // size
         per_block = self.model.kv_bytes_per_block(size)
-        count = self.config.num_kv_blocks or min(
-            self.config.kv_cache_bytes // per_block, needed * self.config.max_num_seqs
-        )
+        room = DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
+        if self.memory_plan is not None:
+            room = self.memory_plan.kv_cache
+        count = self.config.num_kv_blocks or min(room // per_block, needed * self.config.max_num_seqs)
         if count < needed:
             raise ConfigError(
                 f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
                 f"at least {format_bytes(needed * per_block)} (--kv-cache) or lower --max-model-len to {count * size}."
             )
         return count
+
+    def _decode_graphs(
+        self, longest: int, num_blocks: int, progress: Callable[[str, float], None] | None
+    ) -> DecodeGraphs | None:
+        """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
+        resident = all(layer.all_resident for layer in self.model.pool.layers)
+        if self.model.context.kernels is None or not resident or self.bundle.config.is_encoder_decoder:
+            return None
+        size = self.config.block_size
+        graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
+        if self.device.type == "cuda":
+            report = progress or (lambda _stage, _fraction: None)
+            graphs.capture(lambda fraction: report("CUDA graphs", fraction))
+        return graphs
 
     def _variant_info(self, index: int, max_model_len: int) -> VariantInfo:
         record = self.bundle.variants[index]
@@ -159,6 +218,7 @@ class EngineCore:
             eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)],
             generation=defaults if generation.get("do_sample", bool(defaults)) else {},
             fidelity=record.fidelity,
+            decoder_start_token_id=_decoder_start(self.bundle.variant_config(index), generation),
         )
 
     def add_request(self, request: EngineRequest) -> None:
@@ -198,11 +258,14 @@ class EngineCore:
         sampled = self.runner.run(scheduled, self.scheduler.upcoming_variants)
         return self.scheduler.update(scheduled, sampled)
 
-    def prompt_logits(self, prompts: list[tuple[int, list[int]]]) -> list[torch.Tensor]:
+    def prompt_logits(
+        self, prompts: list[tuple[int, list[int]]], num_encoder_tokens: list[int] | None = None
+    ) -> list[torch.Tensor]:
         """Logits at every position of several prompts, in one mixed pass outside the schedule.
 
         Args:
             prompts: (variant index, token ids) each.
+            num_encoder_tokens: of each prompt's first tokens, those that an encoder reads; they have no logits.
 
         Returns: float32 `[tokens, vocabulary of the variant]` for each prompt.
         Raises: `ConfigError` if the KV cache cannot hold them, or more variants are mixed than there are slots.
@@ -215,7 +278,11 @@ class EngineCore:
         everything = SamplingParams(max_tokens=1, prompt_logprobs=0)
         scheduled = []
         for index, (variant, ids) in enumerate(prompts):
-            request = EngineRequest(request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything)
+            encoded = 0 if num_encoder_tokens is None else num_encoder_tokens[index]
+            request = EngineRequest(
+                request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything,
+                num_encoder_tokens=encoded,
+            )  # fmt: skip
             sequence = Sequence(request, salt=b"", block_ids=self.blocks.allocate(self.blocks.blocks_for(len(ids))))
             scheduled.append(ScheduledSequence(sequence, len(ids)))
         try:

@@ -18,6 +18,20 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     generation: dict[str, float]  # sampling defaults of its generation config
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
+    decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.decoder_start_token_id is not None
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Most tokens of a prompt. An encoder and its decoder have half of `max_model_len` each."""
+        return self.max_model_len // 2 if self.is_encoder_decoder else self.max_model_len - 1
+
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Most tokens that can follow a prompt."""
+        return self.max_model_len // 2 - 1 if self.is_encoder_decoder else self.max_model_len - num_prompt_tokens
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

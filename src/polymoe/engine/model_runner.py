@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -9,20 +11,41 @@ import torch
 
 from polymoe.engine.sampler import sample, top_logprobs
 from polymoe.engine.scheduler import SampledToken, ScheduledSequence
-from polymoe.model.context import AttentionBatch, ForwardBatch, segments_from_variants
+from polymoe.model.context import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
+from polymoe.model.decode_graphs import DecodeGraphs
 from polymoe.model.served_model import ServedModel
+from polymoe.model.static_batch import DecodeInputs
+from polymoe.model.upload import upload
+
+
+@dataclass(frozen=True)
+class GatheredStep:
+    """One step on the host. B sequences, T tokens; for each sequence in `order`, `num_rows` of its last are sampled."""
+
+    order: tuple[ScheduledSequence, ...]  # sorted by variant
+    variants: list[int]  # B
+    counts: list[int]  # B, tokens of each
+    num_rows: tuple[int, ...]  # B
+    input_ids: np.ndarray  # [T] int64
+    positions: np.ndarray  # [T] int64
+    slot_mapping: np.ndarray  # [T] int64
+    block_table: np.ndarray  # [B, most blocks] int64, padded with 0
+    seq_lens: list[int]  # B
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token, which is sampled from."""
+        return all(count == rows == 1 for count, rows in zip(self.counts, self.num_rows, strict=True))
 
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """Device tensors of one step. R sampled rows: for each sequence in `order`, `num_rows` of them at its end."""
+    """Device tensors of one step of T tokens, R of which are sampled from."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     sampled_rows: torch.Tensor  # [R] int64
     batch: ForwardBatch
-    order: tuple[ScheduledSequence, ...]  # sorted by variant
-    num_rows: tuple[int, ...]
 
 
 class ModelRunner:
@@ -31,11 +54,19 @@ class ModelRunner:
     Args:
         vocab_sizes: [V] tokens each variant has; the logits beyond are minus infinity.
         seed: for requests that bring none.
+        graphs: runs the decode steps that it takes; None: all steps run the same way.
     """
 
-    def __init__(self, model: ServedModel, block_size: int, vocab_sizes: list[int], seed: int) -> None:
-        self.model, self.block_size, self.vocab_sizes = model, block_size, vocab_sizes
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self,
+        model: ServedModel,
+        block_size: int,
+        vocab_sizes: list[int],
+        seed: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model, self.block_size, self.vocab_sizes, self.graphs = model, block_size, vocab_sizes, graphs
+        self.generator = torch.Generator(model.device).manual_seed(seed)
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence], upcoming: Sequence[int] = ()) -> dict[str, SampledToken]:
@@ -45,30 +76,30 @@ class ModelRunner:
         """
         if not scheduled:
             return {}
-        step = self.prepare(scheduled)
-        logits = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows, upcoming)
-        return self._sample(step, self.mask_missing_tokens(logits, step.batch))
+        step = self.gather(scheduled)
+        if self.graphs is not None and step.is_decode and self.graphs.takes(len(step.order)):
+            columns = step.input_ids, step.positions, np.asarray(step.variants), step.slot_mapping, step.block_table
+            logits = self.graphs.forward(DecodeInputs(*columns), set(step.variants), upcoming)
+        else:
+            ready = self.prepare(step)
+            logits = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows, upcoming)
+        return self._sample(step, self.mask_missing_tokens(logits, step))
 
     @torch.inference_mode()
     def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
         """Every wanted row of each scheduled sequence, in the given order: float32 `[rows, vocabulary]`."""
-        step = self.prepare(scheduled)
-        rows = self.model.forward(step.input_ids, step.positions, step.batch, step.sampled_rows).float()
+        step = self.gather(scheduled)
+        ready = self.prepare(step)
+        rows = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows).float()
         pieces = dict(zip((item.sequence for item in step.order), torch.split(rows, list(step.num_rows)), strict=True))
         return [pieces[i.sequence][:, : self.vocab_sizes[i.sequence.variant]] for i in scheduled]
 
-    def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
+    def gather(self, scheduled: list[ScheduledSequence]) -> GatheredStep:
         """Flatten and sort by variant: |-- sequences of variant 0 --|-- of variant 1 --|…"""
         order = tuple(sorted(scheduled, key=lambda item: item.sequence.variant))
-        variants = [item.sequence.variant for item in order]
-        counts = [item.num_tokens for item in order]
-        starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
         input_ids: list[int] = []
         positions: list[np.ndarray] = []
         slots: list[np.ndarray] = []
-        sampled: list[int] = []
-        num_rows: list[int] = []
-        seq_lens: list[int] = []
         max_blocks = max(len(item.sequence.block_ids) for item in order)
         block_table = np.zeros((len(order), max_blocks), dtype=np.int64)
         for i, item in enumerate(order):
@@ -80,31 +111,49 @@ class ModelRunner:
             blocks = np.asarray(sequence.block_ids)
             block_table[i, : len(blocks)] = blocks
             slots.append(blocks[position // self.block_size] * self.block_size + position % self.block_size)
-            seq_lens.append(last)
-            num_rows.append(self._rows_wanted(item))
-            sampled += range(starts[i + 1] - num_rows[i], starts[i + 1])
+        return GatheredStep(
+            order=order,
+            variants=[item.sequence.variant for item in order],
+            counts=[item.num_tokens for item in order],
+            num_rows=tuple(self._rows_wanted(item) for item in order),
+            input_ids=np.array(input_ids, dtype=np.int64),
+            positions=np.concatenate(positions),
+            slot_mapping=np.concatenate(slots),
+            block_table=block_table,
+            seq_lens=[item.sequence.num_computed_tokens + item.num_tokens for item in order],
+        )
+
+    def prepare(self, step: GatheredStep) -> PreparedStep:
+        """The step's tensors on the device."""
+        starts: list[int] = np.concatenate([[0], np.cumsum(step.counts)]).tolist()
+        sampled: list[int] = []
+        for end, rows in zip(starts[1:], step.num_rows, strict=True):
+            sampled += range(end - rows, end)
         device = self.model.device
 
         def to(array: Any) -> torch.Tensor:
-            return torch.as_tensor(array, device=device)
+            return upload(array, device)
 
+        lengths = None
+        if self.model.context.kernels is not None:
+            start_loc, seq_lens = (to(np.array(values, dtype=np.int32)) for values in (starts, step.seq_lens))
+            lengths = DeviceLengths(start_loc, seq_lens, max(step.counts))
         attention = AttentionBatch(
             query_start_loc=starts,
-            seq_lens=seq_lens,
-            block_table=to(block_table),
-            slot_mapping=to(np.concatenate(slots)),
-            token_sequence=to(np.repeat(np.arange(len(order)), counts)),
-            token_visible=to(np.concatenate(positions) + 1),
+            seq_lens=step.seq_lens,
+            block_table=to(step.block_table),
+            slot_mapping=to(step.slot_mapping),
+            token_sequence=to(np.repeat(np.arange(len(step.order)), step.counts)),
+            token_visible=to(step.positions + 1),
+            device_lengths=lengths,
         )
-        tokens = segments_from_variants(variants, counts, device)
-        rows = segments_from_variants(variants, num_rows, device)
+        tokens = segments_from_variants(step.variants, step.counts, device)
+        rows_kept = segments_from_variants(step.variants, list(step.num_rows), device)
         return PreparedStep(
-            input_ids=to(np.array(input_ids, dtype=np.int64)),
-            positions=to(np.concatenate(positions)),
+            input_ids=to(step.input_ids),
+            positions=to(step.positions),
             sampled_rows=to(np.array(sampled, dtype=np.int64)),
-            batch=ForwardBatch(tokens=tokens, sampled=rows, attention=attention),
-            order=order,
-            num_rows=tuple(num_rows),
+            batch=ForwardBatch(tokens=tokens, sampled=rows_kept, attention=attention),
         )
 
     @staticmethod
@@ -115,14 +164,17 @@ class ModelRunner:
             return item.num_tokens
         return int(item.samples)
 
-    def mask_missing_tokens(self, logits: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def mask_missing_tokens(self, logits: torch.Tensor, step: GatheredStep) -> torch.Tensor:
         """A variant with fewer vocabulary rows than the largest can never produce what it does not have."""
-        for variant, start, end in batch.sampled.spans:
+        start = 0
+        for variant, pairs in groupby(zip(step.variants, step.num_rows, strict=True), key=itemgetter(0)):
+            end = start + sum(rows for _, rows in pairs)
             if self.vocab_sizes[variant] < logits.shape[1]:
                 logits[start:end, self.vocab_sizes[variant] :] = float("-inf")
+            start = end
         return logits
 
-    def _sample(self, step: PreparedStep, logits: torch.Tensor) -> dict[str, SampledToken]:
+    def _sample(self, step: GatheredStep, logits: torch.Tensor) -> dict[str, SampledToken]:
         rows: list[int] = []
         sequences = []
         start = 0
@@ -135,7 +187,9 @@ class ModelRunner:
                 sequences.append(item.sequence)
         if not rows:
             return {}
-        output = sample(logits[rows], sequences, self.generator)
+        if len(rows) < len(logits):
+            logits = logits[upload(rows, logits.device)]
+        output = sample(logits, sequences, self.generator)
         return {
             sequence.request_id: SampledToken(token, logprobs)
             for sequence, token, logprobs in zip(sequences, output.token_ids, output.logprobs, strict=True)

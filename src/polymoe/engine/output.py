@@ -106,11 +106,12 @@ class OutputProcessor:
         else:
             token_ids = list(prompt)
         _check_tokens(info, token_ids, sampling)
+        start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
         tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
 
         stop_ids = [] if sampling.ignore_eos else list(info.eos_token_ids)
         stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
-        request = ClientRequest(request_id, variant, text, token_ids, tokenizer, sampling)
+        request = ClientRequest(request_id, variant, text, token_ids, start or token_ids, tokenizer, sampling)
         engine_requests = []
         for k in range(sampling.n):
             engine_id = f"{request_id}-{k}"
@@ -122,7 +123,8 @@ class OutputProcessor:
                 EngineRequest(
                     request_id=engine_id,
                     variant=self._index[variant],
-                    prompt_token_ids=token_ids,
+                    prompt_token_ids=token_ids + start,
+                    num_encoder_tokens=len(token_ids) if start else 0,
                     sampling=_sampling_of(sampling, k),
                     stop_token_ids=stop_ids,
                     cache_salt=cache_salt,
@@ -185,7 +187,18 @@ def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingP
     """Raises `RequestError` unless the engine can run this prompt on this variant."""
     if not token_ids:
         raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
-    if len(token_ids) + sampling.max_tokens > info.max_model_len:
+    if info.is_encoder_decoder and sampling.prompt_logprobs is not None:
+        raise RequestError(
+            f"`{info.name}` is an encoder–decoder model: its prompt has no log-probabilities (echo, prompt_logprobs).",
+            param="echo",
+        )
+    if info.is_encoder_decoder and len(token_ids) > info.max_prompt_len:
+        raise RequestError(
+            f"The prompt has {len(token_ids)} tokens; the encoder of `{info.name}` reads at most "
+            f"{info.max_prompt_len}.",
+            param="prompt",
+        )
+    if sampling.max_tokens > info.max_new_tokens(len(token_ids)):
         raise ContextLengthError(info.max_model_len, len(token_ids), sampling.max_tokens)
     named = {"prompt": token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
     for param, ids in named.items():

@@ -40,6 +40,7 @@ class ClientRequest:
         variant: str,
         prompt: str | None,
         prompt_token_ids: list[int],
+        continued_token_ids: list[int],
         tokenizer: VariantTokenizer | None,
         sampling: SamplingParams,
     ) -> None:
@@ -47,6 +48,7 @@ class ClientRequest:
         self.variant = variant
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
+        self.continued_token_ids = continued_token_ids  # what the first token follows
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.sequences: list[OutputSequence] = []
@@ -77,7 +79,7 @@ class OutputSequence:
         self._sampling = sampling
         tokenizer = request.tokenizer
         self._detokenizer = (
-            tokenizer.detokenizer(request.prompt_token_ids, sampling.skip_special_tokens) if tokenizer else None
+            tokenizer.detokenizer(request.continued_token_ids, sampling.skip_special_tokens) if tokenizer else None
         )
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._pieces: list[str] = []

@@ -14,8 +14,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.messages import (
     HEADER_BYTES,
@@ -38,6 +39,8 @@ from polymoe.engine.messages import (
     frame,
 )
 from polymoe.errors import PolymoeError, RequestError
+
+MakeCore = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
 
 # A step without output (a chunk of a long prompt) is reported this often, in seconds: proof of life without noise.
 _SIGN_OF_LIFE_EVERY = 0.5
@@ -116,8 +119,11 @@ def _obey(core: EngineCore, channel: Channel, command: Command) -> None:
             channel.send(Stats(core.stats()))
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main(make_core: MakeCore = EngineCore) -> int:
+    """Returns the exit code.
+
+    Args: `make_core`: config and progress -> the engine (benchmarks make one without a bundle's folder).
+    """
     parser = argparse.ArgumentParser(prog="polymoe.engine.process")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the server")
     for ignored in (signal.SIGINT, signal.SIGTERM):
@@ -127,7 +133,7 @@ def main() -> int:
         start, *more = channel.receive(block=True)
         if not isinstance(start, Start):
             raise TypeError(f"expected Start, got {type(start).__name__}")
-        core = EngineCore(start.config, lambda stage, fraction: channel.send(Progress(stage, fraction)))
+        core = make_core(start.config, lambda stage, fraction: channel.send(Progress(stage, fraction)))
         channel.send(Ready(core.info))
         run(core, channel, more)
     except (EOFError, ConnectionError):

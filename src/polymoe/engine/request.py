@@ -105,6 +105,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     variant: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    num_encoder_tokens: int = 0  # the prompt's first tokens, which an encoder reads; after them the decoder starts
     stop_token_ids: list[int] = []
     cache_salt: str = ""  # separates tenants in the prefix cache
     qos: QoS = QoS()

@@ -10,6 +10,7 @@ import torch
 
 from polymoe.engine.request import TokenLogprobs
 from polymoe.engine.sequence import Sequence
+from polymoe.model.upload import upload
 
 NEG_INF = float("-inf")
 
@@ -27,7 +28,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Gen
 
     Args:
         logits: `[R, vocabulary]`; row i belongs to `sequences[i]`. Changed in place.
-        generator: for requests without a seed, on the CPU.
+        generator: for requests without a seed, on the logits' device.
+
+    The host waits for the device once, for the tokens (and for log-probabilities where they are asked for).
     """
     logits = logits.float()
     wanted = [s.request.sampling.logprobs for s in sequences]
@@ -37,7 +40,8 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Gen
     tokens = logits.argmax(dim=-1)
     if len(greedy) < len(sequences):
         rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
-        tokens[rows] = _draw(logits[rows], [sequences[i] for i in rows], generator)
+        index = upload(rows, logits.device)
+        tokens[index] = _draw(logits[index], [sequences[i] for i in rows], generator)
     token_ids = tokens.tolist()
     reports: list[TokenLogprobs | None] = [None] * len(sequences)
     if raw is not None:
@@ -67,7 +71,8 @@ def _edit(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            before = sequence.token_ids[sequence.request.num_encoder_tokens :]
+            seen = torch.tensor(sorted(set(before)), device=logits.device)
             values = logits[row, seen]
             penalty = sampling.repetition_penalty
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
@@ -88,32 +93,42 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Gene
     """Random draws `[R]`: argmax of probability / exponential noise is a draw from the probabilities."""
     sampling = [s.request.sampling for s in sequences]
     device = logits.device
-    logits = logits / torch.tensor([p.temperature for p in sampling], device=device)[:, None]
+    logits = logits / upload([p.temperature for p in sampling], device)[:, None]
     logits = _truncate(
         logits,
-        min_p=torch.tensor([p.min_p for p in sampling], device=device),
+        min_p=[p.min_p for p in sampling],
         top_k=[p.top_k if p.top_k > 0 else logits.shape[1] for p in sampling],
-        top_p=torch.tensor([p.top_p for p in sampling], device=device),
+        top_p=[p.top_p for p in sampling],
     )
-    noise = torch.empty(logits.shape).exponential_(generator=generator)
+    noise = torch.empty(logits.shape, device=device).exponential_(generator=generator)
     for row, sequence in enumerate(sequences):
         if sequence.generator is not None:
-            noise[row].exponential_(generator=sequence.generator)
-    return (torch.softmax(logits, dim=-1) / noise.to(device)).argmax(dim=-1)
+            noise[row].exponential_(generator=_generator_on(device, sequence))
+    return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1)
 
 
-def _truncate(logits: torch.Tensor, min_p: torch.Tensor, top_k: list[int], top_p: torch.Tensor) -> torch.Tensor:
+def _generator_on(device: torch.device, sequence: Sequence) -> torch.Generator:
+    """The sequence's own generator; on a GPU one of its own there, made for its first draw."""
+    if sequence.generator is None or sequence.generator.device.type != device.type:
+        seed = sequence.request.sampling.seed
+        assert seed is not None
+        sequence.generator = torch.Generator(device).manual_seed(seed)
+    return sequence.generator
+
+
+def _truncate(logits: torch.Tensor, min_p: list[float], top_k: list[int], top_p: list[float]) -> torch.Tensor:
     """Minus infinity for the tokens that min-p, top-k and top-p leave out; the most probable one always stays."""
-    if bool((min_p > 0).any()):
+    if max(min_p) > 0:
         probs = torch.softmax(logits, dim=-1)
-        logits = logits.masked_fill(probs < min_p[:, None] * probs.amax(dim=-1, keepdim=True), NEG_INF)
+        least = upload(min_p, logits.device)[:, None] * probs.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probs < least, NEG_INF)
     vocabulary = logits.shape[1]
-    if min(top_k) >= vocabulary and not bool((top_p < 1).any()):
+    if min(top_k) >= vocabulary and min(top_p) >= 1:
         return logits
     values, order = logits.sort(dim=-1, descending=True)
-    keep = torch.arange(vocabulary, device=logits.device) < torch.tensor(top_k, device=logits.device)[:, None]
+    keep = torch.arange(vocabulary, device=logits.device) < upload(top_k, logits.device)[:, None]
     values = values.masked_fill(~keep, NEG_INF)
     probs = torch.softmax(values, dim=-1)
     before = probs.cumsum(dim=-1) - probs  # probability of the better tokens
-    values = values.masked_fill(before >= top_p[:, None], NEG_INF)
+    values = values.masked_fill(before >= upload(top_p, logits.device)[:, None], NEG_INF)
     return torch.empty_like(logits).scatter_(1, order, values)

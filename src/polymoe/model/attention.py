@@ -47,7 +47,8 @@ class AttentionLayer:
 class KVCache:
     """Keys and values of all layers in blocks of `block_size` tokens.
 
-    Per layer `key [num_blocks, block_size, kv_heads, key_dim]`, `value [.., value_dim]`.
+    Per layer `key [num_blocks, block_size, kv_heads, key_dim]`, `value [.., value_dim]`; `trash` blocks more at the end
+    belong to no sequence.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class KVCache:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        trash: int = 0,
     ) -> None:
         self.layers, self.num_blocks, self.block_size = layers, num_blocks, block_size
-        shape = (num_blocks, block_size)
+        shape = (num_blocks + trash, block_size)
         self.key = {
             i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()
         }
@@ -121,6 +123,10 @@ class PagedAttention:
             sinks = sinks.per_token(num_tokens)
         elif sinks is not None:
             sinks = sinks.expand(num_tokens, -1)
+        if self.context.kernels is not None:
+            caches = self.cache.key[layer], self.cache.value[layer]
+            own = query.transpose(0, 1)
+            return self.context.kernels.attention(own, *caches, batch, window=window, sinks=sinks, **options)
         if sinks is None and options.get("softcap") is None:
             own, caches = query.transpose(0, 1).contiguous(), (self.cache.key[layer], self.cache.value[layer])
             tokens = batch.token_sequence, batch.token_visible

@@ -8,8 +8,14 @@ is no module-level state: two models in one process have two contexts.
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
+
+from polymoe.model.upload import upload
+
+if TYPE_CHECKING:
+    from polymoe.model.device_kernels import DeviceKernels
 
 
 class RowMap:
@@ -23,11 +29,18 @@ class RowMap:
     def __init__(self, rows: list[int]) -> None:
         self.rows = rows
         self.generation = 0
+        self.device_rows: torch.Tensor | None = None  # [V] int32, where kernels on a device read the same
 
     def assign(self, variant: int, row: int) -> None:
         """Point `variant` at `row` (-1: nowhere)."""
         self.rows[variant] = row
         self.generation += 1
+        if self.device_rows is not None:
+            self.device_rows[variant].fill_(row)
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep a copy at a fixed address of `device`, changed in place: a captured graph sees every change."""
+        self.device_rows = torch.tensor(self.rows, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Segments:
 
     Args:
         token_variant: `[T]` int64, ascending.
-        spans: (variant, start, end) for each variant present, in order, covering `[0, T)`.
+        spans: (variant, start, end) for each variant present, in order, covering `[0, T)`; empty where only the device
+            knows (a captured graph).
     """
 
     def __init__(self, token_variant: torch.Tensor, spans: tuple[tuple[int, int, int], ...]) -> None:
@@ -53,6 +67,7 @@ class Segments:
         self.spans = spans
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}
         self._groups: dict[int, tuple[int, RowGroups]] = {}
+        self._start_loc: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +77,7 @@ class Segments:
         """The rows by version of the stack; neighbours that share one are joined. Computed once a pass for each map."""
         cached = self._groups.get(id(row_map))
         if cached is None or cached[0] != row_map.generation:
+            assert self.spans or not self.num_tokens, "only the device knows which rows belong to whom"
             ids: list[int] = []
             starts = [0]
             for variant, _, end in self.spans:
@@ -81,10 +97,19 @@ class Segments:
         """`[T]` int64: the stack's row for each token. Computed once a pass for each map."""
         cached = self._rows.get(id(row_map))
         if cached is None or cached[0] != row_map.generation:
-            rows = torch.tensor(row_map.rows, device=self.token_variant.device)
+            rows = row_map.device_rows
+            if rows is None:
+                rows = torch.tensor(row_map.rows, device=self.token_variant.device)
             cached = (row_map.generation, rows[self.token_variant])
             self._rows[id(row_map)] = cached
         return cached[1]
+
+    def start_loc(self, num_variants: int) -> torch.Tensor:
+        """`[V + 1]` int32 on the device: variant v has rows `start_loc[v] : start_loc[v + 1]`. Computed once a pass."""
+        if self._start_loc is None:
+            variants = torch.arange(num_variants + 1, device=self.token_variant.device)
+            self._start_loc = torch.searchsorted(self.token_variant, variants, out_int32=True)
+        return self._start_loc
 
 
 def segments_from_variants(variants: list[int], counts: list[int], device: torch.device | str = "cpu") -> Segments:
@@ -99,7 +124,16 @@ def segments_from_variants(variants: list[int], counts: list[int], device: torch
             spans.append((variant, start, start + count))
         start += count
     token_variant = torch.repeat_interleave(torch.tensor(variants, dtype=torch.int64), torch.tensor(counts))
-    return Segments(token_variant.to(device), tuple(spans))
+    return Segments(upload(token_variant, torch.device(device)), tuple(spans))
+
+
+@dataclass(frozen=True)
+class DeviceLengths:
+    """Where the sequences' tokens are, for kernels on a GPU. B sequences."""
+
+    query_start_loc: torch.Tensor  # [B + 1] int32
+    seq_lens: torch.Tensor  # [B] int32
+    max_query_len: int  # at least the longest query's; 1 in decode
 
 
 @dataclass(frozen=True)
@@ -111,11 +145,13 @@ class AttentionBatch:
     """
 
     query_start_loc: list[int]  # B + 1
-    seq_lens: list[int]  # B
+    seq_lens: list[int]  # B; empty where only the device knows
     block_table: torch.Tensor  # [B, max blocks] int64, padded with 0
     slot_mapping: torch.Tensor  # [T] int64, block * block_size + offset: where each new key and value goes
     token_sequence: torch.Tensor  # [T] int64, the row of the block table
     token_visible: torch.Tensor  # [T] int64, how many tokens of its sequence a token sees: its position + 1
+    device_lengths: DeviceLengths | None = None  # where a GPU's kernels attend
+    encoder_lens: torch.Tensor | None = None  # [B] int64: the sequence's first tokens, which are the encoder's
 
     # Where there is no kernel, sequences with one query token are computed together and all others one by one.
 
@@ -131,6 +167,16 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True)
+class EncoderBatch:
+    """P prompts that an encoder reads whole in this pass, sorted by variant, padded on the right to S tokens."""
+
+    input_ids: torch.Tensor  # [P, S] int64
+    lengths: list[int]  # P
+    slot_mapping: torch.Tensor  # [sum of lengths] int64: where keys and values for cross-attention go
+    rows: Segments  # P * S
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """All that one forward pass needs to know beside token ids and positions.
 
@@ -141,6 +187,8 @@ class ForwardBatch:
     tokens: Segments
     sampled: Segments
     attention: AttentionBatch | None = None
+    encoder: EncoderBatch | None = None
+    shape: tuple[int, int] | None = None  # token tensors are [*shape, …], row after row; None: [1, T, …]
 
     def segments(self, num_rows: int) -> Segments:
         """The segments of a tensor with `num_rows` rows; an unknown count is an error, never a guess."""
@@ -156,8 +204,12 @@ class ForwardBatch:
 
 @dataclass
 class ForwardContext:
-    """The holder: one a model, set by the runner before each pass."""
+    """The holder: one a model, set by the runner before each pass.
 
+    `kernels`: what computes on a GPU; None where torch and the compiled CPU kernels do. Chosen once, by `ServedModel`.
+    """
+
+    kernels: "DeviceKernels | None" = None
     _batch: ForwardBatch | None = field(default=None, repr=False)
 
     @property

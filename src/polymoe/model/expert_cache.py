@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from polymoe.model.cache_policy import FrequencyPolicy
-from polymoe.model.slots import copy_padded
+from polymoe.model.expert_link import ExpertLink, SentExpert
+from polymoe.model.tier_cost import TierCosts
 
 Weights = Mapping[str, torch.Tensor]
+_USES_WHEN_KEPT = 2.0  # of an expert that enters a cache with room, at least: or the policy would not keep it
 
 
 @dataclass
@@ -35,7 +37,8 @@ class ExpertCache:
     own while other experts compute; the rest keeps what the frequency policy chooses. With a budget below two experts
     an expert is fetched when needed and dropped after use (Algorithm 2 of the paper is budget 0).
 
-    `host_expert(layer, index)` gives an expert of the host tier: name -> `[*shape]`.
+    `host_expert(layer, index)` gives an expert of the host tier: name -> `[*shape]`. `costs`: of this machine, where
+    the host may compute experts too.
     """
 
     MAX_STAGING = 8
@@ -46,15 +49,18 @@ class ExpertCache:
         budget: int,
         device: torch.device,
         dtype: torch.dtype,
+        costs: TierCosts | None = None,
     ) -> None:
         self.host_expert, self.budget, self.device, self.dtype = host_expert, budget, device, dtype
+        self.costs = costs
+        self._link = ExpertLink(device)
         self.stats = TierStats()
         self._expert_bytes = 0  # on the device, each; known from the first one on
         self._host_bytes = 0  # as stored
         self._staging = 0
         self._policy = FrequencyPolicy(0)
         self._kept: dict[Key, Weights] = {}
-        self._arriving: dict[Key, Future[Weights]] = {}
+        self._arriving: dict[Key, Future[SentExpert]] = {}
         self._expected: deque[Key] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polymoe-experts")
 
@@ -83,7 +89,7 @@ class ExpertCache:
             return self._kept[key]
         started = time.perf_counter()
         arriving = self._arriving.pop(key, None)
-        weights = self._fetch(key) if arriving is None else arriving.result()
+        weights = self._link.receive(self._fetch(key) if arriving is None else arriving.result())
         self.stats.misses += 1
         self.stats.prefetched += arriving is not None
         self.stats.host_bytes += self._host_bytes
@@ -94,6 +100,18 @@ class ExpertCache:
         self._pump()
         self.stats.seconds += time.perf_counter() - started
         return weights
+
+    def on_host(self, layer: int, index: int, rows: int) -> bool:
+        """Whether the host should compute `rows` rows of this expert rather than fetch it; never where it is kept or
+        on its way. Without measured costs nothing is computed on the host."""
+        key = (layer, index)
+        if self.costs is None or key in self._kept or key in self._arriving:
+            return False
+        if not self._expert_bytes:
+            self._measure([key])
+        parameters = self._expert_bytes // self.dtype.itemsize
+        uses = 1.0 if self._policy.room == 0 else _USES_WHEN_KEPT
+        return self.costs.on_host(rows, self._host_bytes, parameters, uses)
 
     def _measure(self, keys: list[Key]) -> None:
         """Size one expert, and share out the budget."""
@@ -112,10 +130,6 @@ class ExpertCache:
             if key not in self._arriving and key not in self._kept:
                 self._arriving[key] = self._worker.submit(self._fetch, key)
 
-    def _fetch(self, key: Key) -> Weights:
+    def _fetch(self, key: Key) -> SentExpert:
         """Copy one expert to the device. May run beside a forward pass."""
-        fetched = {}
-        for name, source in self.host_expert(*key).items():
-            fetched[name] = torch.empty(source.shape, dtype=self.dtype, device=self.device)
-            copy_padded(fetched[name], source)
-        return fetched
+        return self._link.send(self.host_expert(*key), self.dtype)

@@ -16,6 +16,8 @@ from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped
 from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
+from polymoe.model.staging import Staging
+from polymoe.model.tier_measure import measure_tier_costs
 from polymoe.quant.formats import get_format
 
 PackedTensors = dict[str, dict[str, torch.Tensor]]
@@ -74,6 +76,7 @@ class LayerExperts:
         self.compressed, self.delta, self.sign = compressed, delta, sign
         self.all_resident = bool((table >= 0).all())
         self.next: LayerExperts | None = None
+        self._supported: bool | None = None
 
     def weights_of(self, physical: int) -> Weights:
         """Tensors of a physical expert: a view of the resident stack, or fetched."""
@@ -86,6 +89,8 @@ class LayerExperts:
     ) -> torch.Tensor:
         """The layer's experts for `hidden [T, H]` with each variant's own routing `[T, K]`."""
         token_variant = self.context.batch.segments(hidden.shape[0]).token_variant
+        if self._on_device(module):
+            return self._forward_on_device(module, hidden, top_k_index, top_k_weights, token_variant)
         entry = token_variant[:, None], top_k_index
         physical = self.table[entry]
         if self.compressed is not None:
@@ -95,7 +100,7 @@ class LayerExperts:
             sign = None if self.sign is None else self.sign[entry]
             routing = route(physical, token_variant, delta, sign)
             return experts_compressed(module, hidden, routing, top_k_weights, self.compressed, self.weights_of)
-        if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:  # no kernel for this module
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
         if (
             hidden.device.type == "cpu"
@@ -105,6 +110,58 @@ class LayerExperts:
             return experts_by_group(module, hidden, physical, top_k_weights, self.resident)
         self._announce(physical)
         return experts_by_loop(module, hidden, physical, top_k_weights, self.weights_of)
+
+    def _on_device(self, module: torch.nn.Module) -> bool:
+        """Whether a GPU's kernels compute this layer; asked once."""
+        if self.context.kernels is None:
+            return False
+        if self._supported is None:
+            self._supported = self.context.kernels.supports_experts(module, self.compressed or self.resident)
+        return self._supported
+
+    def _forward_on_device(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        token_variant: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` by a GPU's kernels. The host waits only where experts are absent, to learn which are needed."""
+        kernels, tables = self.context.kernels, (self.table, self.delta, self.sign)
+        assert kernels is not None
+        weights = self.compressed or self.resident
+        out = kernels.experts(module, hidden, top_k_index, top_k_weights, token_variant, tables, weights)
+        if self.all_resident:
+            return out
+        physical = self.table[token_variant[:, None], top_k_index]
+        token, k = (physical < 0).nonzero(as_tuple=True)
+        on_host = self._on_host(physical[token, k])
+        self._announce(physical.index_put((token[on_host], k[on_host]), physical.new_zeros(())))
+        absent = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        # First what the device computes, so that it is busy while the host computes the rest.
+        for chosen, device, weights_of in (
+            (~on_host, hidden.device, self.weights_of),
+            (on_host, torch.device("cpu"), self._host_weights_of),
+        ):
+            rows, column = token[chosen], k[chosen]
+            if len(rows):
+                given = hidden[rows], physical[rows, column, None], top_k_weights[rows, column, None]
+                x, ids, gate = (tensor.to(device) for tensor in given)
+                own = experts_by_loop(module, x, ids, gate, weights_of)
+                absent.index_add_(0, rows, own.to(hidden.device).float())
+        return (absent + out).to(hidden.dtype)
+
+    def _on_host(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[n]` bool: which of these (token, absent expert) pairs the host computes; one answer an expert."""
+        found, which, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        pairs = zip(found.tolist(), counts.tolist(), strict=True)
+        answers = [self.cache.on_host(self.layer, -1 - expert, rows) for expert, rows in pairs]
+        return torch.tensor(answers, dtype=torch.bool, device=ids.device)[which]
+
+    def _host_weights_of(self, physical: int) -> Weights:
+        found = self.cache.host_expert(self.layer, -1 - physical)
+        return {name: tensor.to(self.cache.dtype) for name, tensor in found.items()}
 
     def _announce(self, physical: torch.Tensor) -> None:
         """Tell the cache which absent experts this layer needs, in the loop's order, and the next one's after them.
@@ -126,6 +183,7 @@ class ExpertPool:
     Args:
         dtype: what the experts are computed in; they are stored in it too.
         cache_bytes: budget for fetched experts, in bytes on the device.
+        staging: brings the tensors to the device.
         progress: called with the fraction loaded.
     """
 
@@ -136,18 +194,22 @@ class ExpertPool:
         device: torch.device,
         dtype: torch.dtype,
         cache_bytes: int,
+        staging: Staging,
         progress: Callable[[float], None],
     ) -> None:
         table = store.table
         self.table = table.to(device)
         self.delta = None if store.delta is None else store.delta.to(device)
         self.sign = None if store.sign is None else store.sign.to(device)
-        self.cache = ExpertCache(store.host_expert, cache_bytes, device, dtype)
+        costs = None
+        if device.type == "cuda" and bool((table < 0).any()):
+            costs = measure_tier_costs(device, dtype, [tuple(shape) for shape in store.packed_shapes.values()])
+        self.cache = ExpertCache(store.host_expert, cache_bytes, device, dtype, costs)
         self.layers: list[LayerExperts] = []
         for layer in range(table.shape[1]):
-            # copy=True: a tensor read from a memory-mapped file would otherwise stay on disk
-            resident = {n: t.to(device, dtype, copy=True) for n, t in store.resident_experts(layer).items()}
-            compressed = _compressed(store, layer, resident, device)
+            # Always a copy: a tensor read from a memory-mapped file would otherwise stay on disk.
+            resident = {n: _loaded(t, device, staging, dtype) for n, t in store.resident_experts(layer).items()}
+            compressed = _compressed(store, layer, resident, device, staging)
             tables = [None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign)]
             self.layers.append(
                 LayerExperts(layer, self.table[:, layer], resident, self.cache, context, compressed, *tables)
@@ -184,13 +246,24 @@ class ExpertPool:
                 )
 
 
+def _loaded(
+    source: torch.Tensor, device: torch.device, staging: Staging, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A copy on the device, in `dtype` or as stored."""
+    target = torch.empty(source.shape, dtype=dtype or source.dtype, device=device)
+    staging.copy(target, source)
+    return target
+
+
 def _compressed(
-    store: ExpertStore, layer: int, resident: dict[str, torch.Tensor], device: torch.device
+    store: ExpertStore, layer: int, resident: dict[str, torch.Tensor], device: torch.device, staging: Staging
 ) -> CompressedLayer | None:
     """The packed pools of a layer, as stored; None if it has none."""
 
     def load(tensors: PackedTensors) -> PackedTensors:
-        return {name: {part: t.to(device, copy=True) for part, t in parts.items()} for name, parts in tensors.items()}
+        return {
+            name: {part: _loaded(t, device, staging) for part, t in parts.items()} for name, parts in tensors.items()
+        }
 
     bases, deltas = store.packed_bases(layer), store.packed_deltas(layer)
     if not bases and not deltas:

@@ -11,8 +11,11 @@ import torch
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention
 from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
+from polymoe.model.copies import ThreadCopier
+from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.expert_pool import ExpertPool
 from polymoe.model.fused_norm import fuse_norms
+from polymoe.model.memory_plan import WeightBytes, weight_bytes
 from polymoe.model.skeleton import (
     accepts_logits_to_keep,
     build_skeleton,
@@ -22,7 +25,10 @@ from polymoe.model.skeleton import (
     retie,
     set_weight,
 )
-from polymoe.model.slots import Slots, copy_padded
+from polymoe.model.slot_gates import gate_slots
+from polymoe.model.slots import Slots
+from polymoe.model.staging import Staging
+from polymoe.model.stream_copies import StreamCopier
 from polymoe.model.trial import trace
 from polymoe.model.variant_stack import VariantStack
 
@@ -43,6 +49,9 @@ class ServedModel:
         staging: with fewer slots than variants, one more row for the variant that runs next.
         expert_cache_bytes: device memory for absent experts that were fetched.
         progress: called with (stage, fraction done).
+        before_loading: called with the model when all its sizes are known and nothing is allocated: the place to
+            refuse what does not fit.
+        kernels: what computes on a GPU. None: the GPU's own on a GPU, none on a CPU (tests pass the interpreter's).
     """
 
     def __init__(
@@ -54,9 +63,13 @@ class ServedModel:
         expert_cache_bytes: int,
         progress: Progress | None = None,
         staging: bool = True,
+        kernels: DeviceKernels | None = None,
+        before_loading: Callable[["ServedModel"], None] | None = None,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
-        self.context = ForwardContext()
+        if kernels is None and device.type == "cuda":
+            kernels = DeviceKernels()
+        self.context = ForwardContext(kernels)
         trial = trace(bundle.config)
         self.attention_layers: dict[int, AttentionLayer] = trial.attention_layers
         self._token_axes = trial.token_axes
@@ -73,19 +86,27 @@ class ServedModel:
         slots = min(slots, num_variants)
         # With one slot less than variants a staging row would make a slot for everyone.
         spare = int(staging and slots < num_variants)
-        self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read)
+        copier = StreamCopier(device) if device.type == "cuda" else ThreadCopier()
+        self.slots = Slots(slots, spare, self._row_map([-1] * num_variants), self._read, copier=copier)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
+        if before_loading is not None:
+            before_loading(self)
+        self._staging = Staging(device)
         names = bundle.nonexpert_names
         for done, name in enumerate(names):
             report("non-experts", done / len(names))
             self._place(name)
         if self.slots.num_slots < num_variants:
+            if self.context.kernels is not None:
+                gate_slots(self.model, self.slots)
             self.slots.fill()
         report("non-experts", 1.0)
 
         report("experts", 0.0)
-        self.pool = ExpertPool(bundle, self.context, device, dtype, expert_cache_bytes, lambda f: report("experts", f))
+        self.pool = ExpertPool(
+            bundle, self.context, device, dtype, expert_cache_bytes, self._staging, lambda f: report("experts", f)
+        )
         for layer, (_, module) in zip(self.pool.layers, experts, strict=True):
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
@@ -95,13 +116,19 @@ class ServedModel:
             for name, buffer in module._buffers.items():
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
-        fuse_norms(self.model)
+        fuse_norms(self.model, self.context.kernels)
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
             raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")
 
     def _weight_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
+
+    def _row_map(self, rows: list[int]) -> RowMap:
+        row_map = RowMap(rows)
+        if self.context.kernels is not None:
+            row_map.keep_on(self.device)
+        return row_map
 
     def _read(self, variant: int, name: str) -> torch.Tensor:
         return self.bundle.nonexpert(variant, name)
@@ -114,7 +141,7 @@ class ServedModel:
         dtype = self._weight_dtype(name)
         if len(versions) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)
-            copy_padded(value, self._read(versions[0], name))
+            self._staging.copy(value, self._read(versions[0], name))
             self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
             set_weight(self.model, name, value)
             return
@@ -127,10 +154,15 @@ class ServedModel:
             row_map = self.slots.row_map
         else:
             for row, version in enumerate(versions):
-                copy_padded(rows[row], self._read(version, name))
+                self._staging.copy(rows[row], self._read(version, name))
             assignment = tuple(versions.index(s) for s in sources)
-            row_map = self._row_maps.setdefault(assignment, RowMap(list(assignment)))
-        set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes[name]))
+            row_map = self._row_maps.setdefault(assignment, self._row_map(list(assignment)))
+        set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes.get(name)))
+
+    def weight_bytes(self) -> WeightBytes:
+        """What the weights take (or will take) on the device."""
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        return weight_bytes(self.bundle, shapes, self.slots.num_rows, self.dtype.itemsize)
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         per_token = sum(layer.elements_per_token for layer in self.attention_layers.values())
@@ -139,11 +171,11 @@ class ServedModel:
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""
         try:
-            self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype)
+            # One block more where steps are padded: what no sequence owns.
+            trash = int(self.context.kernels is not None)
+            self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype, trash)
         except RuntimeError as error:  # the allocator's own error names no option
-            raise ConfigError(
-                f"no memory for {num_blocks} KV blocks; give a smaller kv_cache_bytes. ({error})"
-            ) from error
+            raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller --kv-cache. ({error})") from error
         attention = PagedAttention(self.context, self.kv_cache)
         for module in self.model.modules():
             module.polymoe_attention = attention
@@ -177,16 +209,40 @@ class ServedModel:
 
         Returns: logits `[R, vocabulary of the largest variant]`, in the model's dtype.
         """
-        assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
-        assert sampled_rows.shape == (batch.sampled.num_tokens,)
-        present = {variant for variant, _, _ in batch.tokens.spans}
+        self.admit({variant for variant, _, _ in batch.tokens.spans})
+        if self.device.type == "cpu":
+            self.prefetch(upcoming)
+            return self.compute(input_ids, positions, batch, sampled_rows)
+        logits = self.compute(input_ids, positions, batch, sampled_rows)
+        self.prefetch(upcoming)  # the device is busy by now
+        return logits
+
+    def admit(self, present: set[int]) -> None:
+        """Bring the variants of a step into slots, where there are fewer slots than variants."""
         if self.slots.num_slots < len(self.bundle.variants):
             self.slots.ensure(present)
-            if upcoming:
-                self.slots.prefetch(upcoming[0])
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """Start to copy the first variant that waits for a slot to the staging row."""
+        if upcoming and self.slots.num_slots < len(self.bundle.variants):
+            self.slots.prefetch(upcoming[0])
+
+    def compute(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: ForwardBatch,
+        sampled_rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The pass itself, arguments as `forward`; `sampled_rows` None: the logits of every row are wanted.
+
+        Where the model has device kernels nothing here waits for the device, unless experts are absent.
+        """
+        assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
+        assert sampled_rows is None or sampled_rows.shape == (batch.sampled.num_tokens,)
         self.context.set(batch)
-        options = {"logits_to_keep": sampled_rows} if self._keeps_rows else {}
+        options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
         output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
         self.context.set(None)
         logits: torch.Tensor = output.logits[0]
-        return logits if self._keeps_rows else logits[sampled_rows]
+        return logits if sampled_rows is None or self._keeps_rows else logits[sampled_rows]

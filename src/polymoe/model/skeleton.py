@@ -10,28 +10,42 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention import polymoe_attention_forward
 from polymoe.model.expert_pool import polymoe_experts_forward
+from polymoe.model.relative_bias import replace_relative_biases
+from polymoe.model.switch_attention import attention_forward
+from polymoe.model.switch_experts import stack_switch_experts
 from polymoe.model.variant_stack import VariantStack
 
 IMPLEMENTATION = "polymoe"
 AttentionInterface.register(IMPLEMENTATION, polymoe_attention_forward)
+ENCODER_DECODER = "polymoe_encoder_decoder"
+AttentionInterface.register(ENCODER_DECODER, attention_forward)
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, polymoe_experts_forward)
+
+_ENCODER_POSITIONS = 512  # where positions are relative and the config names no limit
 
 # Rotary tables of these kinds change with the longest sequence of a batch, which is not one request's own.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def build_skeleton(config: Any, attention: str = IMPLEMENTATION) -> PreTrainedModel:
-    """The stock causal-LM definition of `config`: parameters on the meta device, computed buffers on the CPU.
+    """The stock definition of `config`: parameters on the meta device, computed buffers on the CPU.
 
-    `attention` names the entry of transformers' attention registry that it uses.
+    `attention` names the entry of transformers' attention registry that a causal LM uses.
     """
     config = copy.deepcopy(config)
+    if config.is_encoder_decoder:
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=ENCODER_DECODER)
+            stack_switch_experts(model)
+            replace_relative_biases(model)
+        return model.eval()
     config._experts_implementation = IMPLEMENTATION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -95,6 +109,9 @@ def set_weight(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
 
 def keeps_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
     """Whether transformers computes this weight in float32 although the model runs in `dtype`."""
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    if name.endswith("router.classifier.weight") and isinstance(parent, SwitchTransformersTop1Router):
+        return True  # it casts itself to its `router_dtype`
     kept: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
         kept |= set(model._keep_in_fp32_modules_strict or ())
@@ -108,7 +125,9 @@ def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
 
 
 def context_limit(config: Any) -> int:
-    """Longest sequence, in tokens, that the configured positions cover."""
+    """Longest sequence, in tokens, that the configured positions cover; an encoder and its decoder have half each."""
+    if config.is_encoder_decoder:
+        return 2 * int(getattr(config, "n_positions", None) or _ENCODER_POSITIONS)
     limit = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
     for scheme in (r for r in (rope, *rope.values()) if isinstance(r, dict)):

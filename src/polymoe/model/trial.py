@@ -153,6 +153,8 @@ def trace(config: Any) -> Trial:
         )
     name = type(config).__name__
     try:
+        if config.is_encoder_decoder:  # one architecture, whose needs are known
+            return Trial(_decoder_layers(build_skeleton(config)), {})
         model = build_skeleton(config, _TRIAL)
         name = type(model).__name__
         return _run(model, config)
@@ -161,6 +163,16 @@ def trace(config: Any) -> Trial:
     except Exception as error:  # a stock definition can fail in any way when it meets what it does not expect
         kind = type(error).__name__
         raise UnsupportedModelError(f"{name} cannot be served: a trial run of it fails ({kind}: {error})") from error
+
+
+def _decoder_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
+    """The caches of an encoder–decoder model."""
+    found = {}
+    for index, block in enumerate(model.decoder.block):
+        attention = block.layer[0].SelfAttention
+        size = attention.key_value_proj_dim
+        found[index] = AttentionLayer(kv_heads=attention.n_heads, key_dim=size, value_dim=size)
+    return found
 
 
 @torch.no_grad()

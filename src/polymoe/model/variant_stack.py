@@ -71,9 +71,10 @@ class VariantStack(torch.Tensor):
     def per_token(self, num_rows: int) -> torch.Tensor:
         """`[num_rows, *shape]`: each row's own version."""
         segments = self.context.batch.segments(num_rows)
-        groups = segments.row_groups(self.row_map)
-        if len(groups.ids) == 1:  # one version for all: a view, no gather
-            return self.rows[int(groups.ids[0])].expand(num_rows, *self.own_shape)
+        if self.context.kernels is None:
+            groups = segments.row_groups(self.row_map)
+            if len(groups.ids) == 1:  # one version for all: a view, no gather
+                return self.rows[int(groups.ids[0])].expand(num_rows, *self.own_shape)
         return self.rows[segments.row_of_token(self.row_map)]
 
     @classmethod
@@ -150,6 +151,10 @@ def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
 
     `x [1, T, heads, D]` with a weight `[D]` gives `[1, T, 1, D]`, with one `[1, 1, heads, 1]` `[1, T, heads, 1]`.
     """
+    shape = stack.context.batch.shape
+    if shape is not None:
+        assert x.shape[:2] == shape, f"{tuple(x.shape)} is not of the batch {shape}"
+        return stack.per_token(shape[0] * shape[1]).reshape(*shape, *_aligned(x, stack)[2:])
     axis = _token_axis(x, stack)
     count = x.shape[axis]
     rows = stack.per_token(count)
@@ -164,8 +169,12 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         out: torch.Tensor = F.linear(x, weight)
         return out + _gathered(out, bias)
     flat = x.reshape(-1, x.shape[-1])
-    groups = weight.context.batch.segments(flat.shape[0]).row_groups(weight.row_map)
-    out = grouped_linear(flat.contiguous(), weight.rows, groups.ids, groups.starts)
+    segments, kernels = weight.context.batch.segments(flat.shape[0]), weight.context.kernels
+    if kernels is None:
+        groups = segments.row_groups(weight.row_map)
+        out = grouped_linear(flat.contiguous(), weight.rows, groups.ids, groups.starts)
+    else:
+        out = kernels.linear(flat.contiguous(), weight.rows, segments, weight.row_map)
     if isinstance(bias, VariantStack):
         out = out + bias.per_token(flat.shape[0])
     elif bias is not None:

@@ -29,6 +29,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.tokenizer(variant.name)
+    if body.echo and variant.is_encoder_decoder:
+        raise RequestError(f"`{variant.name}` is an encoder–decoder model: it cannot echo its prompt.", param="echo")
     if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
         raise RequestError("echo with logprobs and n > 1 cannot be streamed.", param="stream")
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -62,7 +64,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     token_ids = await encode_chat(tokenizer, body.messages)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:
-        max_tokens = variant.max_model_len - len(token_ids)
+        max_tokens = variant.max_new_tokens(len(token_ids))
         if max_tokens < 1:
             raise ContextLengthError(variant.max_model_len, len(token_ids), 1)
     top = body.top_logprobs or 0

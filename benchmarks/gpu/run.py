@@ -1,0 +1,159 @@
+"""All parts, each a process with a time of its own: a part that fails or hangs is recorded and the rest goes on.
+
+    benchmarks/gpu/run.sh OUT [--device cpu --shape tiny] [--parts NAME,…]
+
+OUT gets `results.json`, `results.md`, and for each part NAME.json and NAME.log. The last line printed is the JSON.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from targets import Row, rows, table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+NEEDED = {"torch": (2, 11), "triton": (3, 0), "transformers": (5, 17), "msgspec": (0, 19)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is run, and for how many seconds at most on a GPU."""
+
+    name: str
+    command: list[str]
+    seconds: float
+
+
+def parts(device: str, shape: str, out: Path) -> list[Part]:
+    """In order of importance for those that come after: checks first, then one model after the other."""
+    options = ["--device", device, "--shape", shape]
+
+    def script(file: str, name: str, seconds: float, *more: str) -> Part:
+        result = str(out / f"{name}.json")
+        return Part(name, [sys.executable, str(HERE / file), *more, *options, "--out", result], seconds)
+
+    tests = ["tests/test_exactness.py", "tests/test_gpu_experts.py", "tests/test_gpu_segmented_linear.py"]
+    pick = ["-k", "cuda and (mixtral or qwen3 or deepseek or gpt_oss)"]
+    if device == "cpu":
+        tests, pick = ["tests/test_device_path.py"], ["-k", "mixed_batch and mixtral"]
+    exactness = [sys.executable, "-m", "pytest", "-q", "-x", *tests, *pick, "-p", "no:cacheprovider"]
+    return [
+        script("warm_up.py", "warm_up", 100),
+        script("kernel_checks.py", "kernels", 80),
+        Part("exactness", exactness, 60),
+        script("model_parts.py", "qwen3_shared", 55, "qwen3_shared"),
+        script("model_parts.py", "mixtral_two", 50, "mixtral_two"),
+        script("model_parts.py", "mixtral_four", 50, "mixtral_four"),
+        script("model_parts.py", "qwen3_delta", 45, "qwen3_delta"),
+        script("model_parts.py", "mixtral_switch", 35, "mixtral_switch"),
+        script("scenario.py", "scenario", 170),
+        script("model_parts.py", "mixtral_stored", 35, "mixtral_stored"),
+    ]
+
+
+def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    """Run one part; its figures, or what went wrong."""
+    result, log = out / f"{part.name}.json", out / f"{part.name}.log"
+    result.unlink(missing_ok=True)
+    command = [*part.command]
+    if part.name == "scenario":
+        command += ["--seconds", str(max(seconds - 10, 5))]
+    started = time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # with the engines that it started
+            process.wait()
+            code = None
+    figures: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+    figures["wall_s"] = time.monotonic() - started
+    if code != 0:
+        figures["error"] = f"stopped after {seconds:.0f} s" if code is None else f"exit code {code}"
+        figures["log"] = log.read_text(errors="replace")[-2000:]
+    return figures
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions, device and driver. Exits with what is missing."""
+    found = {}
+    for name, least in NEEDED.items():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            sys.exit(f"{name} is not installed; benchmarks/gpu/run.sh needs {name} >= {'.'.join(map(str, least))}.")
+        if tuple(int(part) for part in found[name].split("+")[0].split(".")[:2]) < least:
+            sys.exit(f"{name} {found[name]} is too old; benchmarks/gpu/run.sh needs {'.'.join(map(str, least))}.")
+    facts: dict[str, Any] = {"versions": found, "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
+    if device == "cuda":
+        query = "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        try:
+            facts["device"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            facts["device"] = f"nvidia-smi: {error}"
+        code = (
+            "import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory, torch.version.cuda)"
+        )
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if asked.returncode:
+            sys.exit(f"torch {found['torch']} has no CUDA device: {asked.stderr.strip().splitlines()[-1:]}")
+        facts["torch_sees"] = asked.stdout.strip()
+    else:
+        facts["device"] = "cpu, Triton's interpreter: the figures mean nothing"
+    return facts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=("real", "tiny"), default="real")
+    parser.add_argument("--parts", help="names, separated by commas; default all")
+    parser.add_argument("--seconds", type=float, default=530.0, help="of all parts together")
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    chosen = parts(arguments.device, arguments.shape, out)
+    if arguments.parts:
+        names = arguments.parts.split(",")
+        if unknown := set(names) - {part.name for part in chosen}:
+            parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in chosen)}")
+        chosen = [part for part in chosen if part.name in names]
+    report: dict[str, Any] = {**describe(arguments.device), "shape": arguments.shape, "parts": {}}
+    print(json.dumps({name: report[name] for name in ("device", "versions", "date")}), flush=True)
+    end = time.monotonic() + arguments.seconds
+    found: list[Row] = []
+    for part in chosen:
+        left = end - time.monotonic()
+        if left < 10:
+            report["parts"][part.name] = {"error": "not started: out of time"}
+        else:
+            limit = min(part.seconds if arguments.device == "cuda" else 600.0, left)
+            report["parts"][part.name] = run_part(part, out, limit)
+        figures = report["parts"][part.name]
+        print(f"{part.name}: {figures.get('error', 'done')}, {figures.get('wall_s', 0):.0f} s", flush=True)
+        found = rows(report["parts"])
+        report["targets"] = [row.as_dict() for row in found]
+        (out / "results.json").write_text(json.dumps(report, indent=1))
+    text = table(found)
+    (out / "results.md").write_text(f"{report['device']}, {report['date']}\n\n{text}\n")
+    print(text)
+    print(json.dumps(report))
+    return int(any("error" in figures for figures in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The runner of encoder–decoder models: prompts go to the encoder, whole, and only the rest are tokens of the step."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from polymoe.engine.model_runner import GatheredStep, ModelRunner, PreparedStep
+from polymoe.engine.scheduler import ScheduledSequence
+from polymoe.engine.sequence import Sequence
+from polymoe.model.context import EncoderBatch, segments_from_variants
+from polymoe.model.upload import upload
+
+
+class EncoderDecoderRunner(ModelRunner):
+    """Runs scheduled sequences on an `EncoderDecoderModel`.
+
+    A prompt may be scheduled in chunks; the encoder reads it in the step in which its last token is scheduled:
+
+        |--- prompt: num_encoder_tokens ---|-- decoder --|
+        |-- chunk --|-------- chunk ---------|    the second one brings the encoder's pass
+    """
+
+    def gather(self, scheduled: list[ScheduledSequence]) -> GatheredStep:
+        """As `ModelRunner.gather`, without the tokens that the encoder reads: a sequence may have none left."""
+        step = super().gather(scheduled)
+        encoder_lens = np.repeat([item.sequence.request.num_encoder_tokens for item in step.order], step.counts)
+        own = step.positions >= encoder_lens
+        return replace(
+            step,
+            counts=[_decoder_tokens(item) for item in step.order],
+            input_ids=step.input_ids[own],
+            positions=step.positions[own],
+            slot_mapping=step.slot_mapping[own],
+        )
+
+    def prepare(self, step: GatheredStep) -> PreparedStep:
+        """As `ModelRunner.prepare`, with the prompts whose last token is in this step."""
+        ready = super().prepare(step)
+        assert ready.batch.attention is not None
+        lens = np.array([item.sequence.request.num_encoder_tokens for item in step.order])
+        attention = replace(ready.batch.attention, encoder_lens=upload(lens, self.model.device))
+        complete = [item.sequence for item in step.order if _completes_prompt(item)]
+        prompts = self._prompts(complete) if complete else None
+        shape = (len(step.input_ids), 1)
+        return replace(ready, batch=replace(ready.batch, attention=attention, encoder=prompts, shape=shape))
+
+    def _prompts(self, sequences: list[Sequence]) -> EncoderBatch:
+        """`sequences` in the order of their variants."""
+        lengths = [s.request.num_encoder_tokens for s in sequences]
+        input_ids = np.zeros((len(sequences), max(lengths)), dtype=np.int64)
+        slots = []
+        for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            input_ids[row, :length] = sequence.token_ids[:length]
+            position, blocks = np.arange(length), np.asarray(sequence.block_ids)
+            slots.append(blocks[position // self.block_size] * self.block_size + position % self.block_size)
+        device = self.model.device
+        return EncoderBatch(
+            input_ids=upload(input_ids, device),
+            lengths=lengths,
+            slot_mapping=upload(np.concatenate(slots), device),
+            rows=segments_from_variants([s.variant for s in sequences], [max(lengths)] * len(sequences), device),
+        )
+
+    @staticmethod
+    def _rows_wanted(item: ScheduledSequence) -> int:
+        """The last one to sample from; all of the decoder's for `logits`."""
+        if item.sequence.request.sampling.prompt_logprobs is not None:
+            return _decoder_tokens(item)
+        return int(item.samples)
+
+
+def _decoder_tokens(item: ScheduledSequence) -> int:
+    first = item.sequence.num_computed_tokens
+    return max(0, first + item.num_tokens - max(first, item.sequence.request.num_encoder_tokens))
+
+
+def _completes_prompt(item: ScheduledSequence) -> bool:
+    first = item.sequence.num_computed_tokens
+    return first < item.sequence.request.num_encoder_tokens <= first + item.num_tokens

@@ -1,0 +1,36 @@
+"""What an engine wants of a GPU's memory beside the weights, from its options."""
+
+import math
+
+from polymoe.config import EngineConfig
+from polymoe.model.device_facts import DeviceFacts
+from polymoe.model.memory_plan import MemoryRequest, workspace_bytes
+from polymoe.model.served_model import ServedModel
+from polymoe.offline.bundle import Bundle
+
+
+def memory_request(
+    config: EngineConfig, bundle: Bundle, model: ServedModel, facts: DeviceFacts, longest: int
+) -> MemoryRequest:
+    """The workspace is that of the largest step; `longest`: tokens of the longest sequence."""
+    text, manifest = bundle.config.get_text_config(), bundle.manifest
+    per_block, needed = model.kv_bytes_per_block(config.block_size), math.ceil(longest / config.block_size)
+    asked = config.kv_cache_bytes
+    if config.num_kv_blocks is not None:
+        asked = config.num_kv_blocks * per_block
+    return MemoryRequest(
+        facts=facts,
+        kv_bytes=asked,
+        kv_minimum=needed * per_block,
+        kv_maximum=needed * config.max_num_seqs * per_block,
+        expert_cache_bytes=config.expert_cache_bytes if any(manifest.host_experts) else 0,
+        workspace_bytes=workspace_bytes(
+            tokens=config.max_num_batched_tokens,
+            seqs=config.max_num_seqs,
+            hidden=text.hidden_size,
+            expert_width=math.prod(manifest.expert_shapes["down_proj"]) // text.hidden_size,
+            top_k=getattr(text, "num_experts_per_tok", None) or manifest.num_experts,
+            vocabulary=text.vocab_size,
+            itemsize=model.dtype.itemsize,
+        ),
+    )

@@ -1,0 +1,169 @@
+"""One plan for all of a GPU's memory, made before anything is allocated.
+
+|-- experts, deltas, tables --|-- non-experts --|-- expert cache --|-- workspace --|--- KV cache ---|-- reserve --|
+
+The weights follow from the manifest and the number of slots, the workspace from the largest step. The KV cache gets
+what was asked for, or what remains. What does not fit is an error that names what to change.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from polymoe.config import format_bytes
+from polymoe.errors import BundleError, ConfigError
+from polymoe.model.device_facts import DeviceFacts, check_capability
+
+if TYPE_CHECKING:
+    from polymoe.offline.bundle import Bundle
+
+# Of the device, for what nobody plans: the libraries' own buffers, compiled kernels, the allocator's rounding.
+_RESERVE_BYTES = 1 << 30
+_RESERVE_SHARE = 0.01
+_OTHERS_SHARE = 0.1  # of the device, held by others: more than a context and a desktop
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Weights on the device, by kind, in the dtypes that they are computed in."""
+
+    experts: int  # resident bases, packed or not, and tables
+    deltas: int
+    nonexperts_shared: int
+    nonexperts_own: int  # a row for each slot (or version)
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.deltas + self.nonexperts_shared + self.nonexperts_own
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What the engine wants beside the weights. `kv_bytes` None: all that remains."""
+
+    facts: DeviceFacts
+    kv_bytes: int | None
+    kv_minimum: int  # of one sequence of full length
+    kv_maximum: int  # more than this is of no use
+    expert_cache_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part; together with `reserve` at most what was free."""
+
+    weights: WeightBytes
+    expert_cache: int
+    workspace: int
+    kv_cache: int
+    reserve: int
+
+    def __str__(self) -> str:
+        parts: Mapping[str, int] = {
+            "experts": self.weights.experts,
+            "deltas": self.weights.deltas,
+            "non-experts": self.weights.nonexperts_shared + self.weights.nonexperts_own,
+            "expert cache": self.expert_cache,
+            "workspace": self.workspace,
+            "KV cache": self.kv_cache,
+            "reserve": self.reserve,
+        }
+        return ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
+
+
+def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: int, itemsize: int) -> WeightBytes:
+    """What `ServedModel` will hold, from the manifest alone.
+
+    Args:
+        shapes: non-expert name -> shape in the stock model.
+        num_rows: rows of slot-managed stacks.
+        itemsize: bytes of the dtype that stored experts and non-experts are computed in.
+    """
+    manifest = bundle.manifest
+    stored = sum(pools.get("stored", 0) for pools in manifest.base_pools)
+    # Packed pools stay as they are; stored experts are converted to the dtype of the computation.
+    packed = manifest.resident_bytes["resident_experts"] - stored * manifest.expert_bytes
+    experts = packed + stored * manifest.expert_parameters * itemsize
+    shared = own = 0
+    for name in bundle.nonexpert_names:
+        versions = len(set(bundle.nonexpert_sources(name)))
+        size = math.prod(shapes[name]) * itemsize
+        if versions == 1:
+            shared += size
+        else:
+            own += min(versions, num_rows) * size
+    return WeightBytes(experts + manifest.resident_bytes["tables"], manifest.resident_bytes["deltas"], shared, own)
+
+
+def workspace_bytes(
+    *, tokens: int, seqs: int, hidden: int, expert_width: int, top_k: int, vocabulary: int, itemsize: int
+) -> int:
+    """The largest step's intermediate results: an upper estimate, since the allocator reuses what is dropped.
+
+    Args:
+        tokens, seqs: most of one step; a row of logits for each sequence is sampled from in float32.
+        expert_width: I, of one expert.
+    """
+    residual = 12 * tokens * hidden  # residual stream, norms in float32, queries, keys, values and their output
+    experts = tokens * top_k * (2 * hidden + 3 * expert_width)
+    logits = seqs * vocabulary * (itemsize + 6 * 4 + 8)  # probabilities, noise, and a sort with its int64 order
+    return (residual + experts) * itemsize + logits
+
+
+def plan_memory(weights: WeightBytes, request: MemoryRequest) -> MemoryPlan:
+    """Divide the device.
+
+    Raises: `BundleError` for weights that no setting makes fit this device, `ConfigError` for a GPU that is too old,
+    too small for what was asked, or taken by another process.
+    """
+    facts = request.facts
+    check_capability(facts)
+    reserve = _RESERVE_BYTES + int(_RESERVE_SHARE * facts.total_bytes)
+    beside_kv = weights.total + request.expert_cache_bytes + request.workspace_bytes + reserve
+    if weights.total + reserve > facts.total_bytes:
+        raise BundleError(
+            f"the bundle was planned for a larger device: its weights take {format_bytes(weights.total)} and "
+            f"{facts} has room for {format_bytes(max(facts.total_bytes - reserve, 0))}. Plan it again with a smaller "
+            f"--memory or a quantised base (--base int4), or serve with fewer --slots if non-experts "
+            f"({format_bytes(weights.nonexperts_own)}) are most of it."
+        )
+    wanted = request.kv_minimum if request.kv_bytes is None else request.kv_bytes
+    room = facts.free_bytes - beside_kv
+    if wanted > room:
+        raise ConfigError(_shortage(weights, request, beside_kv, wanted))
+    kv = min(room, request.kv_maximum) if request.kv_bytes is None else request.kv_bytes
+    return MemoryPlan(weights, request.expert_cache_bytes, request.workspace_bytes, kv, reserve)
+
+
+def _shortage(weights: WeightBytes, request: MemoryRequest, beside_kv: int, wanted: int) -> str:
+    """What is missing, and which setting to change."""
+    facts = request.facts
+    others = facts.taken_bytes > _OTHERS_SHARE * facts.total_bytes
+    if others and beside_kv + wanted <= facts.total_bytes:
+        return (
+            f"{format_bytes(facts.taken_bytes)} of {facts} are taken by another process, and "
+            f"{format_bytes(beside_kv + wanted)} are needed of the {format_bytes(facts.free_bytes)} that are free; end "
+            "it (nvidia-smi lists who it is) or use another GPU with --device cuda:N."
+        )
+    advice = []
+    if request.kv_bytes is not None and request.kv_bytes > request.kv_minimum:
+        most = max(facts.free_bytes - beside_kv, 0)
+        if most >= request.kv_minimum:
+            advice.append(f"a smaller --kv-cache (up to {format_bytes(most)})")
+    else:
+        advice.append("a smaller --max-model-len")
+    if request.expert_cache_bytes:
+        advice.append(f"a smaller --expert-cache (now {format_bytes(request.expert_cache_bytes)})")
+    if weights.nonexperts_own:
+        advice.append("fewer --slots")
+    advice.append("a bundle planned with a smaller --memory or a quantised base (--base int4)")
+    return (
+        f"{facts} is too small: weights {format_bytes(weights.total)}, expert cache "
+        f"{format_bytes(request.expert_cache_bytes)}, workspace {format_bytes(request.workspace_bytes)} and a KV cache "
+        f"of at least {format_bytes(wanted)} are needed, {format_bytes(facts.free_bytes)} are free. Give "
+        f"{', or '.join(advice)}."
+    )

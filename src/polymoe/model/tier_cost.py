@@ -1,0 +1,38 @@
+"""What to do with an absent expert that a decode step needs: compute it on the host, or bring it to the device.
+
+    host:   send the rows, read the expert from the host's memory while multiplying, send the result back
+    fetch:  read the expert over the bus, which pays again each time the expert is found in the cache
+
+An expert that is in the cache costs neither, so nothing is decided about it. With many rows (prefill) the host's
+arithmetic is the limit, with few its memory. Pure arithmetic over measured constants.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TierCosts:
+    """Constants of one machine, measured when an engine with absent experts starts."""
+
+    bus_bytes_per_s: float  # pinned host memory to the device
+    bus_latency_s: float  # of one copy
+    host_bytes_per_s: float  # weights read by the host while it multiplies a few rows
+    host_flops: float  # of the host's matmuls with many rows
+    exchange_s: float  # rows to the host and results back, waiting included
+
+    def fetch_seconds(self, expert_bytes: int) -> float:
+        return self.bus_latency_s + expert_bytes / self.bus_bytes_per_s
+
+    def host_seconds(self, rows: int, expert_bytes: int, expert_parameters: int) -> float:
+        """For `rows` tokens: reading and multiplying overlap."""
+        reading, multiplying = expert_bytes / self.host_bytes_per_s, 2 * rows * expert_parameters / self.host_flops
+        return self.exchange_s + max(reading, multiplying)
+
+    def on_host(self, rows: int, expert_bytes: int, expert_parameters: int, uses: float = 1.0) -> bool:
+        """Whether the host should compute.
+
+        Args:
+            uses: how often a fetched expert is used before it leaves the cache, this time included; at least 1.
+        """
+        assert uses >= 1
+        return self.host_seconds(rows, expert_bytes, expert_parameters) < self.fetch_seconds(expert_bytes) / uses

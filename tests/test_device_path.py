@@ -1,0 +1,145 @@
+"""A GPU's path on a CPU: device tensors in place of Python numbers, static padded decode steps, gated slots.
+
+The kernels are Triton's, run by its interpreter, or (much faster) their references in torch. Either way the tokens,
+log-probabilities and logits must be those of `test_exactness.py`.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU's kernels need Triton")
+
+from families import ARCHITECTURES
+from polymoe import LLM
+from polymoe.config import EngineConfig
+from polymoe.engine.engine import EngineCore
+from polymoe.engine.output import OutputProcessor
+from polymoe.model.device_kernels import DeviceKernels
+from polymoe.model.tier_cost import TierCosts
+from references import ReferenceFamily, served_logits
+from test_exactness import LOGITS_TOLERANCE, check
+
+
+class DeviceLLM(LLM):
+    """An `LLM` on the CPU whose engine takes a GPU's path."""
+
+    def __init__(self, bundle: Path, reference: bool = True, **options: Any) -> None:
+        settings = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24, **options}
+        self.engine = EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=DeviceKernels(reference))
+        self.processor = OutputProcessor(self.engine.info)
+        self._ids = itertools.count()
+
+
+# What differs where this path does: shared experts, sinks and windows, two kinds of heads; the others are slow.
+_FAST = ("mixtral", "gpt_oss", "deepseek_v3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(arch, marks=[] if arch in _FAST else [pytest.mark.slow]) for arch in ARCHITECTURES],
+)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
+    return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param), num_requests=6)
+
+
+def test_mixed_batch_in_padded_decode_steps(family: ReferenceFamily) -> None:
+    llm = DeviceLLM(family.bundle)
+    assert llm.engine.runner.graphs is not None
+    check(llm, family, repeat=2)
+
+
+def test_logits_in_one_mixed_pass(family: ReferenceFamily) -> None:
+    llm = DeviceLLM(family.bundle)
+    for case, served in zip(family.cases, served_logits(llm.engine, family.cases), strict=True):
+        torch.testing.assert_close(served, case.logits, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_preemption(family: ReferenceFamily) -> None:
+    check(DeviceLLM(family.bundle, num_kv_blocks=16, max_model_len=48, max_num_batched_tokens=5), family)
+
+
+@pytest.mark.parametrize(("slots", "prefetch"), [(1, True), (2, False)])
+def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
+    llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
+    assert llm.engine.model.slots.groups is not None  # pipelined: layers wait for their own tensors
+    check(llm, family)
+    assert llm.engine.stats().reconfigurations > 0
+
+
+def test_absent_experts(family: ReferenceFamily, tmp_path: Path) -> None:
+    bundle = family.write(tmp_path / "bundle", capacity=3)
+    llm = DeviceLLM(bundle, expert_cache_bytes=20_000)
+    assert llm.engine.runner.graphs is None  # the host must learn which experts to fetch
+    check(llm, family)
+    assert llm.engine.stats().expert_misses > 0
+
+
+def test_absent_experts_computed_on_the_host(tmp_path: Path) -> None:
+    """With a bus so slow that nothing is worth fetching, no expert crosses it and the tokens are the same."""
+    family = ReferenceFamily("mixtral", tmp_path, num_requests=4)
+    llm = DeviceLLM(family.write(tmp_path / "absent", capacity=3), expert_cache_bytes=20_000)
+    slow_bus = TierCosts(1.0, 0.0, host_bytes_per_s=1e9, host_flops=1e12, exchange_s=0.0)
+    llm.engine.model.pool.cache.costs = slow_bus
+    check(llm, family)
+    expected = llm.engine.stats().expert_misses
+    llm.engine.model.pool.cache.costs = None
+    check(llm, family)
+    assert llm.engine.stats().expert_misses > expected
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["mixtral", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("qwen3_moe", "deepseek_v3"))],
+)
+def test_kernels_themselves(arch: str, tmp_path: Path) -> None:
+    """Few tokens, since the interpreter takes its time: a mixed batch of prompts in chunks and of padded decodes."""
+    family = ReferenceFamily(arch, tmp_path, num_requests=2 if arch == "mixtral" else 3)
+    check(DeviceLLM(family.bundle, reference=False, max_num_batched_tokens=16, max_num_seqs=3), family)
+
+
+def test_padding_changes_nothing_and_writes_nowhere(tmp_path: Path) -> None:
+    """Three sequences run as four rows; the cache's real blocks hold the same as without padding, bit for bit."""
+    family = ReferenceFamily("mixtral", tmp_path, num_requests=3)
+    caches = []
+    for max_num_seqs in (3, 8):  # a ladder that ends at 3, and one with 4 after 2
+        llm = DeviceLLM(family.bundle, max_num_seqs=max_num_seqs, num_kv_blocks=40, max_model_len=48)
+        graphs = llm.engine.runner.graphs
+        assert graphs is not None
+        assert (3 in graphs.sizes) == (max_num_seqs == 3)
+        check(llm, family)
+        cache = llm.engine.model.kv_cache
+        caches.append([t[: cache.num_blocks] for side in (cache.key, cache.value) for t in side.values()])
+    for plain, padded in zip(*caches, strict=True):
+        torch.testing.assert_close(plain, padded, atol=1e-5, rtol=0)
+
+
+def test_no_operation_of_a_decode_step_waits_for_the_device(tmp_path: Path) -> None:
+    """Whatever would make the host wait on a GPU is an operation that torch dispatches: none may be there."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoWaiting(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(str(func))
+            assert not any(
+                name in str(func)
+                for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+            ), f"{func} waits for the device"
+            return func(*args, **(kwargs or {}))
+
+    family = ReferenceFamily("qwen3_moe", tmp_path, num_requests=3)
+    llm = DeviceLLM(family.bundle, reference=False, max_num_seqs=4)
+    graphs = llm.engine.runner.graphs
+    assert graphs is not None
+    graphs.batch.fill(graphs._dummy(4), 4)
+    graphs._compute(4)
+    with NoWaiting() as mode:
+        graphs._compute(4)
+    assert any("index" in name for name in mode.names)  # it saw the step's operations
