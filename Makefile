@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 
-.PHONY: install dev demo test test-slow lint types tests format bench compare family architectures clean
+.PHONY: install dev demo test test-slow lint types tests format bench compare family switch-family architectures clean
 
 # What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -56,6 +56,10 @@ compare: install
 # Train the demo family again (about an hour on 4 cores) from a folder of texts; see src/polymoe/demo/MODEL_CARD.md.
 family: dev
 	$(BIN)/python tools/train_demo_family.py --corpus $(CORPUS) --out src/polymoe/demo/family
+
+# Train a small Switch Transformers family (about 45 minutes on a core) from the same texts; see docs/merging.md.
+switch-family: dev
+	$(BIN)/python tools/train_switch_family.py --corpus $(CORPUS) --out $(or $(OUT),switch-family)
 
 # Try every architecture of transformers' experts registry with tiny random checkpoints.
 architectures: dev

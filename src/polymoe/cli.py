@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,10 +19,12 @@ from polymoe.cli_options import (
     Clusters,
     DeltaBits,
     Device,
+    Distill,
     DType,
     ExpertCache,
     Grace,
     Host,
+    HostShare,
     KVCache,
     MaxBatched,
     MaxLen,
@@ -41,8 +43,11 @@ from polymoe.cli_options import (
     file_lists,
     pairs,
 )
-from polymoe.config import EngineConfig, parse_bytes, parse_numbers
+from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, parse_bytes, parse_numbers
 from polymoe.errors import PolymoeError
+
+if TYPE_CHECKING:
+    from polymoe.evaluate.fidelity import Samples
 
 app = typer.Typer(
     name="polymoe",
@@ -64,7 +69,8 @@ def engine_options(**options: Any) -> dict[str, Any]:
     """Options as typed on the command line -> fields of `EngineConfig`."""
     for name in ("kv_cache", "expert_cache"):
         if name in options:
-            options[f"{name}_bytes"] = parse_bytes(options.pop(name))
+            text = options.pop(name)
+            options[f"{name}_bytes"] = None if name == "kv_cache" and text == "auto" else parse_bytes(text)
     if options.get("dtype") not in (None, "auto", "float32", "bfloat16", "float16"):
         raise PolymoeError(f"--dtype {options['dtype']} is unknown; use auto, float32, bfloat16 or float16.")
     return options
@@ -96,7 +102,9 @@ def plan(
     delta_bits: DeltaBits = None,
     clusters: Clusters = None,
     min_top1: MinTop1 = None,
+    host_share: HostShare = None,
     calibrate: Calibrate = None,
+    distill: Distill = None,
     text: Text = None,
     force: Annotated[
         bool,
@@ -107,19 +115,26 @@ def plan(
 ) -> None:
     """Decide which experts are shared, and how they are stored, and write a bundle that is ready to serve."""
     from polymoe.offline.api import make_plan
+    from polymoe.offline.bundle import Bundle
     from polymoe.offline.options import PlanOptions
 
     options = PlanOptions(
-        base=base, delta_bits=delta_bits, clusters=clusters, min_top1=min_top1,
-        calibrate=file_lists(calibrate or [], "--calibrate"), accept_unrelated=force,
+        base=base, delta_bits=delta_bits, clusters=clusters, min_top1=min_top1, host_share=host_share,
+        calibrate=file_lists(calibrate or [], "--calibrate"), distill=distill, accept_unrelated=force,
     )  # fmt: skip
     texts = pairs(text or [], "--text")
-    checkpoints, token_ids = _encoded(specs, texts)  # what is wrong with a text is said before minutes of planning
-    made = make_plan(specs, policy=policy, memory=memory, out=out, overwrite=force, console=console, options=options)
-    if texts:
-        from polymoe.evaluate.record import measure_and_record
+    checkpoints, samples = _samples(specs, texts)  # what is wrong with a text is said before minutes of planning
 
-        measure_and_record(made, checkpoints, texts, token_ids, console)
+    def make(options: PlanOptions, overwrite: bool) -> Bundle:
+        return make_plan(specs, policy, memory, out, overwrite, console, options)
+
+    if not texts:
+        make(options, force)
+        return
+    from polymoe.evaluate.promise import keep_promise
+    from polymoe.evaluate.record import measure_and_record
+
+    keep_promise(make, lambda b: measure_and_record(b, checkpoints, texts, samples, console), options, force, console)
 
 
 @app.command()
@@ -164,7 +179,7 @@ def serve(
     dtype: DType = "auto",
     device: Device = "auto",
     slots: SlotsOption = None,
-    kv_cache: KVCache = "1GiB",
+    kv_cache: KVCache = "auto",
     expert_cache: ExpertCache = "256MiB",
     max_model_len: MaxLen = None,
     max_num_seqs: MaxSeqs = 64,
@@ -192,7 +207,8 @@ def serve(
     if policy == "auto" and memory is None and "=" in sources[0]:
         from polymoe.offline.device_memory import device_budget
 
-        memory = device_budget(device, reserved=options["kv_cache_bytes"] + options["expert_cache_bytes"])
+        kv_bytes = DEFAULT_KV_BYTES if options["kv_cache_bytes"] is None else options["kv_cache_bytes"]
+        memory = device_budget(device, reserved=kv_bytes + options["expert_cache_bytes"])
     config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
     raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
 
@@ -211,16 +227,17 @@ def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
     text: Annotated[
-        list[str], typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant; may be repeated")
+        list[str],
+        typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant, or JSONL of pairs; may be repeated"),
     ],
     original: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT=PATH", help="its checkpoint, if it moved since the plan")
     ] = None,
     dtype: DType = "float32",
     device: Device = "auto",
-    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="windows a variant; default all")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="windows a pass")] = 8,
+    window: Annotated[int | None, typer.Option(min=2, help="tokens a window of text; default 256")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="windows or pairs a variant; default all")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="windows or pairs a pass")] = 8,
     slots: SlotsOption = None,
     threads: Threads = None,
 ) -> None:
@@ -228,7 +245,7 @@ def evaluate(
     from polymoe.evaluate.report import run_eval
 
     config = engine_config(bundle, dtype=dtype, device=device, slots=slots, num_threads=threads,
-                           enable_prefix_caching=False, max_num_seqs=batch, max_model_len=window)  # fmt: skip
+                           enable_prefix_caching=False, max_num_seqs=batch)  # fmt: skip
     report = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
     print(json.dumps(report))
 
@@ -241,16 +258,16 @@ def version() -> None:
     print(polymoe.__version__)
 
 
-def _encoded(specs: list[str], texts: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    """(variant -> checkpoint folder, variant -> token ids of its text); nothing is read without texts."""
+def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, Path], dict[str, Samples]]":
+    """(variant -> checkpoint folder, variant -> what it is measured on); nothing is read without texts."""
     if not texts:
         return {}, {}
-    from polymoe.evaluate.texts import encode_texts
+    from polymoe.evaluate.texts import samples_of
     from polymoe.offline.family import parse_variant_specs
     from polymoe.offline.source import resolve
 
     checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
-    return checkpoints, encode_texts(checkpoints, texts)
+    return checkpoints, samples_of(checkpoints, texts)
 
 
 def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from polymoe.bench.machine import available_cores, available_memory, split_cores
 from polymoe.bench.partition import PartitionSystem
+from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import SYSTEMS, EngineSystem, System
 from polymoe.config import EngineConfig, format_bytes
+from polymoe.engine.engine import choose_device
 from polymoe.errors import PolymoeError
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.cache import plan_cached
@@ -53,6 +55,9 @@ class Builder:
             return SwapSystem({v: self._config(b) for v, b in bundles.items()}, sizes)
         if name == "partition":
             return self._partition()
+        if name == "transformers":
+            device = choose_device(self.device)
+            return StockSystem(self.checkpoints, device, self.dtype, self.max_num_seqs, self.threads)
         config = self._config(self.shared_bundle())
         if name == "per-variant":
             config = msgspec.structs.replace(config, max_variants_per_step=1)
@@ -78,6 +83,8 @@ class Builder:
         if name == "partition":
             share = sum(self.shared_bundle().resident_bytes.values())
             return share + self.kv_cache_bytes + len(self.variants) * _PROCESS_BYTES
+        if name == "transformers":
+            return sum(file.stat().st_size for path in self.checkpoints.values() for file in path.glob("*.safetensors"))
         bundle = self._bundle(self.variants[:1], "separate", None) if name == "swap" else self.shared_bundle()
         return sum(bundle.resident_bytes.values()) + self.kv_cache_bytes + _PROCESS_BYTES
 

@@ -5,6 +5,7 @@ present, and the keys and values of R contexts. Compute, prefill and overhead co
 Routing is taken as uniform, which random weights are near to; a trained router touches fewer experts.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from polymoe.offline.bundle import Bundle
 
 _BUFFER_BYTES = 512 << 20  # far beyond any cache
 _ROUNDS = 6
+_ENCODER, _ENCODED = "encoder.", re.compile(r"\.EncDecAttention\.[kv]\.")
 
 
 class StepBytes(msgspec.Struct, frozen=True):
@@ -56,7 +58,11 @@ def step_bytes(bundle: Bundle, rows: Mapping[int, int], context: float, kv_bytes
     text_config = bundle.config.get_text_config()
     num_experts = bundle.manifest.num_experts
     top_k = getattr(text_config, "num_experts_per_tok", None) or num_experts
-    touched = expected_touched(bundle.table.tolist(), rows, top_k / num_experts)
+    layers = list(range(len(bundle.expert_modules)))
+    if text_config.is_encoder_decoder:  # Switch Transformers: top-1, and the encoder does not decode
+        top_k = 1
+        layers = [i for i in layers if not bundle.expert_modules[i].startswith(_ENCODER)]
+    touched = expected_touched(bundle.table[:, layers].tolist(), rows, top_k / num_experts)
     return StepBytes(
         experts=touched * bundle.manifest.expert_bytes,
         nonexperts=float(_nonexpert_bytes(bundle, list(rows))),
@@ -83,11 +89,16 @@ def expected_touched(table: list[list[list[int]]], rows: Mapping[int, int], chan
 
 
 def _nonexpert_bytes(bundle: Bundle, variants: list[int]) -> int:
-    """Bytes of the non-experts of these variants, shared ones once; of input embeddings only a few rows are read."""
+    """Bytes of the non-experts of these variants, shared ones once; of input embeddings only a few rows are read, and
+    an encoder and the projections of its output not at all."""
     tied = set(bundle.manifest.tied.values())
     total = 0
     for name in bundle.nonexpert_names:
-        if name.endswith("embed_tokens.weight") and name not in tied:
+        if (
+            name.startswith(_ENCODER)
+            or _ENCODED.search(name)
+            or (name.endswith("embed_tokens.weight") and name not in tied)
+        ):
             continue
         for source in {bundle.nonexpert_sources(name)[variant] for variant in variants}:
             tensor = bundle.nonexpert(source, name)

@@ -26,11 +26,17 @@ Specs = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: a random family, made once and kept"),
 ]
-Shape = Annotated[str, typer.Option(help="the random family: 430m, or tiny to try the command")]
+Shape = Annotated[
+    str,
+    typer.Option(help="the random family: 430m (Mixtral) or switch-base-8; tiny and switch-tiny: to try the command"),
+]
 Variants = Annotated[int, typer.Option(min=1, help="variants of the random family")]
 Systems = Annotated[
     str | None,
-    typer.Option(help="comma-separated, of: mixed, single, per-variant, reconfigure, paper, swap, partition"),
+    typer.Option(
+        help="comma-separated, of: mixed, single, per-variant, reconfigure, paper, swap, partition (default: all "
+        "these), transformers"
+    ),
 ]
 Memory = Annotated[str, typer.Option(help="expert bytes of the bundle of all variants, as for `polymoe plan`")]
 Repeats = Annotated[int, typer.Option(help="runs of each system, interleaved; figures are medians")]
@@ -191,6 +197,53 @@ def quality(
     _finish(quality_report(results), results, folder / "quality")
 
 
+@app.command()
+def merging(
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: the family that comes with the package"),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VARIANT=FILE.jsonl", help="encoder–decoder: held-out pairs; may be repeated"),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="VARIANT=FILE", help="decoder-only: held-out text; may be repeated")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="who is asked; may be repeated; default: the first that has a task or text"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="pairs (default 200) or windows of 256 tokens (default 64) at most")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    seed: Annotated[int, typer.Option(help="which pairs are drawn")] = 0,
+    out: Out = Path(),
+) -> None:
+    """A variant on its own task alone, then with 2, 3, … variants in the memory of one: every policy side by side."""
+    from polymoe.bench.merging import MergingPlan, run_merging
+    from polymoe.bench.merging_report import merging_plot, merging_report
+    from polymoe.bench.session import output_folder
+    from polymoe.cli_options import pairs
+    from polymoe.demo import family_paths, text_paths
+    from polymoe.offline.family import parse_variant_specs
+    from polymoe.offline.source import resolve
+
+    checkpoints = {n: resolve(s) for n, s in parse_variant_specs(specs).items()} if specs else family_paths()
+    tasks, texts = pairs(task or [], "--task"), pairs(text or [], "--text")
+    if not specs and not tasks and not texts:
+        texts = text_paths()
+    plan = MergingPlan(
+        checkpoints, tasks, texts, variant or (), samples=samples or (200 if tasks else 64),
+        max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
+    folder = output_folder(out)
+    results = run_merging(plan, console)
+    merging_plot(results, folder / "merging.png")
+    _finish(merging_report(results), results, folder / "merging")
+
+
 def _builder(
     specs: list[str] | None, shape: str, variants: int, cache: Path | None, memory: str,
     device: str, dtype: DTypeName, threads: int | None, kv_cache: str,
@@ -206,7 +259,7 @@ def _builder(
         checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
     else:
         if shape not in SHAPES:
-            raise PolymoeError(f"unknown shape {shape!r}; there are {' and '.join(SHAPES)}.")
+            raise PolymoeError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}.")
         with console.status(f"making {variants} random variants of the shape {shape}"):
             checkpoints = cached_family(root / "families", variants, shape)
     return Builder(
@@ -225,9 +278,9 @@ def _finish(document: "Document", results: dict[str, Any], stem: Path) -> None:
 
 def _systems(text: str | None) -> list[str]:
     from polymoe.bench.build import check_systems
-    from polymoe.bench.systems import SYSTEMS
+    from polymoe.bench.systems import DEFAULT_SYSTEMS
 
-    return list(SYSTEMS) if text is None else check_systems([name.strip() for name in text.split(",")])
+    return list(DEFAULT_SYSTEMS) if text is None else check_systems([name.strip() for name in text.split(",")])
 
 
 def _slo(ttft: float, itl: float) -> Any:

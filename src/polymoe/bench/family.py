@@ -5,8 +5,11 @@ Routing of random weights is near uniform, unlike a trained router's; every repo
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from polymoe.bench.switch_family import SWITCH_BASE_8, TINY_SWITCH, write_switch
 
 # 430M parameters: what one batch on a few CPU cores can show of a Mixtral.
 SMALL_MIXTRAL: dict[str, Any] = {
@@ -35,15 +38,30 @@ TINY_MIXTRAL: dict[str, Any] = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }
-SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL}
+_SWITCHES = {"switch-base-8": SWITCH_BASE_8, "switch-tiny": TINY_SWITCH}
+SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL, **_SWITCHES}
 
 
 def cached_family(root: Path, num_variants: int, shape: str) -> dict[str, Path]:
     """Variant name -> checkpoint of a shape in `SHAPES`, made below `root` once and found again later."""
     digest = hashlib.sha256(json.dumps(SHAPES[shape], sort_keys=True).encode()).hexdigest()[:8]
-    folder = root / f"mixtral-{shape}-{digest}"
+    folder = root / (f"{shape}-{digest}" if shape in _SWITCHES else f"mixtral-{shape}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
+    if shape in _SWITCHES:
+        return make_random_switches(folder, num_variants, SHAPES[shape])
     return make_random_family(folder, num_variants, SHAPES[shape])
+
+
+def make_random_switches(folder: Path, num_variants: int, shape: dict[str, Any]) -> dict[str, Path]:
+    """Variant name -> checkpoint (bfloat16 Switch Transformers of `shape`); those that are there already are kept."""
+    paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
+    for index, path in enumerate(paths.values()):
+        if not (path / "config.json").exists():
+            partial = path.with_name(f".{path.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_switch(partial, index, shape)
+            partial.rename(path)
+    return paths
 
 
 def make_random_family(folder: Path, num_variants: int = 4, shape: dict[str, Any] | None = None) -> dict[str, Path]:

@@ -16,12 +16,20 @@ from polymoe.config import EngineConfig
 
 
 class PartitionSystem:
-    """One `EngineSystem` a variant. `configs`: variant -> its engine; `cores`: of each, in the same order."""
+    """One `EngineSystem` a variant. `configs`: variant -> its engine; `cores`: of each, in the same order.
 
-    def __init__(self, configs: Mapping[str, EngineConfig], cores: Sequence[Sequence[int]]) -> None:
+    `module`: what their processes run.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EngineConfig],
+        cores: Sequence[Sequence[int]],
+        module: str = "polymoe.engine.process",
+    ) -> None:
         self.cores = cores
         self.parts = {
-            variant: EngineSystem(msgspec.structs.replace(config, num_threads=len(own)))
+            variant: EngineSystem(msgspec.structs.replace(config, num_threads=len(own)), module=module)
             for (variant, config), own in zip(configs.items(), cores, strict=True)
         }
 

@@ -20,8 +20,9 @@ _COLOURS = {
     "paper": "#d97706",
     "swap": "#b45373",
     "partition": "#b91c1c",
+    "transformers": "#a16207",
 }
-_MARKERS = dict(zip(_COLOURS, "osD^vPX", strict=True))
+_MARKERS = dict(zip(_COLOURS, "osD^vPX*", strict=True))
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from polymoe.bench.contenders import BUDGETS, GROUPS, Contender, contenders
 from polymoe.bench.machine import describe_machine
 from polymoe.bench.originals import OriginalLogProbs
 from polymoe.bench.quality_figures import Row, conclusions, row_of
-from polymoe.bench.rivals import make_rival
+from polymoe.bench.rivals import make_rival, put_weights
 from polymoe.bench.session import run_progress
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, check_token_ids, compare, served_logits
 from polymoe.evaluate.record import float32_engine
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW, encode_texts, spread_windows
+from polymoe.offline.atomic import whole_file
 from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_writer import write_bundle
@@ -40,6 +41,7 @@ from polymoe.offline.predicted import predicted_damage
 from polymoe.offline.relation import check_related
 
 Measured = dict[str, Fidelity]
+_DECIDING = ("offline", "quant", "evaluate")  # folders of the package
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,8 @@ class Lab:
         else:
             measured, sizes, predicted = self._planned(contender, say)
         row = row_of(contender, measured, sizes, self.one_model, predicted, time.monotonic() - started)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(row)), encoding="utf-8")
-        partial.replace(kept)
+        with whole_file(kept) as unfinished:
+            unfinished.write_text(json.dumps(asdict(row)), encoding="utf-8")
         return row
 
     def _planned(
@@ -208,10 +209,8 @@ class Lab:
 
         def logits_of(name: str) -> Logits:
             model = OriginalModel(self.plan.checkpoints[name], torch.float32, torch.device("cpu"))
-            state = model.model.state_dict()
-            for parameter, value in rival.weights(self.family.names.index(name)):
-                state[parameter].copy_(value)
-            return model.numbered_logits
+            put_weights(model.model, rival.weights(self.family.names.index(name)))
+            return model.numbered_logits()
 
         measured = self._compare(logits_of, advance)
         return measured, {"resident_experts": rival.expert_bytes, "nonexperts": rival.nonexpert_bytes}, None
@@ -244,7 +243,7 @@ class Lab:
     def _key(self, contender: Contender | None) -> str:
         """16 hex digits over all that decides a row's figures, or for None what is fitted to text."""
         facts: dict[str, Any] = {
-            "versions": (polymoe.__version__, FORMAT_VERSION, torch.__version__),
+            "versions": (polymoe.__version__, FORMAT_VERSION, torch.__version__, _sources()),
             "checkpoints": {name: _fingerprint(path) for name, path in self.plan.checkpoints.items()},
             "calibrate": {name: [_content(p) for p in paths] for name, paths in self.plan.calibrate.items()},
         }
@@ -253,6 +252,15 @@ class Lab:
             if not contender.on_text:
                 del facts["calibrate"]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@cache
+def _sources() -> str:
+    """SHA-256 over the package's files that decide what is planned, packed and measured."""
+    root, digest = Path(polymoe.__file__).parent, hashlib.sha256()
+    for path in sorted(path for folder in _DECIDING for path in (root / folder).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:

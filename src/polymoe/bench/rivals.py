@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polymoe.errors import PolymoeError
+from polymoe.model.switch_experts import stacked_name
 from polymoe.offline.family import Family
 from polymoe.offline.matrices import as_matrix, is_transposed
 from polymoe.offline.plan import paper_plan
@@ -34,6 +36,23 @@ class Rival:
 def make_rival(name: str, family: Family, scan: FamilyScan) -> Rival:
     """The rival of that name in `RIVALS`. Raises `PolymoeError` where this family does not allow it."""
     return RIVALS[name](family, scan)
+
+
+def put_weights(model: Any, weights: Weights) -> None:
+    """Copy them into a stock model, which must have each by its name, or as the modules that Switch Transformers'
+    stacks are made of."""
+    state = model.state_dict()
+    parts: dict[str, dict[int, Tensor]] = {}
+    for stored, tensor in state.items():
+        found = stacked_name(stored)
+        if found is not None:
+            parts.setdefault(found[0], {})[found[1]] = tensor
+    for name, value in weights:
+        if name in parts:
+            for expert, tensor in parts[name].items():
+                tensor.copy_(value[expert])
+        else:
+            state[name].copy_(value)
 
 
 def _expert_names(family: Family) -> list[tuple[int, str]]:

@@ -16,10 +16,15 @@ from polymoe.config import EngineConfig
 
 
 class SwapSystem:
-    """`configs`: variant -> the engine with that variant's whole model."""
+    """`configs`: variant -> the engine with that variant's whole model. `module`: what its process runs."""
 
-    def __init__(self, configs: Mapping[str, EngineConfig], model_bytes: Mapping[str, int]) -> None:
-        self._configs, self._model_bytes = configs, model_bytes
+    def __init__(
+        self,
+        configs: Mapping[str, EngineConfig],
+        model_bytes: Mapping[str, int],
+        module: str = "polymoe.engine.process",
+    ) -> None:
+        self._configs, self._model_bytes, self._module = configs, model_bytes, module
         self._engine: EngineSystem | None = None
         self._variant = ""
         self._running = 0
@@ -104,7 +109,7 @@ class SwapSystem:
         if self._engine is not None:
             self._past = self._with(await self._engine.counters())
             await self._engine.stop()
-        self._engine = EngineSystem(self._configs[variant])
+        self._engine = EngineSystem(self._configs[variant], module=self._module)
         await self._engine.start()
         self._variant = variant
         loaded = Counters(host_bytes=self._model_bytes[variant], model_loads=1, model_load_s=time.monotonic() - started)

@@ -9,6 +9,7 @@
 | `paper`       | 1       | Algorithm 2 of arXiv 2505.06481: batch of one, one slot, a miss blocks |
 | `swap`        | 1       | whole models in turn, see `polymoe.bench.swap` |
 | `partition`   | N       | 1/N of the cores and the memory each, see `polymoe.bench.partition` |
+| `transformers`| none    | stock models, one variant's batch at a time, see `polymoe.bench.stock` |
 """
 
 from collections.abc import AsyncIterator
@@ -20,7 +21,8 @@ from polymoe.config import EngineConfig
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.request import SamplingParams
 
-SYSTEMS = ("mixed", "single", "per-variant", "reconfigure", "paper", "swap", "partition")
+DEFAULT_SYSTEMS = ("mixed", "single", "per-variant", "reconfigure", "paper", "swap", "partition")
+SYSTEMS = (*DEFAULT_SYSTEMS, "transformers")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ class System(Protocol):
 
 
 class EngineSystem:
-    """One engine. With `only`, that variant gets every request whatever it asks for."""
+    """One engine. With `only`, that variant gets every request whatever it asks for.
 
-    def __init__(self, config: EngineConfig, only: str | None = None) -> None:
-        self.config, self.only = config, only
-        self.client = AsyncEngineClient(config)
+    `module`: what its process runs.
+    """
+
+    def __init__(self, config: EngineConfig, only: str | None = None, module: str = "polymoe.engine.process") -> None:
+        self.config, self.only, self.module = config, only, module
+        self.client = AsyncEngineClient(config, module)
         self._count = 0
 
     async def start(self) -> None:
