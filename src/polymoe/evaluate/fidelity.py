@@ -1,11 +1,13 @@
 """How far a served variant is from its original: KL divergence, top-1 agreement and perplexities on a text.
 
 The original runs in transformers, alone, from its own checkpoint; the served one in the engine, all variants mixed in
-one batch. Both in float32 unless asked otherwise, so that the figures measure the plan and not rounding.
+one batch. Both in float32 unless asked otherwise, so that the figures measure the plan and not rounding. Of an
+encoder–decoder model the decoder's tokens are measured, each after the target's own tokens before it.
 """
 
 import gc
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from polymoe.engine.engine import EngineCore
 from polymoe.errors import PolymoeError
@@ -29,6 +32,24 @@ class Fidelity:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Token ids that a variant is measured on.
+
+    windows: every token but the first of each is predicted.
+    inputs: of an encoder–decoder family, what the encoder reads for each window, which is then the decoder's.
+    """
+
+    windows: list[list[int]]
+    inputs: list[list[int]] | None = None
+
+    @property
+    def longest(self) -> int:
+        """What `max_model_len` must be: an encoder and its decoder have half of it each."""
+        longest = max(len(window) for window in self.windows)
+        return longest if self.inputs is None else 2 * max(longest, *(len(read) for read in self.inputs))
+
+
 def windows_of(token_ids: list[int], length: int, limit: int | None) -> list[list[int]]:
     """Non-overlapping windows of `length` tokens, at most `limit`; a rest shorter than two tokens is left out.
 
@@ -42,23 +63,39 @@ class OriginalModel:
     """A checkpoint in stock transformers."""
 
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        seq2seq = AutoConfig.from_pretrained(path, local_files_only=True).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(path, dtype=dtype, local_files_only=True)
         self.model: Any = model.to(device).eval()
         self.device = device
+        for module in self.model.get_decoder().modules() if seq2seq else ():
+            if hasattr(module, "expert_capacity"):
+                # It counts the tokens of one call, and `generate`, which is what is served, feeds the decoder one.
+                module.expert_capacity = sys.maxsize
 
     @torch.inference_mode()
-    def logits(self, windows: list[list[int]]) -> list[torch.Tensor]:
-        """float32 `[tokens, vocabulary]` for each window (all of one length go in one batch)."""
+    def logits(self, windows: list[list[int]], inputs: list[list[int]] | None = None) -> list[torch.Tensor]:
+        """float32 `[tokens, vocabulary]` for each window. `inputs`: what an encoder reads for each."""
+        if inputs is not None:
+            (read, mask), (decoder, _) = self._padded(inputs), self._padded(windows)  # no token sees what follows it
+            out = self.model(input_ids=read, attention_mask=mask, decoder_input_ids=decoder, use_cache=False).logits
+            return [row[: len(window)].float() for row, window in zip(out, windows, strict=True)]
         if len({len(w) for w in windows}) == 1:
             out = self.model(input_ids=torch.tensor(windows, device=self.device), use_cache=False).logits.float()
             return list(out)
         return [self.logits([w])[0] for w in windows]
 
-    def numbered_logits(self, _first: int, windows: list[list[int]]) -> list[torch.Tensor]:
-        """The same as a `Logits` of `compare`."""
-        return self.logits(windows)
+    def numbered_logits(self, inputs: list[list[int]] | None = None) -> "Logits":
+        """The same as `compare` wants it. `inputs` as in `Samples`."""
+        return lambda first, windows: self.logits(windows, _slice(inputs, first, windows))
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [B, longest] twice: ids, and 1 where there is a token."""
+        tensors = [torch.tensor(row, device=self.device) for row in rows]
+        ones = [torch.ones_like(tensor) for tensor in tensors]
+        return pad_sequence(tensors, batch_first=True), pad_sequence(ones, batch_first=True)
 
 
 class _Sums:
@@ -114,15 +151,28 @@ def compare(
     return sums.result()
 
 
-def served_logits(engine: EngineCore, variant: int) -> Logits:
-    """What the engine computes for a variant (its index)."""
-    return lambda _, windows: engine.prompt_logits([(variant, window) for window in windows])
+def served_logits(engine: EngineCore, variant: int, inputs: list[list[int]] | None = None) -> Logits:
+    """What the engine computes for a variant (its index). `inputs` as in `Samples`."""
+
+    def logits(first: int, windows: list[list[int]]) -> list[torch.Tensor]:
+        read = _slice(inputs, first, windows)
+        if read is None:
+            return engine.prompt_logits([(variant, window) for window in windows])
+        prompts = [(variant, source + window) for source, window in zip(read, windows, strict=True)]
+        return engine.prompt_logits(prompts, [len(source) for source in read])
+
+    return logits
+
+
+def _slice(inputs: list[list[int]] | None, first: int, windows: list[list[int]]) -> list[list[int]] | None:
+    """The inputs of `windows`, the first of which has number `first`."""
+    return None if inputs is None else inputs[first : first + len(windows)]
 
 
 def measure(
     engine: EngineCore,
     originals: dict[str, Path],
-    texts: dict[str, list[list[int]]],
+    texts: dict[str, Samples],
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
     advance: Callable[[str, int], None] | None = None,
@@ -131,7 +181,7 @@ def measure(
 
     Args:
         originals: variant -> its checkpoint.
-        texts: variant -> windows of token ids.
+        texts: variant -> what it is measured on.
         dtype: of the originals; the engine has its own.
         batch: windows a pass.
         advance: called with (variant, windows done since the last call).
@@ -140,14 +190,13 @@ def measure(
     """
     index = {v.name: i for i, v in enumerate(engine.info.variants)}
     results = {}
-    for name, windows in texts.items():
+    for name, samples in texts.items():
         vocab = engine.info.variants[index[name]].vocab_size
-        check_token_ids(name, windows, vocab)
+        check_token_ids(name, [*samples.windows, *(samples.inputs or ())], vocab)
         original = OriginalModel(originals[name], dtype, engine.device)
+        served = served_logits(engine, index[name], samples.inputs)
         report = None if advance is None else partial(advance, name)
-        results[name] = compare(
-            windows, original.numbered_logits, served_logits(engine, index[name]), vocab, batch, report
-        )
+        results[name] = compare(samples.windows, original.numbered_logits(samples.inputs), served, vocab, batch, report)
         del original
         gc.collect()
     return results

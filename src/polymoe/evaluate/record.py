@@ -8,9 +8,8 @@ from rich.console import Console
 
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
-from polymoe.evaluate.fidelity import Fidelity, measure
+from polymoe.evaluate.fidelity import Fidelity, Samples, measure
 from polymoe.evaluate.report import fidelity_table, window_progress
-from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW, spread_windows
 from polymoe.offline import manifest
 from polymoe.offline.bundle import Bundle, record_fidelity
 
@@ -21,22 +20,19 @@ def measure_and_record(
     bundle: Bundle,
     checkpoints: Mapping[str, Path],
     texts: Mapping[str, Path],
-    token_ids: Mapping[str, list[int]],
+    samples: Mapping[str, Samples],
     console: Console,
-    windows: int = MAX_WINDOWS,
 ) -> dict[str, Fidelity]:
     """Measure a bundle in float32 on the CPU against its checkpoints, print a table and keep the figures in it.
 
     Args:
         checkpoints: variant -> folder of its original.
-        texts: variant -> the file that `token_ids` come from; its name is kept with the figures.
-        windows: at most so many of `WINDOW` tokens of each text, evenly spread.
+        texts: variant -> the file that its samples come from; its name is kept with the figures.
+        samples: variant -> what it is measured on.
     """
-    window = min(WINDOW, *(variant.max_model_len for variant in bundle.variants))
-    pieces = {name: spread_windows(ids, window, windows) for name, ids in token_ids.items()}
-    engine = float32_engine(bundle, window)
-    with window_progress(pieces, console) as advance:
-        results = measure(engine, dict(checkpoints), pieces, torch.float32, _BATCH, advance)
+    engine = float32_engine(bundle, max(found.longest for found in samples.values()))
+    with window_progress(samples, console) as advance:
+        results = measure(engine, dict(checkpoints), dict(samples), torch.float32, _BATCH, advance)
     console.print(fidelity_table(results))
     record_fidelity(
         bundle.path,

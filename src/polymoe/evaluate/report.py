@@ -1,6 +1,6 @@
 """`polymoe eval`: texts and checkpoints in, a table and a dictionary out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from rich.table import Table
 
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.engine.engine import EngineCore
-from polymoe.engine.output import OutputProcessor
+from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
-from polymoe.evaluate.fidelity import Fidelity, measure, windows_of
+from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
+from polymoe.evaluate.pairs import encode_pairs, read_pairs
+from polymoe.evaluate.texts import WINDOW, read_text
 from polymoe.offline.bundle import Bundle
 
 
@@ -23,7 +25,7 @@ def run_eval(
     config: EngineConfig,
     texts: dict[str, Path],
     originals: dict[str, Path],
-    window: int,
+    window: int | None,
     limit: int | None,
     batch: int,
     console: Console,
@@ -31,7 +33,10 @@ def run_eval(
     """Measure the variants in `texts` and print a table.
 
     Args:
+        texts: variant -> UTF-8 file; of an encoder–decoder family with `{"input": …, "target": …}` on every line.
         originals: checkpoints that moved since the plan; the others are looked for where the plan read them.
+        window: tokens; None: `WINDOW`. Pairs are taken whole.
+        limit: windows or pairs of a variant, the first ones.
 
     Returns: `{"variants": {name: {...}}, "resident_bytes": {...}, "bytes_per_expert_parameter": …}`.
     Raises: `PolymoeError` for an unknown variant, a missing checkpoint or an empty text.
@@ -42,22 +47,13 @@ def run_eval(
         if name not in names:
             raise UnknownVariantError(name, names)
     checkpoints = {name: _checkpoint(bundle, names.index(name), originals.get(name)) for name in texts}
-    longest = max(bundle.variant_config(names.index(n)).max_position_embeddings for n in texts)
-    if window > longest:
-        raise PolymoeError(f"--window {window} is beyond the {longest} tokens that the variants were configured for.")
+    samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
+    longest = max(found.longest for found in samples.values())
     # The whole pass of `batch` windows must fit at once.
-    blocks = batch * ((window + config.block_size - 1) // config.block_size)
-    engine = EngineCore(msgspec.structs.replace(config, num_kv_blocks=blocks))
-    processor = OutputProcessor(engine.info)
-    windows = {}
-    for name, path in texts.items():
-        tokenizer = processor.require_tokenizer(name, "a text")
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
-        windows[name] = windows_of(ids, window, limit)
-        if not windows[name]:
-            raise PolymoeError(f"the text for {name} ({path}) has fewer than two tokens.")
-    with window_progress(windows, console) as advance:
-        results = measure(engine, checkpoints, windows, _original_dtype(config), batch, advance)
+    blocks = batch * ((longest + config.block_size - 1) // config.block_size)
+    engine = EngineCore(msgspec.structs.replace(config, num_kv_blocks=blocks, max_model_len=longest))
+    with window_progress(samples, console) as advance:
+        results = measure(engine, checkpoints, samples, _original_dtype(config), batch, advance)
     console.print(fidelity_table(results))
     console.print(_bytes_table(bundle.resident_bytes))
     return {
@@ -67,14 +63,36 @@ def run_eval(
     }
 
 
+def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: int | None) -> Samples:
+    """One variant's. Raises `PolymoeError` for a window or a text that does not do."""
+    record, folder = bundle.variants[index], bundle.tokenizer_dir(index)
+    if folder is None:
+        raise PolymoeError(f"{record.name} has no tokenizer, which a text needs; add its files and plan again.")
+    if bundle.config.is_encoder_decoder:
+        if window is not None:
+            raise PolymoeError("--window cuts plain text; pairs of an encoder–decoder family are taken whole.")
+        where, config = f"--text {record.name}", bundle.variant_config(index)
+        return encode_pairs(where, read_pairs(where, path)[:limit], folder, config, record.max_model_len // 2)
+    window = WINDOW if window is None else window
+    if window > record.max_model_len:
+        raise PolymoeError(
+            f"--window {window} is beyond the {record.max_model_len} tokens that {record.name} was configured for."
+        )
+    ids = VariantTokenizer(folder).encode(read_text(f"--text {record.name}", path), add_special_tokens=False)
+    windows = windows_of(ids, window, limit)
+    if not windows:
+        raise PolymoeError(f"the text for {record.name} ({path}) has fewer than two tokens.")
+    return Samples(windows)
+
+
 @contextmanager
-def window_progress(windows: dict[str, list[list[int]]], console: Console) -> Iterator[Callable[[str, int], None]]:
+def window_progress(samples: Mapping[str, Samples], console: Console) -> Iterator[Callable[[str, int], None]]:
     """A bar for each variant; yields `advance(variant, windows)`."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     ) as progress:  # fmt: skip
-        tasks = {name: progress.add_task(name, total=len(found)) for name, found in windows.items()}
+        tasks = {name: progress.add_task(name, total=len(found.windows)) for name, found in samples.items()}
         yield lambda name, count: progress.advance(tasks[name], count)
 
 

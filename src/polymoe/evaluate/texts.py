@@ -1,14 +1,58 @@
 """Texts to measure on: read, tokenised with a variant's own tokenizer and cut into windows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
+from polymoe.evaluate.fidelity import Samples
+from polymoe.evaluate.pairs import encode_pairs, read_pairs
+from polymoe.offline.checkpoint import read_config
+from polymoe.offline.family import max_model_len
 
 MIN_TOKENS = 256  # of a text whose figures are kept; fewer say nothing
 WINDOW = 256  # tokens
 MAX_WINDOWS = 64  # a variant
+MAX_PAIRS = 256  # a variant
+
+_T = TypeVar("_T")
+
+
+def samples_of(
+    checkpoints: Mapping[str, Path], texts: Mapping[str, Path], option: str = "--text"
+) -> dict[str, Samples]:
+    """Variant -> what its figures are measured on, evenly spread over it: at most `MAX_WINDOWS` windows, or at most
+    `MAX_PAIRS` pairs of an encoder–decoder family.
+
+    Args:
+        checkpoints: all variants of the family -> folder.
+        texts: variant -> UTF-8 file; of an encoder–decoder family with `{"input": …, "target": …}` on every line.
+        option: where `texts` were given, for messages.
+
+    Raises as `encode_texts`; for pairs naming file and line. `CheckpointError` or `UnsupportedModelError` for a config
+    that cannot be read.
+    """
+    _check_known(checkpoints, texts)
+    configs = {name: read_config(path) for name, path in checkpoints.items()}
+    window = min(WINDOW, *(max_model_len(config) for config in configs.values()))
+    found = {}
+    for name, path in texts.items():
+        if configs[name].is_encoder_decoder:
+            found[name] = _pair_samples(f"{option} {name}", path, checkpoints[name], configs[name])
+        else:
+            ids = encode_texts(checkpoints, {name: path}, option)[name]
+            found[name] = Samples(spread_windows(ids, window, MAX_WINDOWS))
+    return found
+
+
+def _pair_samples(option: str, path: Path, checkpoint: Path, config: Any) -> Samples:
+    pairs = _spread(read_pairs(option, path), MAX_PAIRS)
+    samples = encode_pairs(option, pairs, checkpoint, config, max_model_len(config) // 2)
+    count = sum(len(window) - 1 for window in samples.windows)
+    if count < MIN_TOKENS:
+        raise PolymoeError(f"{option}: the targets of {path} have {count} tokens; at least {MIN_TOKENS} are needed.")
+    return samples
 
 
 def encode_texts(
@@ -24,15 +68,10 @@ def encode_texts(
     Raises `UnknownVariantError` for a variant that has no checkpoint, `PolymoeError` for a text that cannot be read or
     has fewer than `MIN_TOKENS` tokens.
     """
-    for name in texts:
-        if name not in checkpoints:
-            raise UnknownVariantError(name, list(checkpoints))
+    _check_known(checkpoints, texts)
     found = {}
     for name, path in texts.items():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PolymoeError(f"{option} {name}: {path} cannot be read as UTF-8 text ({error}).") from error
+        text = read_text(f"{option} {name}", path)
         found[name] = VariantTokenizer(checkpoints[name]).encode(text, add_special_tokens=False)
         if len(found[name]) < MIN_TOKENS:
             raise PolymoeError(
@@ -50,6 +89,25 @@ def spread_windows(token_ids: list[int], length: int, limit: int | None) -> list
     count = len(token_ids) // length
     if count == 0:
         return [token_ids]
-    chosen = count if limit is None else min(limit, count)
-    starts = [round(i * (count - 1) / max(1, chosen - 1)) * length for i in range(chosen)]
+    starts = _spread(range(0, count * length, length), count if limit is None else limit)
     return [token_ids[start : start + length] for start in starts]
+
+
+def read_text(option: str, path: Path) -> str:
+    """A UTF-8 file. Raises `PolymoeError` beginning with `option`, where it was given."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolymoeError(f"{option}: {path} cannot be read as UTF-8 text ({error}).") from error
+
+
+def _spread(items: Sequence[_T], limit: int) -> list[_T]:
+    """At most `limit` of them, the first and the last among them."""
+    count = min(limit, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _check_known(checkpoints: Mapping[str, Path], texts: Mapping[str, Path]) -> None:
+    for name in texts:
+        if name not in checkpoints:
+            raise UnknownVariantError(name, list(checkpoints))

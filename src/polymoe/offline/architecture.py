@@ -1,8 +1,9 @@
 """Which architectures can be served, and where their routed experts are.
 
-Anything that goes through transformers' experts interface qualifies, unless it also has layers whose state does not
-fit a paged KV cache (state space, linear attention, convolution) or inputs other than text. The answer comes when a
-plan is made, by name, never at request time. A trial run of its forward pass follows (`polymoe.model.trial`).
+Any decoder that goes through transformers' experts interface qualifies, unless it also has layers whose state does not
+fit a paged KV cache (state space, linear attention, convolution) or inputs other than text. Of encoder–decoder models,
+Switch Transformers do. The answer comes when a plan is made, by name, never at request time. A trial run of its forward
+pass follows (`polymoe.model.trial`).
 """
 
 import re
@@ -12,9 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from polymoe.errors import UnsupportedModelError
+from polymoe.model.switch_experts import SwitchExperts, stack_switch_experts
 
 _RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|kda", re.IGNORECASE)
 _RECURRENT_CLASS = re.compile(
@@ -29,7 +36,7 @@ class ArchitectureInfo:
 
     model_type: str
     class_name: str
-    expert_modules: tuple[str, ...]  # one a layer that has routed experts, in layer order
+    expert_modules: tuple[str, ...]  # one a layer that has routed experts, in layer order; an encoder's first
     num_experts: int  # E
     expert_shapes: Mapping[str, tuple[int, ...]]  # tensor name within the module -> shape of one expert
     nonexperts: tuple[str, ...]  # every other parameter and persistent buffer; tied ones once
@@ -60,8 +67,6 @@ def check_supported_config(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "quantization_config")
         raise refusal(config, f"the checkpoint is quantised ({method}); give the original in 16 or 32 bits")
-    if getattr(config, "is_encoder_decoder", False):
-        raise refusal(config, "it is an encoder-decoder model; only decoder-only text models are served")
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
         raise refusal(config, f"it takes images or sound ({', '.join(other)}); only text models are served")
@@ -76,19 +81,31 @@ def check_supported_config(config: Any) -> None:
 
 
 def build_on_meta(config: Any) -> Any:
-    """The stock transformers model without memory for its weights. Raises `UnsupportedModelError`."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise refusal(config, "transformers has no text-generation model (…ForCausalLM) for it")
+    """The stock transformers model without memory for its weights, every layer's experts stacked.
+
+    Raises `UnsupportedModelError`.
+    """
+    auto, mapping, kind = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "ForCausalLM"
+    if is_encoder_decoder(config):
+        auto, mapping, kind = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "ForConditionalGeneration"
+    if type(config) not in mapping:
+        raise refusal(config, f"transformers has no text-generation model (…{kind}) for it")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # no causal-LM class for this config, or its constructor refuses the values
+            model = auto.from_config(config, trust_remote_code=False)
+    except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise refusal(config, f"transformers cannot build a text model from its config ({reason})") from error
+    stack_switch_experts(model)
+    return model
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """True for modules whose class went through transformers' `use_experts_implementation`."""
+    """True for modules whose class went through transformers' `use_experts_implementation`, and for stacked ones."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
 
 
@@ -99,7 +116,14 @@ def check_supported(config: Any, model: Any) -> ArchitectureInfo:
     """
     check_supported_config(config)
     class_name = type(model).__name__
-    if not class_name.endswith("ForCausalLM"):
+    if is_encoder_decoder(config):
+        if not any(isinstance(module, SwitchExperts) for module in model.modules()):
+            raise refusal(
+                config,
+                "it is an encoder-decoder model without the routed experts of Switch Transformers; of encoder-decoder "
+                "models only SwitchTransformersForConditionalGeneration is served",
+            )
+    elif not class_name.endswith("ForCausalLM"):
         raise refusal(config, f"{class_name} is not a text model for generation (…ForCausalLM)")
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _RECURRENT_CLASS.search(type(module).__name__):
@@ -147,7 +171,9 @@ def _one_shape(config: Any, experts: Mapping[str, nn.Module]) -> tuple[int, dict
 
 
 def _vocab_tensors(model: Any) -> list[str]:
-    """Parameters of the input and output embeddings."""
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    """Parameters of the input and output embeddings, which an encoder and a decoder may have of their own."""
+    stacks = [part for part in (getattr(model, name, None) for name in ("encoder", "decoder")) if part is not None]
+    ends = [model.get_output_embeddings(), *(part.get_input_embeddings() for part in (model, *stacks))]
+    ends = [end for end in ends if end is not None]
     own = {id(parameter) for end in ends for parameter in end.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]

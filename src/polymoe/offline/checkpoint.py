@@ -19,6 +19,18 @@ from polymoe.offline.tensorfile import TensorEntry
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def read_config(path: Path) -> Any:
+    """The transformers config of a checkpoint folder. Raises `CheckpointError` or `UnsupportedModelError`."""
+    if not (path / "config.json").exists():
+        hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
+        raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face checkpoint.{hint}")
+    refuse_remote_code(path)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # unknown model_type, wrong field types: transformers raises many kinds
+        raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+
+
 class Checkpoint:
     """A checked checkpoint: `tensor(name)` for each of `target_names`, all accounted for.
 
@@ -60,14 +72,7 @@ class Checkpoint:
         Raises `CheckpointError` (the message names file and fix) or `UnsupportedModelError`.
         """
         path = resolve(spec)
-        if not (path / "config.json").exists():
-            hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
-            raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face checkpoint.{hint}")
-        refuse_remote_code(path)
-        try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # unknown model_type, wrong field types: transformers raises many kinds
-            raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+        config = read_config(path)
         check_supported_config(config)
         stored = read_stored(path)
         model = build_on_meta(config)

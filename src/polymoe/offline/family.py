@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from polymoe.errors import FamilyError
+from polymoe.model.skeleton import context_limit
 from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
 from polymoe.offline.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ _IGNORED_FIELDS = {
         "max_position_embeddings",
     ),
     *("router_aux_loss_coef", "aux_loss_alpha", "output_router_logits", "seq_aux", "router_jitter_noise"),
+    *("router_z_loss_coef", "add_router_probs"),
     *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
     *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
     *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
@@ -120,7 +122,9 @@ class Family:
 
 
 def max_model_len(config: Any) -> int:
-    """Tokens of context a config allows."""
+    """Tokens of context a config allows; an encoder and its decoder have half of them each."""
+    if config.is_encoder_decoder:
+        return context_limit(config)
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return UNLIMITED_LENGTH if length is None else int(length)
 

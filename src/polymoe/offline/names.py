@@ -2,7 +2,8 @@
 
 Checkpoints name tensors as transformers v4 did (one tensor an expert and matrix) or as v5 does (experts stacked).
 transformers holds the renaming and merging rules of every architecture; `convert_and_load_state_dict_in_model` of
-`transformers.core_model_loading` applies them to a whole model, `NameMap` to one target tensor at a time.
+`transformers.core_model_loading` applies them to a whole model, `NameMap` to one target tensor at a time. It has none
+for Switch Transformers, whose experts it keeps as modules; theirs are here.
 Written against transformers 5.17 to 5.23.
 """
 
@@ -17,9 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from polymoe.errors import CheckpointError
+from polymoe.model.switch_experts import SwitchExperts
 from polymoe.offline.tensorfile import TensorEntry
 
 
@@ -70,7 +78,7 @@ class NameMap:
 
     def _collect(self, stored: Mapping[str, TensorEntry]) -> list[Recipe]:
         """Group the stored names by the target they make, as transformers' loader does (natural order of names)."""
-        rules = get_model_conversion_mapping(self.model)
+        rules = get_model_conversion_mapping(self.model) + _stacking_rules(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -115,6 +123,16 @@ class NameMap:
                 "Is a tensor missing or of another shape than its neighbours?"
             ) from error
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+
+def _stacking_rules(model: Any) -> list[WeightConverter]:
+    """For experts that polymoe stacked itself, the rules that transformers has for those it stacks."""
+    if not any(isinstance(module, SwitchExperts) for module in model.modules()):
+        return []
+    return [
+        WeightConverter(f".experts.expert_*.{stored}.weight", f".experts.{stacked}", [MergeModulelist(dim=0)])
+        for stored, stacked in (("wi", "up_proj"), ("wo", "down_proj"))
+    ]
 
 
 def _check_numbering(recipe: Recipe) -> None:
