@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polymoe.bench.rivals import put_weights
 from polymoe.offline.bundle import Bundle, PackedTensors
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import decode_exact
@@ -80,7 +81,6 @@ class DecodedFamily(ReferenceFamily):
         with torch.no_grad():
             for index, model in enumerate(models.values()):
                 for layer, path in enumerate(opened.expert_modules):
-                    module = model.get_submodule(path)
-                    for name, stack in decoded_experts(opened, index, layer).items():
-                        getattr(module, name).copy_(stack)
+                    stacks = decoded_experts(opened, index, layer)
+                    put_weights(model, ((f"{path}.{name}", stack) for name, stack in stacks.items()))
         return models

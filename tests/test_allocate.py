@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 from encoded import served_experts
 from families import make_family
 from polymoe.errors import PlanError
-from polymoe.offline.allocate import WORST_TO_MEAN, Choices, Option, auto_plan, fewest_bytes
+from polymoe.offline.allocate import auto_plan, position_options, uniform_answers
 from polymoe.offline.calibrate import Calibration
 from polymoe.offline.calibrated_damage import energies_on_text
 from polymoe.offline.damage import Energies, partitions_of
 from polymoe.offline.family import Family
+from polymoe.offline.knapsack import WORST_TO_MEAN, Choices, Option, fewest_bytes
 from polymoe.offline.layout import lay_out
+from polymoe.offline.options import PlanOptions
 from polymoe.offline.plan import Plan
 from polymoe.offline.sizes import ExpertSizes, plan_bytes
 
@@ -27,7 +29,7 @@ def choices(seed: int, positions: int = 4, options: int = 5) -> Choices:
     rng = np.random.default_rng(seed)
     return Choices(
         [
-            [Option(GROUP, "int4", "own", "none", int(b), tuple(d)) for b, d in zip(*one, strict=True)]
+            [Option(GROUP, "int4", "own", "none", int(b), d[None]) for b, d in zip(*one, strict=True)]
             for one in (
                 (np.sort(rng.integers(1, 100, options)), np.sort(rng.random((options, 2)), axis=0)[::-1])
                 for _ in range(positions)
@@ -61,22 +63,36 @@ def test_the_worst_variant_is_bounded() -> None:
     """Variant 3 gains less from a byte than the other three together; left to the sum alone it would get none."""
     everyone = ((0, 1, 2, 3),)
     damages = [(0, (1.0, 1.0, 1.0, 4.0)), (10, (0.0, 0.0, 0.0, 4.0)), (10, (1.0, 1.0, 1.0, 2.0))]
-    given = Choices([[Option(everyone, "", "own", "none", size, damage) for size, damage in damages]] * 10)
+    given = Choices([[Option(everyone, "", "own", "none", size, np.array([damage])) for size, damage in damages]] * 10)
     alone = given.total(given.solve(60, np.full(4, 0.25)))[1]
     assert alone.max() > WORST_TO_MEAN * alone.mean()
-    bounded = given.total(given.solve_bounded(60))[1]
+    bounded = given.total(given.best(60, trusted=True))[1]
     assert bounded.max() <= WORST_TO_MEAN * bounded.mean()
+
+
+def test_without_text_nothing_gets_worse_than_uniform() -> None:
+    """Two options that trade one kind of damage for another are no way up, however good the sum is predicted to be."""
+    kinds = [(10, (2.0, 2.0)), (20, (0.1, 2.5)), (25, (1.0, 2.0)), (40, (0.5, 1.0))]  # damage by kind, one variant
+    row = [Option(((0,),), "", "own", "none", size, np.array(damage)[:, None]) for size, damage in kinds]
+    given = Choices([row] * 4, {"first": np.zeros(4, np.int64), "last": np.full(4, 3)})
+    for budget in range(40, 161, 5):
+        chosen = given.best(budget, trusted=False)
+        assert given.total(chosen)[0] <= budget
+        assert 1 not in chosen
+    assert given.best(160, trusted=False).tolist() == [3] * 4
+    assert given.best(110, trusted=False).tolist().count(3) == 2  # 40 + 40 and 10 + 10
+    assert 1 in given.best(100, trusted=True)
 
 
 def test_fewest_bytes_keep_the_promise() -> None:
     given = choices(5)
     limit = 2.0 * given.damage[:, -1].sum(axis=0)
-    chosen = fewest_bytes(given, limit)
+    chosen = fewest_bytes(given, limit, trusted=True)
     size, damage = given.total(chosen)
     assert (damage <= limit).all()
     assert size <= given.bytes.max(axis=1).sum()
     if size > 1.1 * given.least_bytes:  # a tenth less does not keep it
-        tighter = given.total(given.solve_bounded(int(0.9 * size)))[1]
+        tighter = given.total(given.best(int(0.9 * size), trusted=True))[1]
         assert (tighter > limit).any()
 
 
@@ -129,14 +145,41 @@ def test_plans_keep_their_budget_and_get_better(family: Family, with_text: bool)
     assert is_lossless(plan)
 
 
+def test_without_text_a_plan_is_no_worse_than_any_uniform_one(family: Family) -> None:
+    options = position_options(family, family.scan(), Energies.of_weights(family, family.scan()))
+    given = Choices(options, uniform_answers(options))
+    assert {"int4 + d2", "int8 + none", "stored + d1", "int4 apart"} <= set(given.uniform)
+    for name, chosen in given.uniform.items():
+        size, damage = given.total(chosen)
+        assert given.total(given.best(size, trusted=False))[1].mean() <= damage.mean(), name
+
+
 def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) -> None:
     with pytest.raises(PlanError, match=r"the minimum is .* \(0\.\d+x\), which is predicted to cost .* nats a token"):
         auto_plan(family, family.scan(), budget_bytes=one_model(family) // 20)
 
 
+@pytest.mark.parametrize("with_text", [False, True])
+def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text: bool) -> None:
+    scan, calibration = family.scan(), Calibration(texts()) if with_text else None
+    traffic = np.full(scan.expert_version.shape[1:], 1 / scan.expert_version.shape[2])
+    if calibration is not None:
+        traffic = energies_on_text(family, scan, calibration).traffic
+        assert traffic.sum(axis=1) == pytest.approx(1)
+        assert traffic.std() > 0
+    budget = one_model(family) // 10  # below the minimum of everything in three bits
+    plan = auto_plan(family, scan, budget, PlanOptions(host_share=0.7), calibration)
+    plan.check_integrity()
+    absent = ~plan.resident.any(axis=0)
+    assert 0 < traffic[absent].sum() / len(traffic) <= 0.7
+    assert traffic[absent].max() <= traffic[~absent].min() + 1e-9
+    assert sum(plan_bytes(lay_out(plan), ExpertSizes.of(family))) <= budget
+    assert (plan.serving == scan.expert_version)[:, absent].all()  # as the checkpoints have it
+
+
 def test_a_promise_of_agreement_costs_bytes(family: Family) -> None:
     scan, sizes = family.scan(), ExpertSizes.of(family)
-    plans = [auto_plan(family, scan, min_top1=share) for share in (0.5, 0.97, 0.99, 1.0)]
+    plans = [auto_plan(family, scan, None, PlanOptions(min_top1=share)) for share in (0.5, 0.97, 0.99, 1.0)]
     used = [sum(plan_bytes(lay_out(plan), sizes)) for plan in plans]
     assert used == sorted(used)
     assert used[0] < used[2]

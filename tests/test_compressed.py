@@ -19,7 +19,7 @@ from polymoe.offline.scan import FamilyScan
 from references import ReferenceFamily, served_logits
 from test_exactness import LOGITS_TOLERANCE, check, load
 
-ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+ARCHITECTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers"]
 PLANS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "int4 + 2 bit": ("delta", None, {"base": "int4"}),
     "stored + 1 bit": ("delta", None, {"delta_bits": 1}),

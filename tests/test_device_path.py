@@ -20,6 +20,7 @@ from polymoe.engine.engine import EngineCore
 from polymoe.engine.output import OutputProcessor
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.tier_cost import TierCosts
+from polymoe.model.warm_up import prompt_lengths, warm_up
 from references import ReferenceFamily, served_logits
 from test_exactness import LOGITS_TOLERANCE, check
 
@@ -115,6 +116,19 @@ def test_padding_changes_nothing_and_writes_nowhere(tmp_path: Path) -> None:
         caches.append([t[: cache.num_blocks] for side in (cache.key, cache.value) for t in side.values()])
     for plain, padded in zip(*caches, strict=True):
         torch.testing.assert_close(plain, padded, atol=1e-5, rtol=0)
+
+
+def test_warm_up_leaves_no_trace(tmp_path: Path) -> None:
+    assert prompt_lengths(100) == [16, 32, 64, 100]
+    assert prompt_lengths(8) == [8]
+    family = ReferenceFamily("mixtral", tmp_path, num_requests=3)
+    llm = DeviceLLM(family.bundle, slots=1, max_model_len=48)
+    done: list[float] = []
+    warm_up(llm.engine.model, prompt_lengths(40), done.append)
+    assert done[-1] == 1.0
+    cache = llm.engine.model.kv_cache
+    assert not any(t[: cache.num_blocks].any() for side in (cache.key, cache.value) for t in side.values())
+    check(llm, family)
 
 
 def test_no_operation_of_a_decode_step_waits_for_the_device(tmp_path: Path) -> None:

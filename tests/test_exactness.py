@@ -29,6 +29,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def load(bundle: Path, **options: Any) -> LLM:
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24}
+    if options.get("device") == "cuda":
+        settings["max_num_seqs"] = 8  # each batch size of decode is compiled and captured at the start
     return LLM(bundle, **(settings | options))
 
 

@@ -26,6 +26,8 @@ def routing(kind: str, tokens: int, top_k: int, generator: torch.Generator) -> t
     variant = torch.randint(0, V, (tokens,), generator=generator).sort().values
     if kind == "one variant":
         variant.fill_(1)
+    if kind == "padded":
+        variant[tokens // 2 :] = -1
     return index, variant
 
 
@@ -38,7 +40,7 @@ def same(a: SortedRows, b: SortedRows) -> None:
             torch.testing.assert_close(found, expected, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["spread", "one expert", "one variant"])
+@pytest.mark.parametrize("kind", ["spread", "one expert", "one variant", "padded"])
 @pytest.mark.parametrize(("tokens", "top_k", "block_m"), [(1, 1, 16), (7, 3, 16), (40, 2, 16), (150, 2, 64)])
 def test_sort_equals_reference(kind: str, tokens: int, top_k: int, block_m: int) -> None:
     generator = torch.Generator().manual_seed(tokens)

@@ -26,22 +26,6 @@ from polymoe.offline.scan import FamilyScan
 from test_offline_family import grown
 
 
-@pytest.fixture(scope="module")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("trio")
-    return make_family("mixtral", folder, tokenizer=True, frozen="q_proj", frozen_experts=[2])
-
-
-@pytest.fixture(scope="module")
-def family(trio: dict[str, Path]) -> Family:
-    return Family.open(trio)
-
-
-@pytest.fixture(scope="module")
-def scan(family: Family) -> FamilyScan:
-    return family.scan()
-
-
 def write(family: Family, scan: FamilyScan, out: Path, policy: str = "separate", memory: str | None = None) -> Bundle:
     return write_bundle(family, scan, build_plan(scan, policy, memory), out, overwrite=True)
 

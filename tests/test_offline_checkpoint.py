@@ -331,7 +331,17 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 16, "num_hidde
         ("lfm2_moe", TINY | {"layer_types": ["conv", "full_attention"]}, "1 of its 2 layers are conv layers"),
         ("zaya", {}, "conv_qk_depthwise is a Conv1d"),
         ("qwen3_vl_moe", {}, "it takes images or sound"),
-        ("switch_transformers", {"d_model": 16, "num_layers": 2, "num_heads": 2}, "encoder-decoder"),
+        (
+            "t5",
+            {"d_model": 16, "num_layers": 2, "num_heads": 2},
+            r"\(model_type t5\) cannot be served: .*encoder-decoder",
+        ),
+        (
+            "nllb-moe",
+            {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2},
+            "encoder-decoder .* without the routed",
+        ),
+        ("whisper", {}, "no text-generation model"),
     ],
 )
 def test_unsupported_architectures_are_refused_by_name(

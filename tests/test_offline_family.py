@@ -88,7 +88,7 @@ def test_scan_is_the_definition(arch: str, tmp_path: Path) -> None:
     frozen = {name for name, sources in scan.nonexpert_version.items() if sources == (0, 0, 0)}
     assert frozen == {n for n in info.nonexperts if any(part in n for part in ("embed_tokens", "q_proj", "q_a_proj"))}
     assert set(scan.nonexpert_version.values()) == {(0, 0, 0), (0, 1, 2)}
-    assert scan.layer_numbers == ([1, 2] if arch == "deepseek_v3" else list(range(info.num_layers)))
+    assert scan.layer_names == (["1", "2"] if arch == "deepseek_v3" else [str(i) for i in range(info.num_layers)])
 
 
 def test_distances_are_float32_also_for_bfloat16_weights(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plans with merged, packed and corrected experts: what they hold, what they cost, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from families import make_family
 from polymoe.cli import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
+from polymoe.evaluate import fidelity
+from polymoe.evaluate.promise import keep_promise
 from polymoe.offline.api import inspect_bundle, make_plan
 from polymoe.offline.budget import build_plan, expert_budget, parse_memory
 from polymoe.offline.bundle import Bundle, record_fidelity
@@ -23,23 +26,6 @@ from polymoe.offline.plan import Plan
 from polymoe.offline.relation import related_groups
 from polymoe.offline.scan import FamilyScan
 from polymoe.offline.sizes import ExpertSizes, plan_bytes
-
-
-@pytest.fixture(scope="module")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("trio")
-    return make_family("mixtral", folder, frozen_experts=[2], tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def family(trio: dict[str, Path]) -> Family:
-    return Family.open(trio)
-
-
-@pytest.fixture(scope="module")
-def scan(family: Family) -> FamilyScan:
-    return family.scan()
-
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("mean", {}), ("mean", {"base": "int4"}), ("paper", {"base": "int8"}), ("separate", {"base": "int4"}),
@@ -101,6 +87,9 @@ def test_spare_memory_makes_positions_lossless_the_farthest_first(family: Family
         ("auto", {"min_top1": 1.5}, None, "above 0 and up to 1; got 1.5"),
         ("auto", {"min_top1": 0.9}, "1.0x", "either --memory or --min-top1"),
         ("auto", {}, "0.01x", "the minimum is"),
+        ("mean", {"host_share": 0.1}, None, "--host-share belongs to --policy auto"),
+        ("auto", {"host_share": 1.5}, None, "from 0 to below 1; got 1.5"),
+        ("auto", {"distill": 10}, None, "--distill learns from text"),
         ("best", {}, None, "unknown policy 'best'; there are auto"),
     ],
 )
@@ -244,6 +233,36 @@ class TestBundle:
         text = console.export_text()
         for part in ("policy auto 0.8x", "0.0123", "0.987", "5.75", "held out", "1,234", "not measured", "layer"):
             assert part in text
+
+
+@pytest.mark.parametrize(
+    ("agreements", "cautions", "said"),
+    [
+        ([0.995], [1.0], "Promise kept: math"),
+        ([0.97, 0.992], [1.0, 9.0], "planning again with more bytes (2 of 3)"),
+        ([0.98, 0.989, 0.985], [1.0, 4.0, 6.0], "warning: math agrees with its original on 98.50% of tokens"),
+    ],
+)
+def test_a_promise_that_is_missed_is_planned_again(agreements: list[float], cautions: list[float], said: str) -> None:
+    """Three times at most, and what is missing in the end is said."""
+    console = Console(record=True, width=200)
+    asked: list[float] = []
+    overwritten: list[bool] = []
+
+    def make(options: PlanOptions, overwrite: bool) -> Any:
+        asked.append(options.caution)
+        overwritten.append(overwrite)
+
+    def measure(_: Any) -> dict[str, fidelity.Fidelity]:
+        worst = fidelity.Fidelity(
+            ppl_original=5, ppl_served=5, kl=0.01, top1_agreement=agreements[len(asked) - 1], tokens=1000
+        )
+        return {"base": replace(worst, top1_agreement=1.0), "math": worst}
+
+    keep_promise(make, measure, PlanOptions(min_top1=0.99), False, console)
+    assert asked == pytest.approx(cautions)
+    assert overwritten == [False, True, True][: len(asked)]
+    assert said in console.export_text()
 
 
 def test_every_policy_is_listed() -> None:

@@ -23,9 +23,12 @@ from polymoe.cli import app
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import CheckpointError, FamilyError, PlanError, PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel
+from polymoe.evaluate.texts import encode_texts
 from polymoe.model.switch_experts import stacked_name
 from polymoe.offline.api import inspect, make_plan
+from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.bundle_writer import write_bundle
 from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.family import Family
 from polymoe.offline.options import POLICIES, PlanOptions
@@ -111,7 +114,8 @@ def test_experts_are_stacked_in_the_order_of_their_numbers(tmp_path: Path, overr
 def test_stored_otherwise(tmp_path: Path) -> None:
     """All ends of a tie, as trainers before transformers 5 stored them, and stacks, as a bundle's names are."""
     path = make_switch_family(tmp_path, num_variants=1)["base"]
-    wanted = {n: Checkpoint.open(path, "x").tensor(n) for n in Checkpoint.open(path, "x").target_names}
+    original = Checkpoint.open(path, "x")
+    wanted = {name: original.tensor(name) for name in original.target_names}
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
@@ -154,16 +158,17 @@ def test_inspect_tells_encoder_layers_from_decoder_layers(paths: dict[str, Path]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_policy_makes_a_bundle(tmp_path: Path, dtype: torch.dtype) -> None:
     paths = make_switch_family(tmp_path / "family", changed=0.2, dtype=dtype)
-    originals = {n: Checkpoint.open(path, n) for n, path in paths.items()}
+    family = Family.open(paths)
+    scan = family.scan()
     assert {policy for policy, _, _ in POLICY_OPTIONS} == set(POLICIES) - {"regmean"}
     for number, (policy, memory, options) in enumerate(POLICY_OPTIONS):
-        made = make_plan(paths, policy, memory, tmp_path / str(number), options=PlanOptions(**options))
-        bundle = Bundle.open(made.path, verify=True)
+        plan = build_plan(scan, policy, memory, PlanOptions(**options), family)
+        bundle = Bundle.open(write_bundle(family, scan, plan, tmp_path / str(number)).path, verify=True)
         assert (bundle.manifest.policy, tuple(bundle.expert_modules)) == (policy, EXPERTS)
         assert bundle.table.shape == (3, 2, 4)
         assert bundle.config.is_encoder_decoder
         lossless, worst = policy in ("separate", "exact-delta") and not options, 0.0
-        for v, checkpoint in enumerate(originals.values()):
+        for v, checkpoint in enumerate(family.checkpoints):
             for layer, path in enumerate(EXPERTS):
                 for name, served in decoded_experts(bundle, v, layer).items():
                     own = checkpoint.tensor(f"{path}.{name}").float()
@@ -280,6 +285,12 @@ def test_pairs_that_are_refused(bundle: Bundle, tmp_path: Path, content: str, op
     (tmp_path / "pairs.jsonl").write_text(content)
     with pytest.raises(PolymoeError, match=message):
         evaluate(bundle.path, {"v1": tmp_path / "pairs.jsonl"}, *options)
+
+
+def test_plain_text_says_nothing_of_an_encoder_decoder(paths: dict[str, Path], tmp_path: Path) -> None:
+    """Other measurements than `eval` read plain text."""
+    with pytest.raises(PolymoeError, match="--text base: plain text measures decoder-only models"):
+        encode_texts(paths, {"base": tmp_path / "any.txt"})
 
 
 def test_too_few_pairs_say_nothing(paths: dict[str, Path], tmp_path: Path) -> None:

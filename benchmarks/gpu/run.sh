@@ -23,6 +23,7 @@ if ! "$python" -c 'from importlib.metadata import version; version("polymoe")' 2
 fi
 export PYTHONPATH="$root/src:$here:$extra${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
-# One cache of compiled kernels and their configurations for all parts.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$extra/triton} XDG_CACHE_HOME=${XDG_CACHE_HOME:-$extra/cache}
+# One cache of compiled kernels and their configurations for all parts, and for the next run on this machine.
+cache=${TMPDIR:-/tmp}/polymoe-gpu
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache}
 "$python" "$here/run.py" "$out" "$@"

@@ -28,22 +28,35 @@ Clusters = Annotated[int | None, typer.Option(help="policy cluster: groups of va
 MinTop1 = Annotated[
     float | None, typer.Option("--min-top1", help="policy auto: fewest bytes at which each variant agrees this often")
 ]
+HostShare = Annotated[
+    float | None,
+    typer.Option(help="policy auto: share of what is routed that may be fetched from the host tier; default 0"),
+]
 Calibrate = Annotated[
     list[str] | None,
     typer.Option(
         metavar="VARIANT=FILE", help="text to fit merges and formats to; may be repeated, also for one variant"
     ),
 ]
+Distill = Annotated[
+    int | None,
+    typer.Option(metavar="STEPS", help="then fit delta scales, norms and routers to the originals on the text"),
+]
 Text = Annotated[
     list[str] | None,
-    typer.Option(metavar="VARIANT=FILE", help="held-out text: measure at the end what a variant lost, and record it"),
+    typer.Option(
+        metavar="VARIANT=FILE",
+        help="held-out text, or JSONL of input and target: measure at the end what a variant lost, and record it",
+    ),
 ]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 SlotsOption = Annotated[
     int | None, typer.Option(help="variants whose non-experts are on the device at once; default all")
 ]
-KVCache = Annotated[str, typer.Option(help="memory for keys and values, for example 4GiB")]
+KVCache = Annotated[
+    str, typer.Option(help="memory for keys and values, for example 4GiB; auto: what remains of a GPU, 1GiB on a CPU")
+]
 ExpertCache = Annotated[str, typer.Option(help="memory for absent experts that were fetched")]
 MaxLen = Annotated[int | None, typer.Option(help="longest sequence in tokens; default: what the variants support")]
 MaxSeqs = Annotated[int, typer.Option(help="sequences that run at once")]

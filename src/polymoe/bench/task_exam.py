@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from polymoe.engine.llm import LLM
 from polymoe.engine.request import SamplingParams
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError
-from polymoe.evaluate.fidelity import check_token_ids, compare
+from polymoe.evaluate.fidelity import OriginalModel, check_token_ids, compare, padded
 from polymoe.model.skeleton import context_limit
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import Family
@@ -38,32 +38,16 @@ class StockCandidate:
     """A checkpoint in stock transformers, float32 on the CPU."""
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoModelForSeq2SeqLM
-
-        self.model: Any = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-        self.pad = int(self.model.config.pad_token_id or 0)
+        self.original = OriginalModel(path, torch.float32, torch.device("cpu"))
+        self.model = self.original.model
 
     @torch.inference_mode()
     def answers(self, inputs: Sequence[Ids], max_new_tokens: int) -> list[Ids]:
-        ids, mask = self._padded(inputs)
-        written = self.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
-        )
+        written = self.model.generate(**padded(inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         return [row[1:] for row in written.tolist()]  # without the decoder's start token
 
-    @torch.inference_mode()
     def logits(self, inputs: Sequence[Ids], windows: Sequence[Ids]) -> list[Tensor]:
-        ids, mask = self._padded(inputs)
-        decoder, _ = self._padded(windows)  # what follows a token does not touch what the decoder says after it
-        found = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False).logits
-        return [row[: len(window)].float() for row, window in zip(found, windows, strict=True)]
-
-    def _padded(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-        """int64 [B, longest] twice: ids, and 1 where there is a token."""
-        tensors = [torch.tensor(row) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=self.pad)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
-        return ids, mask
+        return self.original.logits(list(windows), list(inputs))
 
 
 class ServedCandidate:

@@ -1,17 +1,14 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
 from polymoe.engine.block_manager import BlockManager, salt_of
 from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
-from polymoe.engine.info import EngineInfo, EngineStats, VariantInfo
+from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.memory_request import memory_request
 from polymoe.engine.model_runner import ModelRunner
 from polymoe.engine.policies import Policies
@@ -19,6 +16,7 @@ from polymoe.engine.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingPar
 from polymoe.engine.scheduler import Scheduler
 from polymoe.engine.sequence import Sequence
 from polymoe.engine.step_plan import ScheduledSequence
+from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.decode_graphs import DecodeGraphs
 from polymoe.model.device_facts import DeviceFacts, read_device_facts
@@ -27,6 +25,7 @@ from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.memory_plan import MemoryPlan, plan_memory
 from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
+from polymoe.model.warm_up import prompt_lengths, warm_up
 from polymoe.offline.bundle import Bundle
 
 # Below this the threads of one operation wait for each other longer than they compute.
@@ -55,21 +54,6 @@ def _stored_dtype(bundle: Bundle) -> str:
     return stored.pop() if len(stored) == 1 else "float32"
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _decoder_start(config: Any, generation: dict[str, Any]) -> int | None:
-    """The token that a decoder starts with, as `generate` chooses it; None for a decoder-only model."""
-    if not config.is_encoder_decoder:
-        return None
-    for found in (generation.get("decoder_start_token_id"), getattr(config, "decoder_start_token_id", None)):
-        if found is not None:
-            return int(found)
-    raise ConfigError("an encoder–decoder model needs decoder_start_token_id in its config.json.")
-
-
 class EngineCore:
     """Loads a bundle and runs requests.
 
@@ -93,6 +77,10 @@ class EngineCore:
     ) -> None:
         self.config = config
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            facts = facts or read_device_facts(self.device)
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # kernels are launched on the current one
         bundle = bundle or Bundle.open(config.bundle)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -103,8 +91,6 @@ class EngineCore:
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
-        if facts is None and self.device.type == "cuda":
-            facts = read_device_facts(self.device)
         self.memory_plan: MemoryPlan | None = None  # of a GPU
 
         def plan(model: ServedModel) -> None:
@@ -146,7 +132,7 @@ class EngineCore:
         self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
         table = bundle.table
         self.info = EngineInfo(
-            variants=[self._variant_info(v, lengths[v]) for v in range(len(bundle.variants))],
+            variants=[variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))],
             policy=bundle.manifest.policy,
             resident_bytes=self.model.resident_bytes,
             slots=self.model.slots.num_slots,
@@ -199,27 +185,10 @@ class EngineCore:
             graphs.capture(lambda fraction: report("CUDA graphs", fraction))
         return graphs
 
-    def _variant_info(self, index: int, max_model_len: int) -> VariantInfo:
-        record = self.bundle.variants[index]
-        folder = self.bundle.tokenizer_dir(index)
-        generation = _generation_config(self.bundle.variant_folder(index))
-        eos = generation.get("eos_token_id", self.bundle.variant_config(index).eos_token_id)
-        defaults = {
-            k: generation[k] for k in ("temperature", "top_p", "top_k", "min_p") if generation.get(k) is not None
-        }
-        return VariantInfo(
-            name=record.name,
-            version=record.version,
-            max_model_len=max_model_len,
-            vocab_size=record.vocab_size,
-            root=record.source,
-            created=int(Path(self.bundle.path).stat().st_mtime),
-            tokenizer_dir=None if folder is None else str(folder),
-            eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)],
-            generation=defaults if generation.get("do_sample", bool(defaults)) else {},
-            fidelity=record.fidelity,
-            decoder_start_token_id=_decoder_start(self.bundle.variant_config(index), generation),
-        )
+    def warm_up(self, progress: Callable[[float], None]) -> None:
+        """On a GPU: compile what prompts need (decode is compiled by now), so that the first requests do not wait."""
+        if self.device.type == "cuda":
+            warm_up(self.model, prompt_lengths(self.config.max_num_batched_tokens), progress)
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises `RequestError` for one that could never run, or (`OverloadedError`) not in time."""

@@ -134,6 +134,7 @@ def main(make_core: MakeCore = EngineCore) -> int:
         if not isinstance(start, Start):
             raise TypeError(f"expected Start, got {type(start).__name__}")
         core = make_core(start.config, lambda stage, fraction: channel.send(Progress(stage, fraction)))
+        core.warm_up(lambda fraction: channel.send(Progress("kernels", fraction)))
         channel.send(Ready(core.info))
         run(core, channel, more)
     except (EOFError, ConnectionError):

@@ -8,7 +8,7 @@ encoder–decoder model the decoder's tokens are measured, each after the target
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,8 +79,12 @@ class OriginalModel:
     def logits(self, windows: list[list[int]], inputs: list[list[int]] | None = None) -> list[torch.Tensor]:
         """float32 `[tokens, vocabulary]` for each window. `inputs`: what an encoder reads for each."""
         if inputs is not None:
-            (read, mask), (decoder, _) = self._padded(inputs), self._padded(windows)  # no token sees what follows it
-            out = self.model(input_ids=read, attention_mask=mask, decoder_input_ids=decoder, use_cache=False).logits
+            decoder = padded(windows)["input_ids"]  # no token sees what follows it
+            out = self.model(
+                **{name: tensor.to(self.device) for name, tensor in padded(inputs).items()},
+                decoder_input_ids=decoder.to(self.device),
+                use_cache=False,
+            ).logits
             return [row[: len(window)].float() for row, window in zip(out, windows, strict=True)]
         if len({len(w) for w in windows}) == 1:
             out = self.model(input_ids=torch.tensor(windows, device=self.device), use_cache=False).logits.float()
@@ -91,11 +95,15 @@ class OriginalModel:
         """The same as `compare` wants it. `inputs` as in `Samples`."""
         return lambda first, windows: self.logits(windows, _slice(inputs, first, windows))
 
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, longest] twice: ids, and 1 where there is a token."""
-        tensors = [torch.tensor(row, device=self.device) for row in rows]
-        ones = [torch.ones_like(tensor) for tensor in tensors]
-        return pad_sequence(tensors, batch_first=True), pad_sequence(ones, batch_first=True)
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """`input_ids` int64 [B, longest], and `attention_mask`, 1 where there is a token."""
+    tensors = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(tensor) for tensor in tensors]
+    return {
+        "input_ids": pad_sequence(tensors, batch_first=True),
+        "attention_mask": pad_sequence(ones, batch_first=True),
+    }
 
 
 class _Sums:

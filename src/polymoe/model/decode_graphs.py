@@ -80,6 +80,9 @@ class DecodeGraphs:
 
         A stock definition that waits for the device cannot be captured: it is served uncaptured, with a warning.
         """
+        if (reason := self._waits_for_device()) is not None:
+            warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {reason}", stacklevel=2)
+            return
         pool = torch.cuda.graph_pool_handle()
         for done, size in enumerate(reversed(self.sizes)):
             progress(done / len(self.sizes))
@@ -103,9 +106,23 @@ class DecodeGraphs:
             self._captured[size] = graph, logits
         progress(1.0)
 
+    def _waits_for_device(self) -> str | None:
+        """What torch says about an operation that waits for the device, which must not happen during a capture."""
+        self.batch.fill(self._dummy(1), 1)
+        self._compute(1)  # kernels are compiled and timed, which waits
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._compute(1)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return None
+
     def _dummy(self, size: int) -> DecodeInputs:
         """Rows that read and write nothing but the trash block, of a variant that is loaded."""
-
         variant = min(self.model.slots.loaded, default=0)
         zeros = np.zeros(size, dtype=np.int64)
         cache = self.model.kv_cache

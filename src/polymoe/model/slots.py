@@ -75,6 +75,7 @@ class Slots:
 
     def fill(self) -> None:
         """Load the first variants, at start-up (not counted as reconfigurations), and make the others ready to come."""
+        self._mark = self.copier.mark()  # the rows' memory may have been somebody else's until now
         for variant in range(self.num_rows):
             self._install(variant, variant, self._start(variant, variant))
         self.wait_all()

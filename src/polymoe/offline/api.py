@@ -50,11 +50,20 @@ def make_plan(
     _say_ignored(family, console)
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
+    if options.distill is not None:
+        from polymoe.offline.distill import check_memory
+
+        check_memory(family)
     scan = family.scan(console)
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
     shutil.rmtree(started, ignore_errors=True)
+    if options.distill is not None:
+        from polymoe.offline.distill import distill
+
+        assert calibration is not None
+        bundle = distill(bundle, family, calibration, options.distill, console)
     if console is not None:
         print_bundle(bundle, console)
         print_sharing(bundle, scan, plan, console)
@@ -96,10 +105,10 @@ def inspect(
     for column in ("min", "mean", "max"):
         grid.add_column(f"{column} distance", justify="right")
     grid.add_column("identical experts", justify="right")
-    for layer, number in enumerate(scan.layer_numbers):
+    for layer, name in enumerate(scan.layer_names):
         row = relative[layer]
         shown = (f"{value:.2%}" for value in (row.min(), row.mean(), row.max()))
-        grid.add_row(str(number), *shown, f"{int(same[layer].sum())} of {len(row)}")
+        grid.add_row(name, *shown, f"{int(same[layer].sum())} of {len(row)}")
     grid.add_section()
     shown = (f"{value:.2%}" for value in (relative.min(), relative.mean(), relative.max()))
     grid.add_row("all", *shown, f"{int(same.sum())} of {same.size}")

@@ -1,4 +1,4 @@
-"""A folder that appears at once or not at all, whatever kills the process in between.
+"""A folder (or a file) that appears at once or not at all, whatever kills the process in between.
 
 .NAME.tmp-XXXXXXXX   being written, locked by its writer
 NAME                 always whole: absent, the old one or the new one
@@ -49,6 +49,15 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to beside `target`, whose place it takes on success. Folders above it are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    yield unfinished
+    unfinished.replace(target)
 
 
 def check_target(target: Path, overwrite: bool) -> None:

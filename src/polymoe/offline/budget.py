@@ -96,6 +96,10 @@ def build_plan(
         assert family is not None
         return _auto_plan(family, scan, memory, options, calibration, console)
     if policy == "regmean" and calibration is None:
+        if family is not None:
+            from polymoe.offline.calibrate import check_decoder_only
+
+            check_decoder_only(family)
         raise PlanError("--policy regmean weighs experts by what they see; give text with --calibrate VARIANT=FILE.")
     if policy == "paper" and memory is None:
         memory = "1.0x"
@@ -158,13 +162,11 @@ def _auto_plan(
 ) -> Plan:
     from polymoe.offline.allocate import auto_plan
 
+    if options.min_top1 is not None and memory is not None:
+        raise PlanError("give either --memory or --min-top1: one is the budget, the other the promise.")
     if options.min_top1 is not None:
-        if memory is not None:
-            raise PlanError("give either --memory or --min-top1: one is the budget, the other the promise.")
-        return auto_plan(family, scan, min_top1=options.min_top1, calibration=calibration, console=console)
+        return auto_plan(family, scan, None, options, calibration, console)
     budget = parse_memory("1.0x" if memory is None else memory)
     table_bytes = 9 * scan.expert_version.size  # bases and deltas int32, signs int8
-    plan = auto_plan(
-        family, scan, budget_bytes=expert_budget(budget, scan, table_bytes), calibration=calibration, console=console
-    )
+    plan = auto_plan(family, scan, expert_budget(budget, scan, table_bytes), options, calibration, console)
     return replace(plan, memory=budget.text)

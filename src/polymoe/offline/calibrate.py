@@ -46,8 +46,10 @@ class Calibration:
         through the variant's chat template. Long texts are sampled evenly. A variant without text reads that of all
         the others.
 
-        Raises `PlanError` for an unknown variant, a file that cannot be read, and too few tokens.
+        Raises `PlanError` for an encoder–decoder family, an unknown variant, a file that cannot be read, and too few
+        tokens.
         """
+        check_decoder_only(family)
         unknown = [name for name in files if name not in family.names]
         if unknown:
             raise PlanError(
@@ -69,6 +71,15 @@ class Calibration:
         for windows in self.windows:
             digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
         return digest.hexdigest()
+
+
+def check_decoder_only(family: Family) -> None:
+    """Raise `PlanError` for a family whose experts cannot be measured on text."""
+    if family.config.is_encoder_decoder:
+        raise PlanError(
+            f"{family.architecture.class_name} is an encoder–decoder model; only decoder-only models are calibrated on "
+            "text. Leave --calibrate out and take another policy than regmean: the others plan from the weights alone."
+        )
 
 
 def second_moments(hidden: Sequence[Tensor], gates: Sequence[Tensor], num_tokens: Sequence[int]) -> dict[int, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from polymoe.offline.atomic import whole_file
 from polymoe.offline.calibrate import Calibration, down_projection, first_projection, second_moments, weighted_sum
 from polymoe.offline.damage import TOP1_PER_ROOT_KL, Energies, EnergyTable, FloatArray, Partition, partitions_of
 from polymoe.offline.family_run import FamilyRun, Routed
@@ -57,7 +58,7 @@ def energies_on_text(
         for kind, target in enumerate((table.coherent, table.spread, table.base)):
             values = energies[kind]  # [E, N, V]
             target[layer, :, : values.shape[1]] = values[:, : target.shape[2]] * factor[:, layer] * _OTHER_TEXT
-    return table.result(top1)
+    return table.result(top1, np.array(pass_.traffic))
 
 
 class _Pass:
@@ -77,6 +78,7 @@ class _Pass:
         size = max(self.copies * probe.numel() * v for probe, v in zip(self.probes, family.vocab_sizes, strict=True))
         self.run = FamilyRun(family, windows, rows, math.ceil(size / _LOGITS))
         self.transposed = is_transposed(family)
+        self.traffic: list[FloatArray] = []  # of each layer, [E]
         self.noise = np.zeros((len(windows), info.num_layers))  # error put into the output, a token of a copy
         digest = hashlib.sha256(calibration.hash().encode())
         for v in range(len(family.names)):
@@ -91,6 +93,7 @@ class _Pass:
             for tensor in mlp_order(list(info.expert_shapes))
         }
         found = self._read(layer)
+        self.traffic.append(self._traffic(routed))
         outputs: list[dict[int, tuple[Tensor, Tensor, Tensor]]] = [{} for _ in routed]
         partitions: list[tuple[Partition, ...]] = []
         energies = np.zeros((3, info.num_experts, 3, len(routed)))
@@ -119,6 +122,15 @@ class _Pass:
             return tuple(partitions), found
         self._write(layer, energies)
         return tuple(partitions), energies
+
+    def _traffic(self, routed: list[Routed]) -> FloatArray:
+        """float64 [E]: share of the text's routed tokens that each expert gets, the mean over the variants."""
+        counts = [
+            torch.bincount(one.index[:tokens].reshape(-1), minlength=self.family.architecture.num_experts).double()
+            for one, tokens in zip(routed, self.tokens, strict=True)
+        ]
+        share: FloatArray = torch.stack([count / count.sum() for count in counts]).mean(dim=0).numpy()
+        return share
 
     def _outputs(
         self, layer: int, v: int, routed: Routed, rows: Tensor, gates: Tensor, hidden: Tensor, weights: Matrices
@@ -166,10 +178,8 @@ class _Pass:
     def _write(self, layer: int, energies: FloatArray) -> None:
         path = self._file(layer)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part.npy")
-            np.save(unfinished, energies)
-            unfinished.replace(path)
+            with whole_file(path) as unfinished, unfinished.open("wb") as file:
+                np.save(file, energies)
 
 
 class _Statistics:

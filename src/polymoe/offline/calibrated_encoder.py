@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polymoe.offline.atomic import whole_file
 from polymoe.offline.calibrate import (
     Calibration,
     down_projection,
@@ -151,7 +152,6 @@ class CalibratedEncoder:
         path = self._file(layer)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         flat = {
             f"{kind}/{variant}/{expert}/{tensor}/{part}": value.clone(memory_format=torch.contiguous_format)
             for kind, owners in (("base", encoded.bases), ("delta", encoded.deltas))
@@ -159,9 +159,8 @@ class CalibratedEncoder:
             for tensor, parts in packed.items()
             for part, value in parts.items()
         }
-        unfinished = path.with_suffix(".part")
-        save_file(flat, unfinished)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            save_file(flat, unfinished)
 
 
 def _found(encoded: EncodedLayer, group: Group, tensor: str) -> PackedTensor:

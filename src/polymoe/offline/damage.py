@@ -8,11 +8,12 @@ partition of the variants into groups, for each variant, say what all formats co
     base       ‖M‖², as noise at the outputs
 
     damage(base b, no delta) = coherent + D_b · base
-    damage(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + D_d · D_b · base
+    damage(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + R_bd · D_b · base
 
-since least-squares levels leave D_d of the difference itself (they shrink it) and D_d (1 − D_d) of its energy as noise.
+since least-squares levels leave D_d of the difference itself (they shrink it) and D_d (1 − D_d) of its energy as noise,
+and R_bd (`REPAIR`) of the base's rounding error.
 
-From the weights alone, energies are relative to ‖W_v‖² and every position counts alike. With text, the error of the
+From the weights alone, energies are relative to ‖W_v‖² and positions count by `importance`. With text, the error of the
 outputs of the tokens routed there is measured, Σ g² ‖E(x; W) − E(x; Ŵ)‖² a token: tr(ΔW G ΔWᵀ) for what is coherent,
 and what error feedback (GPTQ) leaves of rounding noise, D · ‖W‖² / I · Σ_j 1 / U_jj² with UᵀU = G⁻¹. One more factor
 turns it into KL: each layer's experts are disturbed alone, and the KL of the logits is measured (method.md, 4).
@@ -20,8 +21,8 @@ turns it into KL: each layer's experts are disturbed alone, and the KL of the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,23 +46,49 @@ DISTORTION = {
     **{f"int{bits}": left for bits, left in ((3, 0.0345), (4, 0.0095), (5, 0.0025), (6, 0.00064))},
     **{f"d{bits}": left for bits, left in enumerate((0.363, 0.1175, 0.0345, 0.0095, 0.0025), start=1)},
 }
-# From the weights alone: KL of a model for each unit of its experts' relative error as noise, and what a base's
-# rounding counts of it. Fitted to 13 uniform schemes on a family of four fine-tunes, within a factor of 1.8 each; only
-# their ratios decide a plan.
+# Share of a base's rounding error that is left below a delta, measured on three families of fine-tunes. It is more than
+# D_d: where a base clips a large weight, the delta, whose values are small, clips what is missing again.
+REPAIR = {
+    base: dict(zip(("d1", "d2", "d3", "d4", "d5"), left, strict=True))
+    for base, left in {
+        "int8": (0.25, 0.060, 0.010, 0.0030, 0.0010),
+        "int6": (0.36, 0.128, 0.044, 0.0165, 0.0080),
+        "int5": (0.36, 0.139, 0.054, 0.0230, 0.0120),
+        "int4": (0.36, 0.148, 0.061, 0.0285, 0.0155),
+        "int3": (0.36, 0.158, 0.069, 0.0325, 0.0165),
+    }.items()
+}
+# From the weights alone: KL of a model for each unit of its experts' relative error as rounding noise. 0.8 to 5 were
+# measured on the three families; it scales all predictions alike and decides no plan.
 NATS_PER_ERROR = 1.5
-ROUNDING = 0.7
+# How much more leaving out what training changed counts than noise in the shape of it (1 to 6 were measured).
+COHERENCE = 5.0
+# Agreement was as promised on three families with so many times the damage that the weights alone predict.
+CAUTION = 2.5
 # 1 − top-1 agreement ≈ this · √KL, from the same measurements.
 TOP1_PER_ROOT_KL = 0.75
 
 
-def coherence(distance: float) -> float:
-    """How much more leaving out what training changed counts than noise of the same energy.
+def relevance(distance: float) -> float:
+    """How much more noise in the shape of what training changed counts than rounding noise of the same energy.
 
-    `distance`: mean distance of a pair of variants relative to the norm of their weights. What training changed all
-    pushes one way, so that KL grows less than quadratically with it: measured (policy `mean`, and 1-bit deltas) 4.8 at
-    a distance of 0.19 and 23 at 0.03, a power law between; not extrapolated far below.
+    `distance`: mean distance of a pair of variants relative to the norm of their weights. Training changes the rows
+    that matter, and the more so the less it changes: 1.1, 1.6 and 5 were measured (uniform 2- and 3-bit deltas on bases
+    with and without rounding) at distances of 0.19, 0.078 and 0.03; not extrapolated far below.
     """
-    return float(min(0.95 * max(distance, 1e-9) ** -0.9, 40.0))
+    return min(1 + 0.0036 / max(distance, 1e-9) ** 2, 8.0)
+
+
+def importance(norm_square: FloatArray) -> FloatArray:
+    """float [L, E], mean 1: what a relative error of an expert counts, for ‖W‖² [L, E] of a family.
+
+    Experts that are used much grow in training, and the first layers' errors go through all others: beside energies
+    measured on text, ‖W‖⁴ and 1, 1/2, 1/3, 1/4, 1/4, … by layer rank the positions of three families with coefficients
+    of 0.4 to 0.8, relative errors alone with −0.5 to 0.
+    """
+    by_layer = np.maximum(1 / np.arange(1, len(norm_square) + 1), 0.25)[:, None]
+    weight: FloatArray = (norm_square / max(float(norm_square.mean()), 1e-30)) ** 2 * by_layer
+    return weight / max(float(weight.mean()), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +97,10 @@ class Energies:
     nats a token, N the number of partitions at most (0 beyond a position's own).
 
     top1_per_root_kl: float [V], 1 − top-1 agreement of a variant for a root of KL.
+    traffic: float [L, E], share of a layer's routed tokens (mean over the variants) that an expert gets.
+    caution: what is promised must hold for so many times the predicted damage.
+    repair: base -> delta -> the share of the base's rounding error that it leaves; elsewhere D_d. (With text, error
+    feedback fits the deltas to what matters, and plans by `REPAIR` were measured to be no better.)
     """
 
     partitions: tuple[tuple[tuple[Partition, ...], ...], ...]
@@ -77,24 +108,26 @@ class Energies:
     spread: FloatArray
     base: FloatArray
     top1_per_root_kl: FloatArray
+    traffic: FloatArray
+    caution: float = 1.0
+    repair: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def damage(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [V], nats a token, for a merged base in format `base` with deltas of format `delta` ("none": none)."""
+        damage: FloatArray = self.components(layer, expert, partition, base, delta).sum(axis=0)
+        return damage
+
+    def components(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
+        """float [3, V], nats a token: what is left of `coherent`, of `spread` and of `base`."""
         where = layer, expert, partition
         rounding = DISTORTION[base] * self.base[where]
         if delta == "none":
-            damage: FloatArray = self.coherent[where] + rounding
-        elif delta.startswith("±"):  # the delta is against the exact midpoint: it does not repair the base's rounding
-            damage = self._left(where, delta[1:]) + rounding
-        else:
-            damage = self._left(where, delta) + DISTORTION[delta] * rounding
-        return damage
-
-    def _left(self, where: tuple[int, int, int], delta: str) -> FloatArray:
-        """What a delta format leaves of W_v − M: D of it shrunk towards M, the rest as noise."""
-        share = DISTORTION[delta]
-        left: FloatArray = share**2 * self.coherent[where] + share * (1 - share) * self.spread[where]
-        return left
+            return np.stack((self.coherent[where], np.zeros_like(rounding), rounding))
+        share = DISTORTION[delta.removeprefix("±")]
+        if not delta.startswith("±"):  # which is against the exact midpoint and does not repair the base's rounding
+            rounding = rounding * self.repair.get(base, DISTORTION)[delta]
+        # Of W_v − M the share is left of itself, shrunk towards M, and the rest of it as noise.
+        return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
 
     @staticmethod
     def of_weights(family: Family, scan: FamilyScan, console: Console | None = None) -> Energies:
@@ -102,14 +135,15 @@ class Energies:
         version = scan.expert_version
         num_variants, num_layers, num_experts = version.shape
         square = pair_squares(family, scan, console)
-        coherent = coherence(float(scan.relative_distance.mean()))
+        relevant = relevance(float(scan.relative_distance.mean()))
         partitions = tuple(
             tuple(partitions_of(square[layer, expert]) for expert in range(num_experts)) for layer in range(num_layers)
         )
         filled = EnergyTable(partitions, num_variants)
+        counts = importance(square.diagonal(axis1=2, axis2=3).mean(axis=2))
         for layer, expert in np.ndindex(num_layers, num_experts):
             own = np.maximum(square[layer, expert].diagonal(), 1e-30)
-            factor = NATS_PER_ERROR / (num_layers * num_experts) / own
+            factor = NATS_PER_ERROR * counts[layer, expert] / (num_layers * num_experts) / own
             for n, partition in enumerate(partitions[layer][expert]):
                 for group in partition:
                     inside = spread(square[layer, expert], group) / len(group)
@@ -117,10 +151,11 @@ class Energies:
                     for v in group:
                         # ‖W_v − mean‖² = mean over the group of ‖W_v − W_w‖² less the spread's mean
                         away = max(0.0, sum(square[layer, expert, v, w] for w in group if w != v) / len(group) - inside)
-                        filled.spread[layer, expert, n, v] = factor[v] * away
-                        filled.coherent[layer, expert, n, v] = factor[v] * away * coherent
-                        filled.base[layer, expert, n, v] = factor[v] * merged * ROUNDING
-        return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL))
+                        filled.spread[layer, expert, n, v] = factor[v] * away * relevant
+                        filled.coherent[layer, expert, n, v] = factor[v] * away * relevant * COHERENCE
+                        filled.base[layer, expert, n, v] = factor[v] * merged
+        alike = np.full((num_layers, num_experts), 1 / num_experts)
+        return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, REPAIR)
 
 
 class EnergyTable:
@@ -132,8 +167,14 @@ class EnergyTable:
         shape = (len(self.partitions), len(self.partitions[0]), most, num_variants)
         self.coherent, self.spread, self.base = np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
-    def result(self, top1: FloatArray) -> Energies:
-        return Energies(self.partitions, self.coherent, self.spread, self.base, top1)
+    def result(
+        self,
+        top1: FloatArray,
+        traffic: FloatArray,
+        caution: float = 1.0,
+        repair: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> Energies:
+        return Energies(self.partitions, self.coherent, self.spread, self.base, top1, traffic, caution, repair or {})
 
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:

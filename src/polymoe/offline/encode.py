@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from polymoe.offline.matrices import as_matrix, mlp_order
 from polymoe.offline.matrices import is_transposed as is_transposed
 from polymoe.offline.matrices import matrix_shape as matrix_shape
 from polymoe.offline.plan import NO_DELTA, Plan
-from polymoe.offline.position_codec import PackedTensor, encode_tensor, groups_of
+from polymoe.offline.position_codec import Group, PackedTensor, encode_tensor, groups_of
 from polymoe.offline.scan import FamilyScan
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
 
+_PIECE = 1 << 22  # values packed at once
 Packed = dict[str, dict[str, Tensor]]  # tensor name -> part -> packed tensor
 
 
@@ -84,5 +87,25 @@ class PlainEncoder:
             for group in groups:
                 versions = version[:, group.expert].tolist()
                 own = {v: as_matrix(stacks[versions[v]][group.expert], self.transposed) for v in group.members}
-                encoded.add(group.leader, group.expert, tensor, encode_tensor(group, own, versions))
+                encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, versions))
+            del stacks  # before the next tensor is read
         return encoded
+
+
+def _in_pieces(group: Group, own: Mapping[int, Tensor], version: Sequence[int]) -> PackedTensor:
+    """`encode_tensor` by rows, which have their own scales: its float32 copies stay small."""
+    first = own[group.leader]
+    rows = max(1, _PIECE // first[0].numel())
+    split = {v: torch.split(weight, rows) for v, weight in own.items()}
+    pieces = [
+        encode_tensor(group, {v: part[i] for v, part in split.items()}, version)
+        for i in range(len(split[group.leader]))
+    ]
+    bases = [piece.base for piece in pieces if piece.base is not None]
+    return PackedTensor(
+        _joined(bases) if bases else None, {v: _joined([piece.deltas[v] for piece in pieces]) for v in pieces[0].deltas}
+    )
+
+
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polymoe.offline.family import Family
     from polymoe.offline.scan import FamilyScan
 
+_PIECE = 1 << 20  # values compared at once
 RIDGE = 0.03  # of the mean diagonal over variants, added to every G: what no text has seen is merged by the mean
 
 
@@ -71,18 +72,21 @@ def pair_squares(family: Family, scan: FamilyScan, console: Console | None = Non
 
     def add(layer: int, expert: int, rows: list[Tensor]) -> None:
         own = version[:, layer, expert]
-        flat = [row.reshape(-1).float() for row in rows]
-        for v in range(num_variants):
-            square[layer, expert, v, v] += float(torch.linalg.vector_norm(flat[v])) ** 2
-            for w in range(v):
-                if own[v] != own[w]:
-                    apart = float(torch.linalg.vector_norm(flat[v] - flat[w])) ** 2
-                    square[layer, expert, v, w] += apart
-                    square[layer, expert, w, v] += apart
+        # In pieces: several threads with float32 copies of whole experts would be gigabytes.
+        for pieces in zip(*(torch.split(row.reshape(-1), _PIECE) for row in rows), strict=True):
+            flat = [piece.float() for piece in pieces]
+            for v in range(num_variants):
+                square[layer, expert, v, v] += float(torch.linalg.vector_norm(flat[v])) ** 2
+                for w in range(v):
+                    if own[v] != own[w]:
+                        apart = float(torch.linalg.vector_norm(flat[v] - flat[w])) ** 2
+                        square[layer, expert, v, w] += apart
+                        square[layer, expert, w, v] += apart
 
     with ThreadPoolExecutor(4) as pool:
         for layer, _, stacks in expert_stacks(family, "Comparing pairs", console):
             list(pool.map(lambda e: add(layer, e, [stack[e] for stack in stacks]), range(num_experts)))  # noqa: B023
+            stacks.clear()
     return square
 
 
@@ -132,11 +136,13 @@ def exact_delta_bytes(family: Family, scan: FamilyScan, console: Console | None 
             if version[v, layer, expert] != version[0, layer, expert]:
                 count = int(changed(stacks[v][expert], stacks[0][expert]).sum())
                 total[v, layer, expert] += exact_bytes(shape, count, dtype)
+        stacks.clear()
     return total
 
 
 def expert_stacks(family: Family, label: str, console: Console | None) -> Iterator[tuple[int, str, list[Tensor]]]:
-    """(layer, tensor, its [E, …] in each variant), one tensor at a time, with a progress bar."""
+    """(layer, tensor, its [E, …] in each variant), one tensor at a time, with a progress bar. Who is done with a list
+    clears it, so that two tensors of a layer are never in memory."""
     info, variants = family.architecture, family.checkpoints
     names: Mapping[tuple[int, str], str] = {
         (layer, tensor): info.expert_tensor(layer, tensor)

@@ -26,14 +26,20 @@ class PlanOptions:
 
     base: format of the bases. delta_bits: bits a value of policy `delta`. clusters: groups of policy `cluster`.
     min_top1: share of tokens on which every variant must agree with its original, policy `auto`.
-    calibrate: variant -> text files. accept_unrelated: merge variants that plainly have another ancestor all the same.
+    caution: `min_top1` is to hold for so many times the predicted damage.
+    host_share: of what is routed, the share that may be fetched from the host tier, policy `auto`.
+    calibrate: variant -> text files. distill: steps of distillation on them after the plan.
+    accept_unrelated: merge variants that plainly have another ancestor all the same.
     """
 
     base: str = "stored"
     delta_bits: int | None = None
     clusters: int | None = None
     min_top1: float | None = None
+    caution: float = 1.0
+    host_share: float | None = None
     calibrate: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    distill: int | None = None
     accept_unrelated: bool = False
 
     @property
@@ -55,12 +61,19 @@ class PlanOptions:
             (self.delta_bits, "--delta-bits", "delta"),
             (self.clusters, "--clusters", "cluster"),
             (self.min_top1, "--min-top1", "auto"),
+            (self.host_share, "--host-share", "auto"),
         ):
             if value is not None and policy != owner:
                 raise PlanError(f"{option} belongs to --policy {owner}, not to {policy}.")
+        if self.distill is not None and not self.calibrate:
+            raise PlanError("--distill learns from text; give it with --calibrate VARIANT=FILE.")
+        if self.distill is not None and self.distill < 1:
+            raise PlanError(f"--distill takes a number of steps, at least 1; got {self.distill}.")
         if self.delta_bits is not None and not 1 <= self.delta_bits <= 4:
             raise PlanError(f"--delta-bits must be 1, 2, 3 or 4, got {self.delta_bits}.")
         if self.clusters is not None and self.clusters < 1:
             raise PlanError(f"--clusters must be at least 1, got {self.clusters}.")
         if self.min_top1 is not None and not 0 < self.min_top1 <= 1:
             raise PlanError(f"--min-top1 is a share of tokens, above 0 and up to 1; got {self.min_top1:g}.")
+        if self.host_share is not None and not 0 <= self.host_share < 1:
+            raise PlanError(f"--host-share is a share of what is routed, from 0 to below 1; got {self.host_share:g}.")

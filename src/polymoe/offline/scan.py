@@ -49,10 +49,14 @@ class FamilyScan:
         return np.divide(self.distance, scale, out=np.zeros_like(self.distance), where=scale > 0)
 
     @property
-    def layer_numbers(self) -> list[int]:
-        """The model's own number of each expert layer; a leading dense layer makes it start at 1."""
-        found = [re.search(r"\d+", path) for path in self.expert_modules]
-        return [index if match is None else int(match[0]) for index, match in enumerate(found)]
+    def layer_names(self) -> list[str]:
+        """The model's own number of each expert layer, behind the name of its stack where there are two ("encoder 1");
+        a leading dense layer makes it start at 1."""
+        found = [re.search(r"^(encoder|decoder)?\D*(\d+)", path) for path in self.expert_modules]
+        return [
+            str(index) if match is None else " ".join(part for part in match.groups() if part)
+            for index, match in enumerate(found)
+        ]
 
     @property
     def nonexpert_bytes_total(self) -> int:
@@ -127,6 +131,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
                 for variant, rows in enumerate(digests):
                     for expert, digest in enumerate(rows):
                         experts[variant][expert].update(tensor.encode() + b"\0" + digest)
+                del stacks  # before the next tensor is read
             squares += sums.squares
             distance[layer], norm[layer] = sums.distance, sums.norms.mean(axis=0)
             for expert in range(info.num_experts):

@@ -78,7 +78,7 @@ def heatmap(scan: FamilyScan, path_png: str | Path) -> None:
     axes.set_ylabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     if num_layers <= 32:
-        axes.set_yticks(range(num_layers), [str(number) for number in scan.layer_numbers])
+        axes.set_yticks(range(num_layers), scan.layer_names)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)

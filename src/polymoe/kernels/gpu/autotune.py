@@ -2,7 +2,8 @@
 
 The file is `$XDG_CACHE_HOME/polymoe/gpu-kernels.json` (`~/.cache` without the variable): {"device, triton version":
 {"kernel and shape": index of the candidate}}. Nothing is timed while a CUDA graph is captured, nor in the interpreter:
-there the first candidate is used, which fits every supported GPU. So run each shape once before capturing.
+there the first candidate is used, which fits every supported GPU; `POLYMOE_NO_AUTOTUNE=1` means the same everywhere (a
+kernel takes seconds to compile, for each candidate the first time). So run each shape once before capturing.
 """
 
 import contextlib
@@ -41,16 +42,17 @@ def choose(
         candidates: the first is used where nothing can be timed. Give the same ones for the same kind and shape.
         launch: runs the kernel on the current stream; must give the same when run again.
     """
-    if not torch.cuda.is_available() or len(candidates) == 1:
+    if not torch.cuda.is_available() or len(candidates) == 1 or os.environ.get("POLYMOE_NO_AUTOTUNE"):
         return candidates[0]
-    known = _known()
+    device = f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+    known = _known(device)
     key = " ".join(str(part) for part in (kind, *shape, f"of {len(candidates)}"))
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         times = [_time(launch, config) for config in candidates]
         known[key] = times.index(min(times))
-        _save(known)
+        _save(device, known)
     return candidates[known[key]]
 
 
@@ -80,13 +82,9 @@ def _path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polymoe" / "gpu-kernels.json"
 
 
-def _device_key() -> str:
-    return f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
-
-
 @cache
-def _known() -> dict[str, int]:
-    return _read().get(_device_key(), {})
+def _known(device: str) -> dict[str, int]:
+    return _read().get(device, {})
 
 
 def _read() -> dict[str, dict[str, int]]:
@@ -98,11 +96,11 @@ def _read() -> dict[str, dict[str, int]]:
     return found
 
 
-def _save(known: dict[str, int]) -> None:
+def _save(device: str, known: dict[str, int]) -> None:
     """Written beside and renamed; a home that cannot be written costs the next process the same timings, no more."""
     with contextlib.suppress(OSError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            json.dump({**_read(), _device_key(): known}, file, indent=1, sort_keys=True)
+            json.dump({**_read(), device: known}, file, indent=1, sort_keys=True)
         Path(file.name).replace(path)

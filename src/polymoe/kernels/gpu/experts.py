@@ -36,8 +36,9 @@ def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
     if module.is_transposed and _num_stored(stored) > 0:
         return False
     if not isinstance(weights, CompressedLayer):
-        return _num_stored(weights) > 0
-    return weights.num_bases > 0 and all(isinstance(pool, PackedPool) for pool in weights.deltas)
+        return _num_stored(stored) > 0
+    resident = _num_stored(stored) + sum(len(pool) for pool in weights.bases)
+    return resident > 0 and all(isinstance(pool, PackedPool) for pool in weights.deltas)
 
 
 def experts_gpu(
@@ -56,7 +57,8 @@ def experts_gpu(
 
     Args:
         module: the stock experts module, one that `supported` accepts.
-        hidden: `[T, H]`. top_k_index, top_k_weights: `[T, K]`. token_variant: `[T]`.
+        hidden: `[T, H]`. top_k_index, top_k_weights: `[T, K]`, indices valid for padding too.
+        token_variant: `[T]`; < 0 is padding: zeros come out, and no weights are read for it.
         table: `[V, E]` int32, the layer's; may be a strided view. An id < 0 (absent) contributes zero: add its share.
         delta, sign: `[V, E]` int32 and int8 with the strides of `table`, or None.
         weights: the stock stacks by name `[P, …]`, or the layer's packed pools.

@@ -8,9 +8,9 @@ each level) and one permutation to put the bytes together give two tiles of weig
     (w >> 0) & 0x33333333 = selectors  c₂ c₀ c₂ c₀ c₂ c₀ c₂ c₀  of bytes 3 … 0
 
 Levels are mirrored, so 4 bits are 8 sizes and a sign; 5 bits are 16 sizes, two tables of 8 and a choice between them.
-Decoding with a conversion or a table in memory takes three to four times the instructions, and at 3 TB/s of 2-bit
-codes instructions are what limits. 6 bits and other dtypes use that way (`packed_product._values`); so does Triton's
-interpreter, which knows no PTX. The test runs these very lines in an emulator of the six instructions.
+Decoding with conversions or a table in memory takes about twice the instructions (counted in code for sm_90), and at
+3 TB/s of 2-bit codes instructions are what limits. 6 bits and other dtypes use that way (`packed_product._values`); so
+does Triton's interpreter, which knows no PTX. The test runs these very lines in an emulator of their instructions.
 """
 
 import torch
@@ -38,6 +38,7 @@ def assembly(fmt: Format) -> tuple[str, ...]:
 
 
 def _block(lines: list[str], registers: str) -> str:
+    """Operands that are read must not be read again after an output was written: the two may be one register."""
     return "{\n.reg .b32 " + registers + ";\n" + "\n".join(f"{line};" for line in lines) + "\n}"
 
 
@@ -46,7 +47,7 @@ def _int8() -> str:
     lines = []
     for out, places in (("$0", "0x4140"), ("$1", "0x4342")):
         lines += [
-            f"prmt.b32 a, $2, 0, {places}",
+            f"prmt.b32 a, w, 0, {places}",
             "and.b32 b, a, 0x007f007f",
             "or.b32 b, b, 0x43004300",
             "not.b32 a, a",
@@ -54,7 +55,7 @@ def _int8() -> str:
             "or.b32 a, a, 0xc300c300",
             f"fma.rn.bf16x2 {out}, b, one, a",
         ]
-    return _block(["mov.b32 one, 0x3f803f80", *lines], "a, b, one")
+    return _block(["mov.b32 w, $2", "mov.b32 one, 0x3f803f80", *lines], "a, b, w, one")
 
 
 def _fp8() -> str:
@@ -62,14 +63,16 @@ def _fp8() -> str:
     lines = []
     for out, places in (("$0", "0x1404"), ("$1", "0x3424")):
         lines += [
-            f"prmt.b32 a, $2, 0, {places}",
+            f"prmt.b32 a, w, 0, {places}",
             "shr.u32 b, a, 4",
             "and.b32 b, b, 0x07f007f0",
             "and.b32 a, a, 0x80008000",
             "or.b32 a, a, b",
             f"fma.rn.bf16x2 {out}, a, big, zero",
         ]
-    return _block(["mov.b32 big, 0x7b807b80", "mov.b32 zero, 0x80008000", *lines], "a, b, big, zero")
+    return _block(
+        ["mov.b32 w, $2", "mov.b32 big, 0x7b807b80", "mov.b32 zero, 0x80008000", *lines], "a, b, w, big, zero"
+    )
 
 
 def _pair(fmt: Format, tile: int, shift: int, apart: int) -> str:

@@ -65,7 +65,7 @@ def sort_rows(
 
     Args:
         top_k_index: `[T, K]` routed experts, int32 or int64.
-        token_variant: `[T]`, int32 or int64.
+        token_variant: `[T]`, int32 or int64; < 0 is padding, whose rows count as absent.
         table: `[V, E]` int32, may be strided: physical base, < 0 absent.
         delta, sign: `[V, E]` like `table` (int32, int8), or None.
         block_m: rows of a tile.
@@ -79,7 +79,7 @@ def sort_rows(
     assert delta is None or delta.stride() == table.stride(), "table and delta must have one layout"
     assert sign is None or sign.stride() == table.stride(), "table and sign must have one layout"
     top_k_index, token_variant = top_k_index.contiguous(), token_variant.contiguous()
-    tiles = max_tiles(num_rows, block_m, num_bases)
+    tiles = max_tiles(num_rows, block_m, num_bases + 1)  # and padding
     ints = torch.empty(7, num_rows, dtype=torch.int32, device=table.device)
     tile = torch.empty(3, tiles, dtype=torch.int32, device=table.device)
     order, row_delta, row_sign, segment_stop, *of_base = ints
@@ -120,15 +120,18 @@ def sort_rows_torch(
     """The reference, in torch operations that do not wait for the device either. Arguments as `sort_rows`."""
     num_rows, top_k = top_k_index.numel(), top_k_index.shape[1]
     device = table.device
-    entry = token_variant.long()[:, None], top_k_index.long()
-    base = table[entry].reshape(-1).long()
-    row_delta = torch.full_like(base, _NO_DELTA) if delta is None else delta[entry].reshape(-1).long()
+    padding = (token_variant < 0)[:, None]
+    entry = token_variant.clamp_min(0).long()[:, None], top_k_index.long()
+    base = torch.where(padding, -1, table[entry]).reshape(-1).long()
+    row_delta = torch.full_like(base, _NO_DELTA)
+    if delta is not None:
+        row_delta = torch.where(padding, _NO_DELTA, delta[entry]).reshape(-1).long()
     key, order = torch.sort((base << 32) + (row_delta - _NO_DELTA), stable=True)
     base = base[order]
     base_start, base_stop = torch.searchsorted(base, base), torch.searchsorted(base, base, right=True)
     row = torch.arange(num_rows, device=device)
     is_first = (row - base_start) % block_m == 0
-    tiles = max_tiles(num_rows, block_m, num_bases)
+    tiles = max_tiles(num_rows, block_m, num_bases + 1)  # and padding
     # One place more takes what rows that begin no tile would write.
     place = torch.where(is_first, is_first.cumsum(0) - 1, tiles)
     stop = torch.minimum(row + block_m, base_stop)
@@ -159,9 +162,12 @@ def _keys(
     here = rows < num_rows
     expert = tl.load(index_ptr + rows, mask=here, other=0)
     variant = tl.load(variant_ptr + rows // top_k, mask=here, other=0)
-    entry = variant.to(tl.int64) * stride_v + expert.to(tl.int64) * stride_e
-    base = tl.load(table_ptr + entry, mask=here, other=2147483647)
-    delta = tl.load(delta_ptr + entry, mask=here, other=0) if HAS_DELTA else tl.full(base.shape, -1, tl.int32)
+    padding = variant < 0
+    entry = tl.maximum(variant, 0).to(tl.int64) * stride_v + expert.to(tl.int64) * stride_e
+    base = tl.where(padding, -1, tl.load(table_ptr + entry, mask=here, other=2147483647))
+    delta = tl.full(base.shape, -1, tl.int32)
+    if HAS_DELTA:
+        delta = tl.where(padding, -1, tl.load(delta_ptr + entry, mask=here, other=0))
     return entry, base, delta
 
 
@@ -236,6 +242,7 @@ def _whole_kernel(
     first = (i < num_rows) & ((rank - base_start) % block_m == 0)
     begins_before = (rank[None, :] < rank[:, None]) & first[None, :]
     place = tl.sum(begins_before.to(tl.int32), axis=1)
+    first = first & (place < num_tiles)  # never beyond the table, should it hold more bases than was said
     tl.store(tile_base_ptr + place, base, mask=first)
     tl.store(tile_start_ptr + place, rank, mask=first)
     tl.store(tile_stop_ptr + place, tl.minimum(rank + block_m, base_stop), mask=first)
@@ -275,6 +282,7 @@ def _tile_kernel(
     first = here & ((row - base_start) % block_m == 0)
     place = tl.cumsum(first.to(tl.int32), 0) - 1
     used = tl.sum(first.to(tl.int32), 0)
+    first = first & (place < num_tiles)  # never beyond the table, should it hold more bases than was said
     tl.store(tile_base_ptr + place, base, mask=first)
     tl.store(tile_start_ptr + place, row, mask=first)
     tl.store(tile_stop_ptr + place, tl.minimum(row + block_m, base_stop), mask=first)
