@@ -99,10 +99,10 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], answered: bool) -> None
         errors = [mine[count]["rouge1"]["error"] for count in present] if answered else None
         axes.bar(x, values, width * 0.94, yerr=errors, color=colour, label=label,
                  error_kw={"ecolor": "0.35", "elinewidth": 1, "capsize": 2})  # fmt: skip
-        for at, value in zip(x, values, strict=True):
+        for at, value, error in zip(x, values, errors or [0.0] * len(x), strict=True):
             text = f"{value:.3f}" if answered else f"{value:.2g}"
-            axes.annotate(text, (at, value), (0, 9 if answered else 3), textcoords="offset points", ha="center",
-                          fontsize=6.5, rotation=90, color="0.35")  # fmt: skip
+            axes.annotate(text, (at, value + error), (0, 3), textcoords="offset points", ha="center", fontsize=6.5,
+                          rotation=90, color="0.35")  # fmt: skip
     if answered:
         axes.axhline(alone["rouge1"]["mean"], color="0.3", linestyle="--", linewidth=1.2, label="alone")
         axes.set_ylim(0, 1.25 * max(row["rouge1"]["mean"] for row in rows))
