@@ -232,7 +232,8 @@ def test_swap_drains_and_turns_to_the_oldest_request(monkeypatch: pytest.MonkeyP
     loads: list[str] = []
 
     class Engine(Steady):
-        def __init__(self, config: EngineConfig) -> None:
+        def __init__(self, config: EngineConfig, module: str) -> None:
+            del module
             super().__init__(0.001)
             loads.append(config.bundle)
 
