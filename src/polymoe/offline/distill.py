@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 8  # one window of so many is for the comparison only
 _BATCH = 4  # windows a step
-_LEARNING_RATE = {"scales": 5e-3, "nonexperts": 1e-3}  # of relative changes
+_LEARNING_RATE = {"scales": 1e-3, "nonexperts": 1e-4}  # of relative changes
 _COPIES = 7  # float32 models' worth of memory: weights, bases, levels, their products and gradients
 
 

@@ -7,7 +7,6 @@ least, with G_v = Σ g² x xᵀ over the inputs x that variant v routed there wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from polymoe.offline.matrices import is_transposed, matrix_shape
 from polymoe.offline.progress import byte_progress
+from polymoe.offline.threads import thread_pool
 from polymoe.quant.exact import changed, exact_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def pair_squares(family: Family, scan: FamilyScan, console: Console | None = Non
                         square[layer, expert, v, w] += apart
                         square[layer, expert, w, v] += apart
 
-    with ThreadPoolExecutor(4) as pool:
+    with thread_pool() as pool:
         for layer, _, stacks in expert_stacks(family, "Comparing pairs", console):
             list(pool.map(lambda e: add(layer, e, [stack[e] for stack in stacks]), range(num_experts)))  # noqa: B023
             stacks.clear()
@@ -130,13 +130,18 @@ def exact_delta_bytes(family: Family, scan: FamilyScan, console: Console | None 
     """int [V, L, E]: bytes of an exact delta of v's expert against the first variant's; 0 where it is identical."""
     version, info, transposed = scan.expert_version, family.architecture, is_transposed(family)
     total = np.zeros(version.shape, dtype=np.int64)
-    for layer, tensor, stacks in expert_stacks(family, "Comparing bits", console):
-        shape, dtype = matrix_shape(tuple(info.expert_shapes[tensor]), transposed), stacks[0].dtype
-        for v, expert in np.ndindex(version.shape[0], version.shape[2]):
-            if version[v, layer, expert] != version[0, layer, expert]:
-                count = int(changed(stacks[v][expert], stacks[0][expert]).sum())
-                total[v, layer, expert] += exact_bytes(shape, count, dtype)
-        stacks.clear()
+
+    def add(layer: int, tensor: str, expert: int, rows: list[Tensor]) -> None:
+        shape = matrix_shape(tuple(info.expert_shapes[tensor]), transposed)
+        for v, own in enumerate(version[:, layer, expert]):
+            if own != version[0, layer, expert]:
+                count = int(changed(rows[v], rows[0]).sum())
+                total[v, layer, expert] += exact_bytes(shape, count, rows[0].dtype)
+
+    with thread_pool() as pool:
+        for layer, tensor, stacks in expert_stacks(family, "Comparing bits", console):
+            list(pool.map(lambda e: add(layer, tensor, e, [s[e] for s in stacks]), range(version.shape[2])))  # noqa: B023
+            stacks.clear()
     return total
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from polymoe.errors import CheckpointError
 from polymoe.offline.progress import byte_progress
 from polymoe.offline.similarity import LayerDistances
 from polymoe.offline.tensorfile import dtype_name, raw_bytes
+from polymoe.offline.threads import thread_pool
 
 if TYPE_CHECKING:
     from polymoe.offline.family import Family
@@ -105,7 +106,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
 
     with (
-        ThreadPoolExecutor(len(variants)) as pool,
+        thread_pool() as pool,
         byte_progress("Comparing", family.num_bytes, console) as advance,
     ):
 
@@ -121,8 +122,8 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
             experts = [[hashlib.sha256() for _ in range(info.num_experts)] for _ in variants]
             for tensor in info.expert_shapes:
                 stacks = load(info.expert_tensor(layer, tensor))
-                digests = list(pool.map(lambda stack: [tensor_hash(row) for row in stack], stacks))
-                sums.add(stacks, digests)
+                digests = [list(pool.map(tensor_hash, stack)) for stack in stacks]
+                list(pool.map(sums.add, range(info.num_experts), zip(*stacks, strict=True), repeat(digests)))
                 for variant, expert in np.argwhere(~np.isfinite(sums.norms)):
                     raise CheckpointError(
                         f"{variants[variant].path}: expert {expert} of {info.expert_tensor(layer, tensor)} has NaN or "

@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from polymoe.offline.scan import FamilyScan
 
+_PIECE = 1 << 20  # values compared at once
+
 
 class LayerDistances:
     """Distances and norms of one layer's experts, summed up tensor by tensor.
@@ -28,11 +30,14 @@ class LayerDistances:
         self._square = np.zeros((len(self._pairs), num_experts))
         self._norm_square = np.zeros((num_variants, num_experts))
 
-    def add(self, stacks: Sequence[Tensor], digests: Sequence[Sequence[bytes]] | None = None) -> None:
-        """Add one tensor of the experts: `stacks[v]` is [E, *shape]. Pairs with equal `digests[v][e]` count as 0."""
-        for expert in range(self._square.shape[1]):
-            # One expert at a time: float32 copies of a whole layer would double the memory.
-            rows = [stack[expert].reshape(-1).to(torch.float32) for stack in stacks]
+    def add(self, expert: int, weights: Sequence[Tensor], digests: Sequence[Sequence[bytes]] | None = None) -> None:
+        """Add one tensor of an expert, `weights[v]` of any shape. Pairs with equal `digests[v][e]` count as 0.
+
+        Several threads may add, each other experts.
+        """
+        # In pieces: float32 copies of several experts at once would be gigabytes.
+        for pieces in zip(*(torch.split(weight.reshape(-1), _PIECE) for weight in weights), strict=True):
+            rows = [piece.to(torch.float32) for piece in pieces]
             for variant, row in enumerate(rows):
                 self._norm_square[variant, expert] += float(torch.linalg.vector_norm(row)) ** 2
             for index, (i, j) in enumerate(self._pairs):
