@@ -146,7 +146,7 @@ def test_plans_keep_their_budget_and_get_better(family: Family, with_text: bool)
 
 
 def test_without_text_a_plan_is_no_worse_than_any_uniform_one(family: Family) -> None:
-    options = position_options(family, family.scan(), Energies.of_weights(family, family.scan()))
+    options = position_options(family, family.scan(), Energies.of_weights(family.scan()))
     given = Choices(options, uniform_answers(options))
     assert {"int4 + d2", "int8 + none", "stored + d1", "int4 apart"} <= set(given.uniform)
     for name, chosen in given.uniform.items():
@@ -214,7 +214,7 @@ def test_predicted_and_measured_damage_rank_options_the_same(tmp_path: Path) -> 
     paths = make_family("mixtral", tmp_path, 3, perturb=0.2, num_hidden_layers=3)
     family, (seen, unseen) = Family.open(paths), (texts(48), texts(16, 8))
     calibration, scan = Calibration(seen), family.scan()
-    energies = {False: Energies.of_weights(family, scan), True: energies_on_text(family, scan, calibration)}
+    energies = {False: Energies.of_weights(scan), True: energies_on_text(family, scan, calibration)}
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths.values()]
     info = family.architecture
 

@@ -11,7 +11,6 @@ from polymoe.offline.merge import (
     cluster_positions,
     exact_delta_bytes,
     mean,
-    pair_squares,
     regmean,
     spread,
     ward_groups,
@@ -67,7 +66,7 @@ def test_ward_puts_near_variants_together_and_never_parts_identical_ones() -> No
 def test_distances_and_clusters_of_a_family(tmp_path: Path) -> None:
     family = Family.open(make_family("mixtral", tmp_path, 3, perturb=0.2, frozen_experts=[1]))
     scan = family.scan()
-    square = pair_squares(family, scan)
+    square = scan.pair_square
     info, (layer, expert) = family.architecture, (1, 2)
     rows = [
         torch.cat([c.tensor(info.expert_tensor(layer, t))[expert].flatten() for t in info.expert_shapes])
@@ -75,11 +74,11 @@ def test_distances_and_clusters_of_a_family(tmp_path: Path) -> None:
     ]
     assert np.isclose(square[layer, expert, 0, 2], float((rows[0] - rows[2]).square().sum()), rtol=1e-4)
     assert np.isclose(square[layer, expert, 1, 1], float(rows[1].square().sum()), rtol=1e-4)
-    groups = cluster_positions(family, scan, 2)
+    groups = cluster_positions(scan, 2)
     assert (groups[:, :, 1] == 0).all()  # identical everywhere
     assert all(len(set(groups[:, layer, 0])) == 2 for layer in range(2))
     assert (groups <= np.arange(3)[:, None, None]).all()  # named by the lowest
-    assert (cluster_positions(family, scan, 3)[:, :, 0] == np.arange(3)[:, None]).all()
+    assert (cluster_positions(scan, 3)[:, :, 0] == np.arange(3)[:, None]).all()
 
 
 def test_exact_delta_bytes_are_those_that_encoding_makes(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def scan() -> FamilyScan:
         distance=np.arange(10.0).reshape(2, 5),
         norm=np.ones((2, 5)),
         pair_distance=np.zeros((2, 2)),
+        pair_square=np.zeros((2, 5, 2, 2)),
+        changed_bytes=np.zeros((2, 2, 5), dtype=np.int64),
         expert_version=version,
         expert_hash=np.zeros((2, 2, 5, 32), dtype=np.uint8),
         expert_bytes=100,

@@ -140,7 +140,7 @@ class Lab:
 
     @cached_property
     def _energies_of_weights(self) -> Energies:
-        return Energies.of_weights(self.family, self.scan)
+        return Energies.of_weights(self.scan)
 
     @cached_property
     def _energies_on_text(self) -> Energies:

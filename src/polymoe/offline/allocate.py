@@ -49,12 +49,12 @@ def auto_plan(
     options = options or PlanOptions()
     assert (budget_bytes is None) != (options.min_top1 is None)
     if calibration is None:
-        energies = Energies.of_weights(family, scan, console)
+        energies = Energies.of_weights(scan)
     else:
         from polymoe.offline.calibrated_damage import energies_on_text
 
         energies = energies_on_text(family, scan, calibration, console)
-    found = position_options(family, scan, energies, console)
+    found = position_options(family, scan, energies)
     if options.host_share:
         offer_host(found, energies.traffic, options.host_share, console)
     choices, on_text = Choices(found, uniform_answers(found)), calibration is not None
@@ -89,14 +89,12 @@ def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, c
         console.print(f"Host tier: {count} of {len(options)} positions, within {share:.1%} of what is routed.")
 
 
-def position_options(
-    family: Family, scan: FamilyScan, energies: Energies, console: Console | None = None
-) -> list[list[Option]]:
+def position_options(family: Family, scan: FamilyScan, energies: Energies) -> list[list[Option]]:
     """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
     in one group, two and one a version; separate experts as stored; exact deltas."""
     sizes = ExpertSizes.of(family)
     each = {name: sizes(name) for name in (*BASES, *DELTAS)}
-    exact = exact_delta_bytes(family, scan, console) if len(scan.variant_names) > 1 else None
+    exact = exact_delta_bytes(family, scan) if len(scan.variant_names) > 1 else None
     num_variants, num_layers, num_experts = scan.expert_version.shape
     nothing = np.zeros((3, num_variants))
     found = []

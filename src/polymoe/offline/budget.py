@@ -121,7 +121,7 @@ def build_plan(
     if policy == "exact-delta":
         from polymoe.offline.merge import exact_delta_bytes
 
-        exact = exact_delta_bytes(family, scan, console)
+        exact = exact_delta_bytes(family, scan)
         exact += 16 * len(sizes.tensors)  # at most, for where each delta's values start
         cost = replace(cost, delta=lambda _: exact)
     if policy == "exact-delta":
@@ -131,7 +131,7 @@ def build_plan(
         if policy == "cluster":
             from polymoe.offline.merge import cluster_positions
 
-            groups = cluster_positions(family, scan, options.clusters or 2, console)
+            groups = cluster_positions(scan, options.clusters or 2)
         merge = "regmean" if calibration is not None else "mean"
         merge = "mean" if policy == "mean" else merge
         delta = delta_format(groups, base, options.bits) if policy == "delta" else "none"

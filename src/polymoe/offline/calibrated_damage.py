@@ -235,7 +235,7 @@ def _disturbed(weight: Tensor, seed: int) -> Tensor:
 
 
 def _squares(weights: list[Matrices], version: np.ndarray) -> FloatArray:
-    """[V, V] as a position of `pair_squares`."""
+    """[V, V] as a position of `FamilyScan.pair_square`."""
     square = np.zeros((len(weights), len(weights)))
     for v, own in enumerate(weights):
         for w, other in enumerate(weights[: v + 1]):

@@ -27,12 +27,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
-from polymoe.offline.merge import pair_squares, spread, ward_groups
+from polymoe.offline.merge import spread, ward_groups
 
 if TYPE_CHECKING:
-    from polymoe.offline.family import Family
     from polymoe.offline.scan import FamilyScan
 
 FloatArray = NDArray[np.float64]
@@ -130,11 +128,11 @@ class Energies:
         return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
 
     @staticmethod
-    def of_weights(family: Family, scan: FamilyScan, console: Console | None = None) -> Energies:
-        """From one pass over the weights."""
+    def of_weights(scan: FamilyScan) -> Energies:
+        """From the distances alone."""
         version = scan.expert_version
         num_variants, num_layers, num_experts = version.shape
-        square = pair_squares(family, scan, console)
+        square = scan.pair_square
         relevant = relevance(float(scan.relative_distance.mean()))
         partitions = tuple(
             tuple(partitions_of(square[layer, expert]) for expert in range(num_experts)) for layer in range(num_layers)
@@ -179,7 +177,7 @@ class EnergyTable:
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:
     """All variants together, in two groups (of three variants and more), and every version by itself. `square` as a
-    position of `pair_squares`; identical experts are always in one group."""
+    position of `FamilyScan.pair_square`; identical experts are always in one group."""
     distinct = len(ward_groups(square, len(square)))
     found: list[Partition] = []
     for clusters in (1, 2, distinct):

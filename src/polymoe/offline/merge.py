@@ -6,25 +6,21 @@ least, with G_v = Σ g² x xᵀ over the inputs x that variant v routed there wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from polymoe.offline.matrices import is_transposed, matrix_shape
-from polymoe.offline.progress import byte_progress
-from polymoe.offline.threads import thread_pool
-from polymoe.quant.exact import changed, exact_bytes
+from polymoe.quant.exact import exact_bytes
 
 if TYPE_CHECKING:
     from polymoe.offline.family import Family
     from polymoe.offline.scan import FamilyScan
 
-_PIECE = 1 << 20  # values compared at once
 RIDGE = 0.03  # of the mean diagonal over variants, added to every G: what no text has seen is merged by the mean
 
 
@@ -64,37 +60,9 @@ def regmean(weights: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-def pair_squares(family: Family, scan: FamilyScan, console: Console | None = None) -> NDArray[np.float64]:
-    """float64 [L, E, V, V]: ‖W_v − W_w‖² of whole experts, and ‖W_v‖² on the diagonal. One pass over the experts."""
-    version = scan.expert_version
-    num_variants, num_layers, num_experts = version.shape
-    square = np.zeros((num_layers, num_experts, num_variants, num_variants))
-
-    def add(layer: int, expert: int, rows: list[Tensor]) -> None:
-        own = version[:, layer, expert]
-        # In pieces: several threads with float32 copies of whole experts would be gigabytes.
-        for pieces in zip(*(torch.split(row.reshape(-1), _PIECE) for row in rows), strict=True):
-            flat = [piece.float() for piece in pieces]
-            for v in range(num_variants):
-                square[layer, expert, v, v] += float(torch.linalg.vector_norm(flat[v])) ** 2
-                for w in range(v):
-                    if own[v] != own[w]:
-                        apart = float(torch.linalg.vector_norm(flat[v] - flat[w])) ** 2
-                        square[layer, expert, v, w] += apart
-                        square[layer, expert, w, v] += apart
-
-    with thread_pool() as pool:
-        for layer, _, stacks in expert_stacks(family, "Comparing pairs", console):
-            list(pool.map(lambda e: add(layer, e, [stack[e] for stack in stacks]), range(num_experts)))  # noqa: B023
-            stacks.clear()
-    return square
-
-
-def cluster_positions(
-    family: Family, scan: FamilyScan, clusters: int, console: Console | None = None
-) -> NDArray[np.int64]:
+def cluster_positions(scan: FamilyScan, clusters: int) -> NDArray[np.int64]:
     """int [V, L, E]: the lowest variant of v's group at (l, e), with at most `clusters` groups at each position."""
-    square = pair_squares(family, scan, console)
+    square = scan.pair_square
     num_layers, num_experts, num_variants, _ = square.shape
     leader = np.zeros((num_variants, num_layers, num_experts), dtype=np.int64)
     for layer, expert in np.ndindex(num_layers, num_experts):
@@ -126,37 +94,10 @@ def spread(square: NDArray[np.float64], group: Sequence[int]) -> float:
     return float(sum(pairs)) / len(group)
 
 
-def exact_delta_bytes(family: Family, scan: FamilyScan, console: Console | None = None) -> NDArray[np.int64]:
+def exact_delta_bytes(family: Family, scan: FamilyScan) -> NDArray[np.int64]:
     """int [V, L, E]: bytes of an exact delta of v's expert against the first variant's; 0 where it is identical."""
-    version, info, transposed = scan.expert_version, family.architecture, is_transposed(family)
-    total = np.zeros(version.shape, dtype=np.int64)
-
-    def add(layer: int, tensor: str, expert: int, rows: list[Tensor]) -> None:
-        shape = matrix_shape(tuple(info.expert_shapes[tensor]), transposed)
-        for v, own in enumerate(version[:, layer, expert]):
-            if own != version[0, layer, expert]:
-                count = int(changed(rows[v], rows[0]).sum())
-                total[v, layer, expert] += exact_bytes(shape, count, rows[0].dtype)
-
-    with thread_pool() as pool:
-        for layer, tensor, stacks in expert_stacks(family, "Comparing bits", console):
-            list(pool.map(lambda e: add(layer, tensor, e, [s[e] for s in stacks]), range(version.shape[2])))  # noqa: B023
-            stacks.clear()
+    shapes, transposed = family.architecture.expert_shapes.values(), is_transposed(family)
+    unchanged = sum(exact_bytes(matrix_shape(tuple(shape), transposed), 0, torch.uint8) for shape in shapes)
+    differs = scan.expert_version != scan.expert_version[:1]
+    total: NDArray[np.int64] = np.where(differs, unchanged + scan.changed_bytes, 0)
     return total
-
-
-def expert_stacks(family: Family, label: str, console: Console | None) -> Iterator[tuple[int, str, list[Tensor]]]:
-    """(layer, tensor, its [E, …] in each variant), one tensor at a time, with a progress bar. Who is done with a list
-    clears it, so that two tensors of a layer are never in memory."""
-    info, variants = family.architecture, family.checkpoints
-    names: Mapping[tuple[int, str], str] = {
-        (layer, tensor): info.expert_tensor(layer, tensor)
-        for layer in range(info.num_layers)
-        for tensor in info.expert_shapes
-    }
-    total = sum(variant.num_bytes(name) for variant in variants for name in names.values())
-    with byte_progress(label, total, console) as advance:
-        for (layer, tensor), name in names.items():
-            stacks = [variant.tensor(name) for variant in variants]
-            advance(sum(stack.nbytes for stack in stacks))
-            yield layer, tensor, stacks

@@ -34,6 +34,8 @@ class FamilyScan:
     distance: NDArray[np.float64]  # [L, E], Σ_{i<j} ‖W_i − W_j‖₂
     norm: NDArray[np.float64]  # [L, E], mean over the variants of ‖W_v‖₂
     pair_distance: NDArray[np.float64]  # [V, V], of all experts together, relative to the norm of their weights
+    pair_square: NDArray[np.float64]  # [L, E, V, V], ‖W_v − W_w‖² of whole experts, and ‖W_v‖² on the diagonal
+    changed_bytes: NDArray[np.int64]  # [V, L, E], of the values whose bits differ from the first variant's
     expert_version: NDArray[np.int64]  # [V, L, E], the lowest variant whose expert is bit-identical
     expert_hash: NDArray[np.uint8]  # [V, L, E, 32]
     expert_bytes: int  # one expert, as stored
@@ -101,7 +103,8 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     info, variants = family.architecture, family.checkpoints
     shape = (len(variants), info.num_layers, info.num_experts)
     distance, norm = np.zeros(shape[1:]), np.zeros(shape[1:])
-    squares = np.zeros((len(variants), len(variants)))
+    squares = np.zeros((*shape[1:], len(variants), len(variants)))
+    changed_bytes = np.zeros(shape, dtype=np.int64)
     version, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
     nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
 
@@ -133,7 +136,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
                     for expert, digest in enumerate(rows):
                         experts[variant][expert].update(tensor.encode() + b"\0" + digest)
                 del stacks  # before the next tensor is read
-            squares += sums.squares
+            squares[layer], changed_bytes[:, layer] = sums.squares, sums.changed_bytes
             distance[layer], norm[layer] = sums.distance, sums.norms.mean(axis=0)
             for expert in range(info.num_experts):
                 column = [row[expert].digest() for row in experts]
@@ -153,7 +156,9 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
         expert_modules=info.expert_modules,
         distance=distance,
         norm=norm,
-        pair_distance=_relative(squares),
+        pair_distance=_relative(squares.sum(axis=(0, 1))),
+        pair_square=squares,
+        changed_bytes=changed_bytes,
         expert_version=version,
         expert_hash=hashes,
         expert_bytes=family.expert_bytes,

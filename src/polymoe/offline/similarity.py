@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from polymoe.quant.exact import changed
+
 if TYPE_CHECKING:
     from polymoe.offline.scan import FamilyScan
 
@@ -29,6 +31,7 @@ class LayerDistances:
         self._pairs = list(combinations(range(num_variants), 2))
         self._square = np.zeros((len(self._pairs), num_experts))
         self._norm_square = np.zeros((num_variants, num_experts))
+        self.changed_bytes = np.zeros((num_variants, num_experts), dtype=np.int64)  # bits differ from the first's
 
     def add(self, expert: int, weights: Sequence[Tensor], digests: Sequence[Sequence[bytes]] | None = None) -> None:
         """Add one tensor of an expert, `weights[v]` of any shape. Pairs with equal `digests[v][e]` count as 0.
@@ -42,6 +45,8 @@ class LayerDistances:
                 self._norm_square[variant, expert] += float(torch.linalg.vector_norm(row)) ** 2
             for index, (i, j) in enumerate(self._pairs):
                 if digests is None or digests[i][expert] != digests[j][expert]:
+                    if i == 0:
+                        self.changed_bytes[j, expert] += int(changed(pieces[j], pieces[0]).sum()) * pieces[j].itemsize
                     self._square[index, expert] += float(torch.linalg.vector_norm(rows[i] - rows[j])) ** 2
 
     @property
@@ -52,10 +57,12 @@ class LayerDistances:
 
     @property
     def squares(self) -> NDArray[np.float64]:
-        """[V, V], Σ over the experts of ‖W_i − W_j‖², and of ‖W_i‖² on the diagonal."""
-        squares = np.diag(self._norm_square.sum(axis=1))
-        for (i, j), square in zip(self._pairs, self._square.sum(axis=1), strict=True):
-            squares[i, j] = squares[j, i] = square
+        """[E, V, V], ‖W_i − W_j‖², and ‖W_i‖² on the diagonal."""
+        num_variants, num_experts = self._norm_square.shape
+        squares = np.zeros((num_experts, num_variants, num_variants))
+        squares[:, range(num_variants), range(num_variants)] = self._norm_square.T
+        for (i, j), square in zip(self._pairs, self._square, strict=True):
+            squares[:, i, j] = squares[:, j, i] = square
         return squares
 
     @property
