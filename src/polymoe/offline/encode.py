@@ -21,7 +21,7 @@ from polymoe.offline.scan import FamilyScan
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
 
-_PIECE = 1 << 22  # values packed at once
+_PIECE = 1 << 20  # values packed at once
 Packed = dict[str, dict[str, Tensor]]  # tensor name -> part -> packed tensor
 
 

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from polymoe.kernels.encode import fast_encode
 from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, num_groups
 from polymoe.quant.packing import pack, unpack
 
@@ -35,6 +36,8 @@ def encode(weight: Tensor, fmt: Format, second_moment: Tensor | None = None) -> 
     if weight.ndim == 1 or fmt.name == "stored":
         return {"": weight}
     assert fmt.name != "exact", "exact deltas are made by polymoe.quant.exact"
+    if second_moment is None and (fast := _encode_fast(weight, fmt)) is not None:
+        return fast
     if second_moment is None or fmt.name == "fp8":
         # Rows in pieces that stay in the cache of a core.
         rows = max(1, _PIECE // weight.shape[1])
@@ -44,6 +47,18 @@ def encode(weight: Tensor, fmt: Format, second_moment: Tensor | None = None) -> 
     codes = _with_feedback(weight, fmt, scales, second_moment)
     scales = refit_scales(weight, codes, fmt, second_moment, scales)
     return {"codes": pack(codes, fmt.bits), "scales": scales}
+
+
+def _encode_fast(weight: Tensor, fmt: Format) -> dict[str, Tensor] | None:
+    """`_encode_plain` by the compiled kernel; None where there is none."""
+    if fmt.name == "fp8":
+        return None
+    if fmt.name == "int8" or fmt.bits == 1:  # nothing is searched for
+        search, limit = torch.zeros(1, dtype=torch.int32), 0.0
+    else:
+        table, limit = _search_table(fmt, weight.device)
+        search = table.int()
+    return fast_encode(weight, fmt, _levels(fmt, weight.device), search, limit, _RESOLUTION)
 
 
 def _encode_plain(weight: Tensor, fmt: Format) -> dict[str, Tensor]:
