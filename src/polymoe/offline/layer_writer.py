@@ -14,6 +14,7 @@ from polymoe.offline.layout import Owners, PhysicalLayout
 from polymoe.offline.manifest import FileRecord, delta_file, host_file, packed_name, resident_file
 from polymoe.offline.plan import STORED, Plan
 from polymoe.offline.tensorfile import TensorFileWriter, raw_bytes
+from polymoe.offline.threads import thread_pool
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Pieces = dict[str, list[Tensor]]  # tensor name in the file -> what it is made of, along the first axis
@@ -41,12 +42,14 @@ class LayerWriter:
         self._experts(folder, layer, pools.get(STORED, ()), encoded, _joined(packed), advance)
         if any(self.layout.deltas):
             self._deltas(folder, layer, _joined(deltas), advance)
-        for kind, owners_of, found in (
-            ("base", pools, encoded.bases),
-            ("delta", self.layout.deltas[layer], encoded.deltas),
-        ):
-            for owner in (owner for owners in owners_of.values() for owner in owners if owner in found):
-                self.hashes[(layer, *owner, kind)] = _packed_hash(found[owner])
+        with thread_pool() as pool:
+            for kind, owners_of, found in (
+                ("base", pools, encoded.bases),
+                ("delta", self.layout.deltas[layer], encoded.deltas),
+            ):
+                own = [owner for owners in owners_of.values() for owner in owners if owner in found]
+                digests = pool.map(_packed_hash, [found[owner] for owner in own])
+                self.hashes.update(((layer, *owner, kind), d) for owner, d in zip(own, digests, strict=True))
 
     def _experts(
         self,

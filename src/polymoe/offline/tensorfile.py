@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +157,14 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._sha256 = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1)  # beside the writing, in the order of the data
         self._size = 0
         self._file = path.open("xb")
         self._write(len(text).to_bytes(8, "little") + text)
 
     def _write(self, data: bytes | memoryview) -> None:
+        self._hashing.submit(self._sha256.update, data)
         self._file.write(data)
-        self._sha256.update(data)
         self._size += len(data)
 
     def append(self, name: str, piece: Tensor) -> int:
@@ -183,8 +185,10 @@ class TensorFileWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._hashing.shutdown()
         return WrittenFile(self._size, self._sha256.hexdigest())
 
     def abandon(self) -> None:
         """Close the file as it is; the caller removes it."""
         self._file.close()
+        self._hashing.shutdown(cancel_futures=True)
