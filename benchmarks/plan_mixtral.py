@@ -3,8 +3,8 @@
     python benchmarks/plan_mixtral.py --layers 1 --threads 4
 
 Makes a checkpoint of the first layers with random weights, tensor by tensor, plans it for real (policy auto, weights
-only) in a process of its own, and extrapolates to 32 layers: what the family has outside of its layers is counted once,
-the rest is proportional. The last line is one JSON object.
+only) in a process of its own, and extrapolates to 32 layers: the start of the process (measured with a tiny family) and
+what the family has outside of its layers are counted once, the rest is proportional. The last line is one JSON object.
 
 Peak memory is the process's own (RssAnon); pages of checkpoint files that are mapped, which the system takes back
 whenever it needs them, are listed beside it.
@@ -96,27 +96,33 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where 14 GB a layer are free; default the system's for files")
     parser.add_argument("--hidden", type=int, default=4096, help="smaller: to try the script")
     options = parser.parse_args()
-    scale = options.hidden / 4096
-    config = MixtralConfig(
-        num_hidden_layers=options.layers, hidden_size=options.hidden, intermediate_size=int(14336 * scale)
-    )
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        folder = Path(scratch)
-        paths = make_family(folder, config)
+
+    def config_of(hidden: int) -> MixtralConfig:
+        return MixtralConfig(num_hidden_layers=options.layers, hidden_size=hidden, intermediate_size=hidden * 7 // 2)
+
+    def planned(folder: Path, hidden: int) -> tuple[float, int, int]:
+        paths = make_family(folder, config_of(hidden))
         specs = [f"{name}={path}" for name, path in paths.items()]
         plan = [sys.executable, "-m", "polymoe", "plan", *specs, "--memory", options.memory, "--out", str(folder / "b")]
-        environment = {"OMP_NUM_THREADS": str(options.threads)}
-        seconds, own, mapped = watched(plan, environment)
+        return watched(plan, {"OMP_NUM_THREADS": str(options.threads)})
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        start, _, _ = planned(Path(scratch), 64)  # the interpreter, imports, the table at the end
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        folder, config = Path(scratch), config_of(options.hidden)
+        seconds, own, mapped = planned(folder, options.hidden)
         sizes = json.loads((folder / "b" / "manifest.json").read_text())["resident_bytes"]
     outside = sum(torch.Size(shape).numel() for name, shape in shapes(config).items() if ".layers." not in name)
     inside = sum(torch.Size(shape).numel() for name, shape in shapes(config).items() if ".layers." in name)
     # Hashing and writing what is outside of the layers takes about what it takes inside, a byte.
-    layer = seconds * inside / (inside + outside) / options.layers
+    layer = (seconds - start) * inside / (inside + outside) / options.layers
     total = layer * LAYERS + seconds - layer * options.layers
-    print(f"{options.layers} of {LAYERS} layers planned in {seconds:.0f} s with {options.threads} threads;")
+    print(f"{options.layers} of {LAYERS} layers planned in {seconds:.0f} s with {options.threads} threads,")
+    print(f"of which {start:.0f} s to start;")
     print(f"peak memory {own / GIB:.2f} GiB of its own, {mapped / GIB:.2f} GiB of mapped files;")
     print(f"{LAYERS} layers: {total / 60:.1f} minutes at {layer:.1f} s a layer.")
     result = {"benchmark": "plan_mixtral", "layers": options.layers, "threads": options.threads, "seconds": seconds,
+              "seconds_to_start": start,
               "seconds_32_layers": total, "peak_own_bytes": own, "peak_mapped_bytes": mapped,
               "memory": options.memory, "resident_bytes": sizes}  # fmt: skip
     print(json.dumps(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,11 +18,12 @@ from polymoe.offline.matrices import matrix_shape as matrix_shape
 from polymoe.offline.plan import NO_DELTA, Plan
 from polymoe.offline.position_codec import Group, PackedTensor, encode_tensor, groups_of
 from polymoe.offline.scan import FamilyScan
+from polymoe.offline.threads import thread_pool
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
 
-_PIECE = 1 << 20  # values packed at once
+_PIECE = 1 << 18  # values that a thread packs at once: what stays in the cache of a core
 Packed = dict[str, dict[str, Tensor]]  # tensor name -> part -> packed tensor
 
 
@@ -80,27 +82,31 @@ class PlainEncoder:
         encoded = EncodedLayer()
         groups = [g for g in groups_of(self.plan, layer) if not (g.is_verbatim and g.delta == NO_DELTA)]
         info, version = self.family.architecture, self.scan.expert_version[:, layer]
-        for tensor in mlp_order(list(info.expert_shapes)) if groups else ():
-            name = info.expert_tensor(layer, tensor)
-            used = {int(version[v, group.expert]) for group in groups for v in group.members}
-            stacks = {v: self.family.checkpoints[v].tensor(name) for v in sorted(used)}
-            for group in groups:
-                versions = version[:, group.expert].tolist()
-                own = {v: as_matrix(stacks[versions[v]][group.expert], self.transposed) for v in group.members}
-                encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, versions))
-            del stacks  # before the next tensor is read
+        used = {int(version[v, group.expert]) for group in groups for v in group.members}
+        with thread_pool() as pool:
+            for tensor in mlp_order(list(info.expert_shapes)) if groups else ():
+                name = info.expert_tensor(layer, tensor)
+                stacks = {v: self.family.checkpoints[v].tensor(name) for v in sorted(used)}
+                for group in groups:
+                    versions = version[:, group.expert].tolist()
+                    own = {v: as_matrix(stacks[versions[v]][group.expert], self.transposed) for v in group.members}
+                    encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, versions, pool))
+                del stacks  # before the next tensor is read
         return encoded
 
 
-def _in_pieces(group: Group, own: Mapping[int, Tensor], version: Sequence[int]) -> PackedTensor:
+def _in_pieces(
+    group: Group, own: Mapping[int, Tensor], version: Sequence[int], pool: ThreadPoolExecutor
+) -> PackedTensor:
     """`encode_tensor` by rows, which have their own scales: its float32 copies stay small."""
     first = own[group.leader]
     rows = max(1, _PIECE // first[0].numel())
     split = {v: torch.split(weight, rows) for v, weight in own.items()}
-    pieces = [
-        encode_tensor(group, {v: part[i] for v, part in split.items()}, version)
-        for i in range(len(split[group.leader]))
-    ]
+
+    def packed(i: int) -> PackedTensor:
+        return encode_tensor(group, {v: part[i] for v, part in split.items()}, version)
+
+    pieces = list(pool.map(packed, range(len(split[group.leader]))))
     bases = [piece.base for piece in pieces if piece.base is not None]
     return PackedTensor(
         _joined(bases) if bases else None, {v: _joined([piece.deltas[v] for piece in pieces]) for v in pieces[0].deltas}
