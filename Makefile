@@ -7,7 +7,7 @@ PORT ?= 8000
 .PHONY: install dev demo test test-slow lint types tests format bench compare family switch-family architectures clean
 
 # What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/kernels/*.cpp src/polymoe/kernels/*.h)
 	$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt

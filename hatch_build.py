@@ -1,5 +1,6 @@
 """Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch's matmuls alone."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -31,14 +32,14 @@ def compile_kernels(folder: Path, target: Path) -> bool:
     if compiler is None:
         print("polymoe: no C++ compiler, the CPU kernels are not built", file=sys.stderr)
         return False
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))).hexdigest()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             objects = []
             for source in sorted(folder.glob("*.cpp")):
                 objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                subprocess.run(
-                    [compiler, *FLAGS, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
-                )
+                command = [compiler, *FLAGS, f'-DPOLYMOE_SOURCES="{digest}"', "-c", str(source), "-o", objects[-1]]
+                subprocess.run(command, check=True, capture_output=True)
             # Linked apart, since -fopenmp at the link would bring a second OpenMP runtime.
             library = Path(temporary) / target.name
             subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True, capture_output=True)

@@ -6,7 +6,9 @@ the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them 
 
 import ctypes
 import functools
+import hashlib
 import os
+import warnings
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
@@ -29,6 +31,12 @@ def cpu_kernels() -> ctypes.CDLL | None:
         return None
     ctypes.CDLL(runtimes.pop(), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(LIBRARY))
+    if not _is_current(library):
+        warnings.warn(
+            "the CPU kernels were built from other sources and are not used; build them again: pip install -e .",
+            stacklevel=2,
+        )
+        return None
     linear, attention = library.polymoe_grouped_linear_bf16, library.polymoe_paged_attention_bf16
     combine, experts = library.polymoe_combine_bf16, library.polymoe_experts_bf16
     linear.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5, _INT]
@@ -43,3 +51,13 @@ def cpu_kernels() -> ctypes.CDLL | None:
     encode.restype = None
     linear.restype = attention.restype = combine.restype = experts.restype = None
     return library
+
+
+def _is_current(library: ctypes.CDLL) -> bool:
+    """Whether it was built from the sources beside it (hatch_build.py): a function may have other arguments by now."""
+    if not hasattr(library, "polymoe_sources"):
+        return False
+    library.polymoe_sources.restype = ctypes.c_char_p
+    sources = sorted(LIBRARY.parent.glob("*.[ch]*"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return bool(library.polymoe_sources() == digest.encode())
