@@ -37,8 +37,8 @@ class EncoderDecoderRunner(ModelRunner):
         """As `ModelRunner.prepare`, with the prompts whose last token is in this step."""
         ready = super().prepare(step)
         assert ready.batch.attention is not None
-        lens = np.array([item.sequence.request.num_encoder_tokens for item in step.order])
-        attention = replace(ready.batch.attention, encoder_lens=upload(lens, self.model.device))
+        lens = np.repeat([item.sequence.request.num_encoder_tokens for item in step.order], step.counts)
+        attention = replace(ready.batch.attention, token_encoder_len=upload(lens, self.model.device))
         complete = [item.sequence for item in step.order if _completes_prompt(item)]
         prompts = self._prompts(complete) if complete else None
         shape = (len(step.input_ids), 1)
@@ -51,8 +51,7 @@ class EncoderDecoderRunner(ModelRunner):
         slots = []
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             input_ids[row, :length] = sequence.token_ids[:length]
-            position, blocks = np.arange(length), np.asarray(sequence.block_ids)
-            slots.append(blocks[position // self.block_size] * self.block_size + position % self.block_size)
+            slots.append(self._slots(sequence, np.arange(length)))
         device = self.model.device
         return EncoderBatch(
             input_ids=upload(input_ids, device),

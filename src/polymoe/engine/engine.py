@@ -99,6 +99,8 @@ class EngineCore:
                 self.memory_plan = plan_memory(model.weight_bytes(), request)
 
         encoder_decoder = bundle.config.is_encoder_decoder
+        if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
+            raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
             bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch, kernels,
             plan,

@@ -11,6 +11,7 @@ import torch
 
 from polymoe.engine.sampler import sample, top_logprobs
 from polymoe.engine.scheduler import SampledToken, ScheduledSequence
+from polymoe.engine.sequence import Sequence as SequenceState
 from polymoe.model.context import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
 from polymoe.model.decode_graphs import DecodeGraphs
 from polymoe.model.served_model import ServedModel
@@ -108,9 +109,8 @@ class ModelRunner:
             input_ids += sequence.token_ids[first:last]
             position = np.arange(first, last)
             positions.append(position)
-            blocks = np.asarray(sequence.block_ids)
-            block_table[i, : len(blocks)] = blocks
-            slots.append(blocks[position // self.block_size] * self.block_size + position % self.block_size)
+            block_table[i, : len(sequence.block_ids)] = sequence.block_ids
+            slots.append(self._slots(sequence, position))
         return GatheredStep(
             order=order,
             variants=[item.sequence.variant for item in order],
@@ -122,6 +122,12 @@ class ModelRunner:
             block_table=block_table,
             seq_lens=[item.sequence.num_computed_tokens + item.num_tokens for item in order],
         )
+
+    def _slots(self, sequence: SequenceState, position: np.ndarray) -> np.ndarray:
+        """Where the keys and values at these positions of a sequence go: block * block_size + offset."""
+        blocks = np.asarray(sequence.block_ids)
+        slots: np.ndarray = blocks[position // self.block_size] * self.block_size + position % self.block_size
+        return slots
 
     def prepare(self, step: GatheredStep) -> PreparedStep:
         """The step's tensors on the device."""

@@ -151,7 +151,9 @@ class AttentionBatch:
     token_sequence: torch.Tensor  # [T] int64, the row of the block table
     token_visible: torch.Tensor  # [T] int64, how many tokens of its sequence a token sees: its position + 1
     device_lengths: DeviceLengths | None = None  # where a GPU's kernels attend
-    encoder_lens: torch.Tensor | None = None  # [B] int64: the sequence's first tokens, which are the encoder's
+    token_encoder_len: torch.Tensor | None = (
+        None  # [T] int64, how many of its sequence's first tokens are the encoder's
+    )
 
     # Where there is no kernel, sequences with one query token are computed together and all others one by one.
 
@@ -189,6 +191,12 @@ class ForwardBatch:
     attention: AttentionBatch | None = None
     encoder: EncoderBatch | None = None
     shape: tuple[int, int] | None = None  # token tensors are [*shape, …], row after row; None: [1, T, …]
+
+    @property
+    def present(self) -> set[int]:
+        """The variants that this pass needs."""
+        parts = [self.tokens] if self.encoder is None else [self.tokens, self.encoder.rows]
+        return {variant for part in parts for variant, _, _ in part.spans}
 
     def segments(self, num_rows: int) -> Segments:
         """The segments of a tensor with `num_rows` rows; an unknown count is an error, never a guess."""

@@ -11,7 +11,6 @@ together, padded on the right to `[P, S]`. The decoder's tokens are rows of one 
 of Switch's experts counts the tokens of a row and `generate` feeds one at a time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
-from polymoe.errors import ConfigError
 from polymoe.model.attention import KVCache
 from polymoe.model.context import EncoderBatch, ForwardBatch
 from polymoe.model.served_model import ServedModel
@@ -55,8 +53,6 @@ class EncoderDecoderModel(ServedModel):
 
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the cache and hand it to every attention module."""
-        if self.context.kernels is not None:
-            raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         cache = super().attach_kv_cache(num_blocks, block_size)
         encoder_bias = self.model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         decoder_bias = self.model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -68,21 +64,6 @@ class EncoderDecoderModel(ServedModel):
             block.layer[1].EncDecAttention.polymoe_attention = CrossAttention(self.context, cache)
         return cache
 
-    @torch.inference_mode()
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        batch: ForwardBatch,
-        sampled_rows: torch.Tensor,
-        upcoming: Sequence[int] = (),
-    ) -> torch.Tensor:
-        """As `ServedModel.forward`; the prompts of `batch.encoder` are encoded first, and T may be 0."""
-        segments = [batch.tokens] if batch.encoder is None else [batch.tokens, batch.encoder.rows]
-        self.admit({variant for part in segments for variant, _, _ in part.spans})
-        self.prefetch(upcoming)
-        return self.compute(input_ids, positions, batch, sampled_rows)
-
     def compute(
         self,
         input_ids: torch.Tensor,
@@ -90,7 +71,7 @@ class EncoderDecoderModel(ServedModel):
         batch: ForwardBatch,
         sampled_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The passes themselves."""
+        """The passes themselves: the prompts of `batch.encoder` first; then T may be 0."""
         try:
             if batch.encoder is not None:
                 self._encode(batch.encoder)

@@ -65,8 +65,8 @@ class DecoderBias(_BucketBias):
         """`buckets`: what the stock definition thinks, for one common past; only its shape is used."""
         batch = self.context.batch
         assert batch.attention is not None
-        assert batch.attention.encoder_lens is not None
-        seen = batch.attention.token_visible - batch.attention.encoder_lens[batch.attention.token_sequence]  # [T]
+        assert batch.attention.token_encoder_len is not None
+        seen = batch.attention.token_visible - batch.attention.token_encoder_len
         offsets = torch.arange(int(seen.max()), device=seen.device)
         distance = offsets - (seen - 1)[:, None]
         bucket = self._bucket(distance, bidirectional=False, num_buckets=self._buckets, max_distance=self._farthest)

@@ -209,7 +209,7 @@ class ServedModel:
 
         Returns: logits `[R, vocabulary of the largest variant]`, in the model's dtype.
         """
-        self.admit({variant for variant, _, _ in batch.tokens.spans})
+        self.admit(batch.present)
         if self.device.type == "cpu":
             self.prefetch(upcoming)
             return self.compute(input_ids, positions, batch, sampled_rows)

@@ -52,10 +52,10 @@ class DecoderAttention:
         """`query, key, value [T, H, 1, D]`."""
         batch = self.context.batch.attention
         assert batch is not None
-        assert batch.encoder_lens is not None
+        assert batch.token_encoder_len is not None
         self.cache.write(layer, batch.slot_mapping, key[:, :, 0], value[:, :, 0])
         sequence, visible = batch.token_sequence, batch.token_visible
-        starts, caches = batch.encoder_lens[sequence], (self.cache.key[layer], self.cache.value[layer])
+        starts, caches = batch.token_encoder_len, (self.cache.key[layer], self.cache.value[layer])
         own = query[:, :, 0].contiguous()
         fast = paged_attention(own, *caches, batch.block_table, sequence, visible, 1.0, None, starts, self.bias.scores)
         if fast is not None:
@@ -79,9 +79,9 @@ class CrossAttention:
         """`query [T, H, 1, D]`."""
         batch = self.context.batch.attention
         assert batch is not None
-        assert batch.encoder_lens is not None
+        assert batch.token_encoder_len is not None
         caches, sequence = (self.cache.key[layer], self.cache.value[layer]), batch.token_sequence
-        visible = batch.encoder_lens[sequence]
+        visible = batch.token_encoder_len
         fast = paged_attention(query[:, :, 0].contiguous(), *caches, batch.block_table, sequence, visible, 1.0, None)
         if fast is not None:
             return fast[:, None]

@@ -69,7 +69,7 @@ def experts_gpu(
     """
     return _experts(
         hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
-        module.is_transposed,         (sort_rows, expert_gemm, combine_rows),
+        module.is_transposed, (sort_rows, expert_gemm, combine_rows),
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def experts_torch(
     """The reference: the same steps, each in torch. Arguments as `experts_gpu`."""
     return _experts(
         hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
-        module.is_transposed,         (sort_rows_torch, expert_gemm_torch, combine_rows_torch),
+        module.is_transposed, (sort_rows_torch, expert_gemm_torch, combine_rows_torch),
     )  # fmt: skip
 
 
