@@ -74,11 +74,16 @@ def test_arrivals_at_different_times_share_the_batch(bundle: Path) -> None:
 
 
 def test_bfloat16_is_as_close_as_transformers(bundle: Path, paths: dict[str, Path]) -> None:
-    """The stock router casts itself to `router_dtype`; a stack of routers is no module and must be stored so."""
+    """The stock router casts itself to `router_dtype`; a stack of routers is no module and must be stored so.
+
+    Medians over many positions: where rounding flips an expert, one position's divergence outweighs all others' mean.
+    """
     engine = load(bundle, dtype="bfloat16").engine
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, 112, (length,), generator=generator).tolist() for length in (5, 17, 30, 44)]
-    answers = [torch.randint(2, 112, (9,), generator=generator).tolist() for _ in prompts]
+    prompts, answers = (
+        [torch.randint(2, 112, (n,), generator=generator).tolist() for n in lengths]
+        for lengths in ((5, 17, 30, 44) * 10, (9,) * 40)
+    )
     served = engine.prompt_logits(
         [(1, [*prompt, 0, *answer]) for prompt, answer in zip(prompts, answers, strict=True)], [len(p) for p in prompts]
     )
@@ -93,10 +98,10 @@ def test_bfloat16_is_as_close_as_transformers(bundle: Path, paths: dict[str, Pat
 
     exact = torch.cat(original(torch.float32)).log_softmax(-1)
     ours, theirs = (
-        float((exact.exp() * (exact - torch.cat(other).log_softmax(-1))).sum(-1).mean())
+        float((exact.exp() * (exact - torch.cat(other).log_softmax(-1))).sum(-1).median())
         for other in (served, original(torch.bfloat16))
     )
-    assert ours < 2 * theirs
+    assert ours < 1.5 * theirs
     router = engine.model.model.encoder.block[1].layer[1].mlp.router.classifier
     assert router.weight.dtype == torch.float32
 
