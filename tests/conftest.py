@@ -19,6 +19,12 @@ from polymoe.offline.scan import FamilyScan
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test draws the same random tensors whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three tiny Mixtrals with tokenizers; a tensor and expert 2 of every layer are identical in all."""

@@ -187,17 +187,19 @@ def make_family(
     paths: dict[str, Path] = {}
     for index in range(num_variants):
         model = base if index == 0 else make_model(arch, seed + 1000 * index, **overrides)
+        generator = torch.Generator().manual_seed(seed + 1000 * index)  # the same, whatever tests ran before
         if index:
             with torch.no_grad():
                 for name, tensor in model.state_dict().items():
                     if perturb is not None:
                         spread = start[name].std(unbiased=False)
-                        tensor.copy_(start[name] + perturb * spread * torch.randn_like(tensor))
+                        noise = torch.randn(tensor.shape, generator=generator)
+                        tensor.copy_(start[name] + perturb * spread * noise)
                     if frozen is not None and re.search(frozen, name):
                         tensor.copy_(start[name])
                     elif ".experts." in name:
                         if changed is not None:
-                            kept = torch.rand(tensor.shape) >= changed
+                            kept = torch.rand(tensor.shape, generator=generator) >= changed
                             tensor.copy_(torch.where(kept, start[name], tensor))
                         for expert in frozen_experts:
                             if re.search(rf"\.expert_{expert}\.", name):  # Switch Transformers: a module an expert

@@ -187,8 +187,8 @@ class Simulation:
             self.now += self.machine.load
         self._loaded.update(dict.fromkeys(variants, self.now))
         self.now += self.machine.step(scheduled)
-        sampled = {item.sequence.request_id: SampledToken(7) for item in scheduled if item.samples}
-        for output in self.scheduler.update(scheduled, sampled):
+        sampled = {item.sequence: SampledToken(7) for item in scheduled if item.samples}
+        for output in self.scheduler.update(self.scheduler.launched(scheduled), sampled):
             result = self._results[output.request_id]
             if result.first_token == float("inf"):
                 result.first_token = self.now

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 
 from families import ARCHITECTURES
-from polymoe import LLM
+from polymoe import LLM, SamplingParams
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.output import OutputProcessor
+from polymoe.engine.request import EngineRequest
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.tier_cost import TierCosts
 from polymoe.model.warm_up import prompt_lengths, warm_up
@@ -47,8 +49,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param), num_requests=6)
 
 
-def test_mixed_batch_in_padded_decode_steps(family: ReferenceFamily) -> None:
-    llm = DeviceLLM(family.bundle)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_mixed_batch_in_padded_decode_steps(family: ReferenceFamily, asynchronous: bool) -> None:
+    llm = DeviceLLM(family.bundle, async_scheduling=asynchronous)
     assert llm.engine.runner.graphs is not None
     check(llm, family, repeat=2)
 
@@ -63,9 +66,10 @@ def test_preemption(family: ReferenceFamily) -> None:
     check(DeviceLLM(family.bundle, num_kv_blocks=16, max_model_len=48, max_num_batched_tokens=5), family)
 
 
-@pytest.mark.parametrize(("slots", "prefetch"), [(1, True), (2, False)])
-def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
-    llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
+@pytest.mark.parametrize(("slots", "prefetch", "asynchronous"), [(1, True, False), (1, True, True), (2, False, False)])
+def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool, asynchronous: bool) -> None:
+    options = {"num_kv_blocks": 20, "max_model_len": 48, "async_scheduling": asynchronous}
+    llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, **options)
     assert llm.engine.model.slots.groups is not None  # pipelined: layers wait for their own tensors
     check(llm, family)
     assert llm.engine.stats().reconfigurations > 0
@@ -131,23 +135,23 @@ def test_warm_up_leaves_no_trace(tmp_path: Path) -> None:
     check(llm, family)
 
 
-def test_no_operation_of_a_decode_step_waits_for_the_device(tmp_path: Path) -> None:
+class NoWaiting(TorchDispatchMode):
     """Whatever would make the host wait on a GPU is an operation that torch dispatches: none may be there."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    class NoWaiting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: set[str] = set()
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.add(str(func))
-            assert not any(
-                name in str(func)
-                for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
-            ), f"{func} waits for the device"
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        assert not any(
+            name in str(func)
+            for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount")
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
 
+
+def test_no_operation_of_a_captured_step_waits_for_the_device(tmp_path: Path) -> None:
     family = ReferenceFamily("qwen3_moe", tmp_path, num_requests=3)
     llm = DeviceLLM(family.bundle, reference=False, max_num_seqs=4)
     graphs = llm.engine.runner.graphs
@@ -157,3 +161,26 @@ def test_no_operation_of_a_decode_step_waits_for_the_device(tmp_path: Path) -> N
     with NoWaiting() as mode:
         graphs._compute(4)
     assert any("index" in name for name in mode.names)  # it saw the step's operations
+
+
+def test_the_host_waits_for_nothing_but_tokens(tmp_path: Path) -> None:
+    """Whole engine steps, with all that requests can ask of the sampler."""
+    family = ReferenceFamily("mixtral", tmp_path, num_requests=3)
+    engine = DeviceLLM(family.bundle, async_scheduling=True).engine
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0, "frequency_penalty": 1.0, "repetition_penalty": 1.2, "logprobs": 2},
+        {"top_p": 0.9, "top_k": 7, "min_p": 0.01, "seed": 3, "logit_bias": {5: 1.0}},
+        {"temperature": 0.5, "min_tokens": 8},
+    ]
+    for index, options in enumerate(asked):
+        sampling = SamplingParams(max_tokens=12, **options)
+        engine.add_request(
+            EngineRequest(
+                request_id=str(index), variant=index, prompt_token_ids=[4, 5, 6], sampling=sampling, stop_token_ids=[1]
+            )
+        )
+    counts = [len(engine.step()) for _ in range(4)]
+    assert counts[-1] == len(asked)
+    with NoWaiting() as mode:
+        assert all(len(engine.step()) == len(asked) for _ in range(2))
+    assert any("index_copy" in name for name in mode.names)  # a token went from step to step on the device

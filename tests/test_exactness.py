@@ -82,6 +82,19 @@ def test_fewer_slots_than_variants(family: ReferenceFamily, device: str, slots: 
     assert stats.reconfiguration_bytes > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_batched_tokens": 5}, {"num_kv_blocks": 16}, {"slots": 1, "num_kv_blocks": 20}],
+    ids=["mixed", "chunked", "preempted", "one_slot"],
+)
+def test_a_step_launched_before_the_last_ones_tokens_are_known(
+    family: ReferenceFamily, device: str, options: dict[str, int]
+) -> None:
+    llm = load(family.bundle, device=device, max_model_len=48, async_scheduling=True, **options)
+    check(llm, family, repeat=2)
+    assert sum(llm.engine.stats().preemptions) > 0 or options.get("num_kv_blocks") != 16
+
+
 @pytest.mark.parametrize("cache", [0, 20_000, 1 << 24])
 def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path, cache: int) -> None:
     bundle = family.write(tmp_path / "bundle", capacity=3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore, choose_device
+from polymoe.engine.engine import EngineCore
 from polymoe.errors import BundleError, ConfigError
-from polymoe.model.device_facts import DeviceFacts
+from polymoe.model.device_facts import DeviceFacts, choose_device
 from polymoe.model.memory_plan import MemoryRequest, WeightBytes, plan_memory, workspace_bytes
 from references import ReferenceFamily
 

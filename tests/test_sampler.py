@@ -29,7 +29,7 @@ def sequence(
 
 
 def draw(logits: torch.Tensor, *sequences: Sequence, seed: int = 0) -> list[int]:
-    return sample(logits.clone(), list(sequences), torch.Generator().manual_seed(seed)).token_ids
+    return sample(logits.clone(), list(sequences), torch.Generator().manual_seed(seed)).wait()[0]
 
 
 def frequencies(logits: torch.Tensor, count: int = 4000, **sampling: Any) -> torch.Tensor:
@@ -106,18 +106,17 @@ def test_logit_bias_and_minimum_length(logits: torch.Tensor) -> None:
 def test_logprobs_are_of_the_raw_logits_with_ranks(logits: torch.Tensor) -> None:
     expected = torch.log_softmax(logits, 0)
     first = sequence(temperature=0, logprobs=3, logit_bias={7: 100.0})
-    outcome = sample(logits[None].repeat(2, 1), [first, sequence()], torch.Generator())
-    report = outcome.logprobs[0]
+    report, none = sample(logits[None].repeat(2, 1), [first, sequence()], torch.Generator()).wait()[1]
     assert report is not None
     assert report.token_ids == [7, *expected.topk(3).indices.tolist()]
     assert report.logprobs == pytest.approx([float(expected[i]) for i in report.token_ids])
     assert report.rank == int((expected > expected[7]).sum()) + 1
-    assert outcome.logprobs[1] is None
+    assert none is None
 
 
 def test_the_greedy_token_has_exactly_the_top_logprob(logits: torch.Tensor) -> None:
     """Log-likelihood clients compare the two floats for equality."""
-    report = sample(logits[None].clone(), [sequence(temperature=0, logprobs=1)], torch.Generator()).logprobs[0]
+    report = sample(logits[None].clone(), [sequence(temperature=0, logprobs=1)], torch.Generator()).wait()[1][0]
     assert report is not None
     assert report.token_ids[0] == report.token_ids[1]
     assert report.logprobs[0] == report.logprobs[1]

@@ -39,8 +39,8 @@ def step(scheduler: Scheduler, token: int = 7) -> tuple[list[ScheduledSequence],
     slots = scheduler.policies.slots
     assert slots is None or {s.sequence.variant for s in scheduled} <= slots.active
     assert all(s.num_tokens > 0 for s in scheduled)
-    sampled = {s.sequence.request_id: SampledToken(token) for s in scheduled if s.samples}
-    outputs = scheduler.update(scheduled, sampled)
+    sampled = {s.sequence: SampledToken(token) for s in scheduled if s.samples}
+    outputs = scheduler.update(scheduler.launched(scheduled), sampled)
     scheduler.check_integrity()
     return scheduled, outputs
 

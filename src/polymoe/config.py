@@ -65,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | None = None  # None: one a variant, so no switch ever happens
     max_variants_per_step: int | None = None  # None: as many as there are slots; 1: no mixing in a batch
     prefetch: bool = True  # with fewer slots than variants: one staging row more, for the variant that runs next
+    async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: with CUDA graphs
     block_size: int = 16
     num_kv_blocks: int | None = None  # None: from kv_cache_bytes
     kv_cache_bytes: int | None = None  # None: what remains of a GPU; DEFAULT_KV_BYTES on a CPU

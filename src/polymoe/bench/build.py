@@ -14,8 +14,8 @@ from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import SYSTEMS, EngineSystem, System
 from polymoe.config import EngineConfig, format_bytes
-from polymoe.engine.engine import choose_device
 from polymoe.errors import PolymoeError
+from polymoe.model.device_facts import choose_device
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.cache import plan_cached
 

@@ -23,8 +23,8 @@ from polymoe.bench.workload import (
     read_trace,
     saturating_arrivals,
 )
-from polymoe.engine.engine import choose_device
 from polymoe.errors import PolymoeError
+from polymoe.model.device_facts import choose_device
 
 # Of the rate at which `single` saturates, over all variants; the default sweep.
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)

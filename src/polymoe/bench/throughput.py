@@ -14,8 +14,8 @@ from polymoe.bench.machine import describe_machine
 from polymoe.bench.metrics import DEFAULT_SLO, SLO, Summary, spread_of
 from polymoe.bench.session import Session, interleaved, ratios_to, run_progress, started
 from polymoe.bench.workload import Lengths, check_context, random_prompts, saturating_arrivals
-from polymoe.engine.engine import choose_device
 from polymoe.errors import PolymoeError
+from polymoe.model.device_facts import choose_device
 
 
 @dataclass(frozen=True)

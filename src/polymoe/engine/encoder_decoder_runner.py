@@ -31,6 +31,7 @@ class EncoderDecoderRunner(ModelRunner):
             input_ids=step.input_ids[own],
             positions=step.positions[own],
             slot_mapping=step.slot_mapping[own],
+            pending=(np.cumsum(own) - 1)[step.pending],
         )
 
     def prepare(self, step: GatheredStep) -> PreparedStep:

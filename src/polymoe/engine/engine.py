@@ -10,16 +10,16 @@ from polymoe.engine.block_manager import BlockManager, salt_of
 from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
 from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.memory_request import memory_request
-from polymoe.engine.model_runner import ModelRunner
+from polymoe.engine.model_runner import ModelRunner, StepInFlight
 from polymoe.engine.policies import Policies
 from polymoe.engine.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
 from polymoe.engine.scheduler import Scheduler
 from polymoe.engine.sequence import Sequence
-from polymoe.engine.step_plan import ScheduledSequence
+from polymoe.engine.step_plan import LaunchedStep, ScheduledSequence
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.decode_graphs import DecodeGraphs
-from polymoe.model.device_facts import DeviceFacts, read_device_facts
+from polymoe.model.device_facts import DeviceFacts, choose_device, read_device_facts
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.memory_plan import MemoryPlan, plan_memory
@@ -31,21 +31,6 @@ from polymoe.offline.bundle import Bundle
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available to torch; use --device cpu or install a CUDA build of torch.")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
-    return device
 
 
 def _stored_dtype(bundle: Bundle) -> str:
@@ -132,6 +117,10 @@ class EngineCore:
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
         runner = EncoderDecoderRunner if encoder_decoder else ModelRunner
         self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
+        self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
+        # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
+        automatic = graphs is not None and graphs.num_captured > 0
+        self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
         table = bundle.table
         self.info = EngineInfo(
             variants=[variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))],
@@ -221,13 +210,30 @@ class EngineCore:
         self.scheduler.abort(set(request_ids))
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or self._in_flight is not None
 
     def step(self) -> list[TokenOutput]:
-        """One pass: every output is a token that is new since the last step."""
+        """One pass: every output is a token that is new since the last step.
+
+        With asynchronous scheduling the outputs are the tokens of the step before, which the host reads while the
+        device runs the one that begins here. What is given to the device runs in that order, so blocks of a sequence
+        that turns out to have ended may be given away at once.
+        """
         scheduled = self.scheduler.schedule()
-        sampled = self.runner.run(scheduled, self.scheduler.upcoming_variants)
-        return self.scheduler.update(scheduled, sampled)
+        before = None if self._in_flight is None else self._in_flight[1]
+        upcoming = self.scheduler.variants.upcoming
+        launched = self.runner.launch(scheduled, before, upcoming) if scheduled else None
+        outputs = self._collect()
+        if launched is not None:
+            self._in_flight = self.scheduler.launched(scheduled), launched
+        return outputs if self.asynchronous else outputs + self._collect()
+
+    def _collect(self) -> list[TokenOutput]:
+        """Wait for the tokens of the step that is in flight, if there is one."""
+        if self._in_flight is None:
+            return []
+        (step, launched), self._in_flight = self._in_flight, None
+        return self.scheduler.update(step, launched.wait())
 
     def prompt_logits(
         self, prompts: list[tuple[int, list[int]]], num_encoder_tokens: list[int] | None = None

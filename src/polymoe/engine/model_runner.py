@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from polymoe.engine.sampler import sample, top_logprobs
+from polymoe.engine.sampler import SampleOutput, sample, top_logprobs
 from polymoe.engine.scheduler import SampledToken, ScheduledSequence
+from polymoe.engine.sequence import PENDING
 from polymoe.engine.sequence import Sequence as SequenceState
 from polymoe.model.context import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
 from polymoe.model.decode_graphs import DecodeGraphs
 from polymoe.model.served_model import ServedModel
-from polymoe.model.static_batch import DecodeInputs
+from polymoe.model.static_batch import DecodeInputs, PendingInputs
 from polymoe.model.upload import upload
 
 
@@ -32,6 +33,8 @@ class GatheredStep:
     slot_mapping: np.ndarray  # [T] int64
     block_table: np.ndarray  # [B, most blocks] int64, padded with 0
     seq_lens: list[int]  # B
+    pending: np.ndarray  # [n] int64, which of the T tokens the host does not know yet; each the last of its sequence
+    pending_sequences: list[SequenceState]  # n
 
     @property
     def is_decode(self) -> bool:
@@ -47,6 +50,24 @@ class PreparedStep:
     positions: torch.Tensor  # [T] int64
     sampled_rows: torch.Tensor  # [R] int64
     batch: ForwardBatch
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was given to the device."""
+
+    sequences: list[SequenceState]  # [R] that a token was drawn for
+    output: SampleOutput
+
+    def wait(self) -> dict[SequenceState, SampledToken]:
+        """The new tokens, once the device has drawn them."""
+        token_ids, logprobs = self.output.wait()
+        return dict(zip(self.sequences, map(SampledToken, token_ids, logprobs), strict=True))
+
+    def tokens_of(self, sequences: list[SequenceState]) -> torch.Tensor:
+        """`[n]` int64 on the device."""
+        rows = [self.sequences.index(sequence) for sequence in sequences]
+        return self.output.tokens[upload(rows, self.output.tokens.device)]
 
 
 class ModelRunner:
@@ -70,21 +91,34 @@ class ModelRunner:
         self.generator = torch.Generator(model.device).manual_seed(seed)
 
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence], upcoming: Sequence[int] = ()) -> dict[str, SampledToken]:
-        """Compute the scheduled tokens; request id -> new token for the sequences that reached their end.
+    def launch(
+        self,
+        scheduled: list[ScheduledSequence],
+        previous: StepInFlight | None = None,
+        upcoming: Sequence[int] = (),
+    ) -> StepInFlight:
+        """Give the device the scheduled tokens (at least one) to compute, and a new token to draw for the sequences
+        that reach their end.
 
-        `upcoming`: variants that wait for a slot, the next one first; it is loaded beside the computation.
+        Args:
+            previous: the step before this one, where its tokens are still pending.
+            upcoming: variants that wait for a slot, the next one first; it is loaded beside the computation.
         """
-        if not scheduled:
-            return {}
         step = self.gather(scheduled)
+        pending = None
+        if step.pending_sequences:
+            assert previous is not None
+            pending = PendingInputs(step.pending, previous.tokens_of(step.pending_sequences))
         if self.graphs is not None and step.is_decode and self.graphs.takes(len(step.order)):
             columns = step.input_ids, step.positions, np.asarray(step.variants), step.slot_mapping, step.block_table
-            logits = self.graphs.forward(DecodeInputs(*columns), set(step.variants), upcoming)
+            logits = self.graphs.forward(DecodeInputs(*columns, pending), set(step.variants), upcoming)
         else:
             ready = self.prepare(step)
+            if pending is not None:
+                pending.put_into(ready.input_ids)
             logits = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows, upcoming)
-        return self._sample(step, self.mask_missing_tokens(logits, step))
+        last = {} if pending is None else dict(zip(step.pending_sequences, pending.tokens, strict=True))
+        return self._sample(step, self.mask_missing_tokens(logits, step), last)
 
     @torch.inference_mode()
     def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
@@ -103,10 +137,14 @@ class ModelRunner:
         slots: list[np.ndarray] = []
         max_blocks = max(len(item.sequence.block_ids) for item in order)
         block_table = np.zeros((len(order), max_blocks), dtype=np.int64)
+        pending: list[int] = []
         for i, item in enumerate(order):
             sequence, first = item.sequence, item.sequence.num_computed_tokens
             last = first + item.num_tokens
             input_ids += sequence.token_ids[first:last]
+            if input_ids[-1] == PENDING:
+                input_ids[-1] = 0
+                pending.append(i)
             position = np.arange(first, last)
             positions.append(position)
             block_table[i, : len(sequence.block_ids)] = sequence.block_ids
@@ -121,6 +159,8 @@ class ModelRunner:
             slot_mapping=np.concatenate(slots),
             block_table=block_table,
             seq_lens=[item.sequence.num_computed_tokens + item.num_tokens for item in order],
+            pending=np.cumsum([item.num_tokens for item in order])[pending] - 1,
+            pending_sequences=[order[i].sequence for i in pending],
         )
 
     def _slots(self, sequence: SequenceState, position: np.ndarray) -> np.ndarray:
@@ -180,7 +220,9 @@ class ModelRunner:
             start = end
         return logits
 
-    def _sample(self, step: GatheredStep, logits: torch.Tensor) -> dict[str, SampledToken]:
+    def _sample(
+        self, step: GatheredStep, logits: torch.Tensor, pending: dict[SequenceState, torch.Tensor]
+    ) -> StepInFlight:
         rows: list[int] = []
         sequences = []
         start = 0
@@ -191,15 +233,9 @@ class ModelRunner:
             if item.samples:
                 rows.append(start - 1)
                 sequences.append(item.sequence)
-        if not rows:
-            return {}
         if len(rows) < len(logits):
-            logits = logits[upload(rows, logits.device)]
-        output = sample(logits, sequences, self.generator)
-        return {
-            sequence.request_id: SampledToken(token, logprobs)
-            for sequence, token, logprobs in zip(sequences, output.token_ids, output.logprobs, strict=True)
-        }
+            logits = logits[upload(np.array(rows, dtype=np.int64), logits.device)]
+        return StepInFlight(sequences, sample(logits, sequences, self.generator, pending))
 
     @staticmethod
     def _collect_prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> None:

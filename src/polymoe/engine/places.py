@@ -6,7 +6,7 @@ sequence finishes one day.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from polymoe.engine.block_manager import BlockManager
 from polymoe.engine.fair_share import FairShare, Flow
@@ -40,6 +40,12 @@ class Places:
         self.preemptions = [0] * len(fair.weights)
         self._waiting, self._fair, self._clock = waiting, fair, clock
         self._memory = SequenceBlocks(blocks)
+
+    @property
+    def sequences(self) -> Iterator[Sequence]:
+        """All that run or wait."""
+        yield from self.running
+        yield from self._waiting
 
     def grow(self, sequence: Sequence, count: int, plan: StepPlan) -> None:
         """Give a running sequence `count` tokens more. When blocks run out the least urgent sequences give way, those
@@ -150,9 +156,8 @@ class Places:
         self._waiting.add(sequence)
         self._fair.charge(sequence.flow, -plan.take_back(sequence))
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """The keys and values of so many more tokens are computed."""
-        sequence.num_computed_tokens += num_tokens
+    def remember_full(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are computed, once all their tokens are known."""
         self._memory.remember_full(sequence)
 
     def leave(self, sequences: set[Sequence]) -> None:

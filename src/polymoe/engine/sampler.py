@@ -4,12 +4,15 @@ Order of the steps (vLLM's): bias and penalties and minimum length on the raw lo
 top-k and top-p, then the draw. Reported log-probabilities are those of the raw logits, in float32.
 """
 
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from polymoe.engine.request import TokenLogprobs
 from polymoe.engine.sequence import Sequence
+from polymoe.model.download import Download
 from polymoe.model.upload import upload
 
 NEG_INF = float("-inf")
@@ -17,76 +20,104 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """`token_ids [R]` int64 on the CPU, and log-probabilities for the rows that asked for them."""
+    """What the rows of a step drew, for the host once it asks."""
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
+    tokens: torch.Tensor  # [R] int64, on the device
+    _download: Download  # the tokens, and the top log-probabilities of the rows that asked for them
+    _wanted: list[int | None]  # [R]
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Token ids `[R]`, and log-probabilities of the rows that asked for them. The only place that waits."""
+        tokens, *top = self._download.wait()
+        reports: list[TokenLogprobs | None] = [None] * len(self._wanted)
+        if top:
+            rows = [i for i, w in enumerate(self._wanted) if w is not None]
+            counts = [w for w in self._wanted if w is not None]
+            for i, report in zip(rows, _reports(top, counts), strict=True):
+                reports[i] = report
+        return tokens.tolist(), reports
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Generator) -> SampleOutput:
-    """Draw one token a row.
+def sample(
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    generator: torch.Generator,
+    pending: dict[Sequence, torch.Tensor] | None = None,
+) -> SampleOutput:
+    """Draw one token a row, without waiting for the device.
 
     Args:
         logits: `[R, vocabulary]`; row i belongs to `sequences[i]`. Changed in place.
         generator: for requests without a seed, on the logits' device.
-
-    The host waits for the device once, for the tokens (and for log-probabilities where they are asked for).
+        pending: the last token, `[]` on the device, of sequences whose host does not know it yet.
     """
     logits = logits.float()
     wanted = [s.request.sampling.logprobs for s in sequences]
-    raw = torch.log_softmax(logits, dim=-1) if any(w is not None for w in wanted) else None
-    _edit(logits, sequences)
+    asking = [i for i, w in enumerate(wanted) if w is not None]
+    raw = torch.log_softmax(logits[upload(asking, logits.device)], dim=-1) if asking else None
+    _edit(logits, sequences, pending or {})
     greedy = [i for i, s in enumerate(sequences) if s.request.sampling.greedy]
     tokens = logits.argmax(dim=-1)
     if len(greedy) < len(sequences):
         rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
         index = upload(rows, logits.device)
         tokens[index] = _draw(logits[index], [sequences[i] for i in rows], generator)
-    token_ids = tokens.tolist()
-    reports: list[TokenLogprobs | None] = [None] * len(sequences)
+    top: list[torch.Tensor] = []
     if raw is not None:
-        rows = [i for i, w in enumerate(wanted) if w is not None]
-        counts = [w for w in wanted if w is not None]
-        for i, report in zip(rows, top_logprobs(raw[rows], [token_ids[i] for i in rows], counts), strict=True):
-            reports[i] = report
-    return SampleOutput(token_ids, reports)
+        top = _top(raw, tokens[upload(asking, logits.device)], max(w for w in wanted if w is not None))
+    return SampleOutput(tokens, Download([tokens, *top]), wanted)
 
 
 def top_logprobs(logprobs: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:
-    """For each row of `logprobs [R, vocabulary]`: the given token first, then the `counts[i]` most probable."""
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])
+    """For each row of `logprobs [R, vocabulary]`: the given token first, then the `counts[i]` most probable. Waits."""
+    return _reports(Download(_top(logprobs, upload(token_ids, logprobs.device), max(counts))).wait(), counts)
+
+
+def _top(logprobs: torch.Tensor, tokens: torch.Tensor, most: int) -> list[torch.Tensor]:
+    """Of each row: the given token, its log-probability and rank `[R]`; ids and values of the best `[R, most]`."""
+    chosen = logprobs.gather(1, tokens[:, None])
     ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top = logprobs.topk(max(max(counts), 1), dim=-1)
-    columns = zip(
-        token_ids, chosen[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), counts, strict=True
-    )
+    best = logprobs.topk(max(most, 1), dim=-1)
+    return [tokens, chosen[:, 0], ranks, best.indices, best.values]
+
+
+def _reports(top: Rows[torch.Tensor], counts: list[int]) -> list[TokenLogprobs]:
+    """What `_top` found, on the host, with `counts[i]` of the best for row i."""
+    columns = zip(*(tensor.tolist() for tensor in top), counts, strict=True)
     return [
         TokenLogprobs([token, *indices[:count]], [value, *values[:count]], rank)
         for token, value, rank, indices, values, count in columns
     ]
 
 
-def _edit(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+def _edit(logits: torch.Tensor, sequences: list[Sequence], pending: dict[Sequence, torch.Tensor]) -> None:
     """Logit bias, penalties, and stop tokens held back until the minimum length. In place."""
+    device = logits.device
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
+        last = pending.get(sequence)
         if sampling.repetition_penalty != 1.0:
-            before = sequence.token_ids[sequence.request.num_encoder_tokens :]
-            seen = torch.tensor(sorted(set(before)), device=logits.device)
+            seen = _tokens(sequence, sequence.request.num_encoder_tokens, last, device)
             values = logits[row, seen]
             penalty = sampling.repetition_penalty
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            output = torch.tensor(
-                sequence.token_ids[sequence.num_prompt_tokens :], dtype=torch.int64, device=logits.device
-            )
-            ids, counts = torch.unique(output, return_counts=True)
-            logits[row, ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+            output = _tokens(sequence, sequence.num_prompt_tokens, last, device)
+            counts = torch.zeros_like(logits[row]).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))
+            logits[row] -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-            logits[row, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+            ids = upload(list(sampling.logit_bias), device)
+            logits[row, ids] += upload(list(sampling.logit_bias.values()), device)
         if sequence.num_output_tokens < sampling.min_tokens and sequence.request.stop_token_ids:
-            logits[row, torch.tensor(sequence.request.stop_token_ids, device=logits.device)] = NEG_INF
+            logits[row, upload(sequence.request.stop_token_ids, device)] = NEG_INF
+
+
+def _tokens(sequence: Sequence, start: int, last: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """The sequence's tokens from `start` on, int64 on the device; `last`: its last one, where the host lacks it."""
+    known = sequence.token_ids[start:]
+    if last is None:
+        return upload(np.array(known, dtype=np.int64), device)
+    return torch.cat([upload(np.array(known[:-1], dtype=np.int64), device), last[None]])
 
 
 def _draw(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Generator) -> torch.Tensor:

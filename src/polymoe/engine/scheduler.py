@@ -4,10 +4,12 @@ There are no phases. Every sequence has tokens whose keys and values are not com
 sequence at its end the one token it waits for; the rest of the step's tokens go to prompts, by turns of the flows
 (variant and tenant), the most urgent of a flow first. A sequence whose last token is computed samples a new one.
 
+A step is scheduled, launched, and updated when its tokens are known. The next one may be scheduled and launched before
+that: its sequences have a `PENDING` token at their end then, whose value only the device knows.
+
 How much and whose turn it is, is decided by the policies (`policies.py`); here is how it is carried out.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ from polymoe.engine.outlook import look_out
 from polymoe.engine.places import Places
 from polymoe.engine.policies import Policies
 from polymoe.engine.request import TokenLogprobs, TokenOutput
-from polymoe.engine.sequence import Sequence
-from polymoe.engine.slot_policy import VariantWork
-from polymoe.engine.step_plan import PrefillQueues, ScheduledSequence, StepPlan
+from polymoe.engine.sequence import PENDING, Sequence
+from polymoe.engine.step_plan import LaunchedStep, PrefillQueues, ScheduledSequence, StepPlan
+from polymoe.engine.variant_turns import VariantTurns
 from polymoe.engine.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
 
@@ -64,12 +66,13 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.waiting = WaitingQueue()
         self.places = Places(blocks, self.waiting, policies.fair, max_num_seqs, clock)
-        self.upcoming_variants: list[int] = []  # that wait for a slot, the next one first
+        self.variants = VariantTurns(policies, self.places, self.waiting)
         # Since the start, a variant each: tokens computed, first tokens that came later than their class promised.
         self.tokens_served = [0] * len(max_model_len)
         self.deadline_misses = [0] * len(max_model_len)
         self._reconfigurations = reconfigurations
-        self._step_started = (0.0, 0, 0.0)  # time, reconfigurations until then, their seconds
+        self._step_started = 0.0
+        self._measured = (0.0, 0, 0.0)  # the end of the last step, reconfigurations until then, their seconds
 
     @property
     def running(self) -> list[Sequence]:
@@ -77,8 +80,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        yield from self.running
-        yield from self.waiting
+        return self.places.sequences
 
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
@@ -98,6 +100,8 @@ class Scheduler:
             )
         else:
             self.policies.admission.started()
+        limit = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
+        sequence.max_len = min(limit, self.max_model_len[sequence.variant])
         self.waiting.add(sequence)
 
     def abort(self, request_ids: set[str]) -> list[Sequence]:
@@ -111,11 +115,11 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """Choose this step's tokens and give their sequences the blocks for them."""
         now = self.clock()
-        self._step_started = (now, *self._reconfigurations())
-        plan = self._plan(now, self._allowed_variants(now))
-        if not plan.chosen and plan.allowed is not None and self.has_work():
+        self._step_started = now
+        plan = self._plan(now, self.variants.allowed(now))
+        if not plan.chosen and plan.allowed is not None and any(s.num_uncomputed for s in self.sequences):
             # All places or blocks are held by sequences that do not lose them, while it is not their turn.
-            plan = self._plan(now, self._variants_of_the_oldest(now))
+            plan = self._plan(now, self.variants.of_the_oldest(now))
         return [ScheduledSequence(s, n) for s, n in plan.chosen.items()]
 
     def _plan(self, now: float, allowed: frozenset[int] | None) -> StepPlan:
@@ -129,7 +133,7 @@ class Scheduler:
         queues = PrefillQueues(plan, self.running, self.waiting)
         self._serve_urgent(now, queues, plan)
         self._serve_by_turns(queues, plan)
-        self.policies.fair.settle(self._active_variants(), queues.contended)
+        self.policies.fair.settle(self.variants.active(), queues.contended)
         plan.budget += beyond
         return plan
 
@@ -153,7 +157,7 @@ class Scheduler:
         fair = self.policies.fair
         for sequence in queues.heads():
             fair.enter(sequence.flow)
-        active = self._active_variants()
+        active = self.variants.active()
         courtesy = self.policies.budget.courtesy_tokens(len(plan.chosen), plan.budget)
         backlog = queues.backlog()
         allowance = {
@@ -180,70 +184,41 @@ class Scheduler:
         else:
             queues.blocked.add(sequence.flow)
 
-    # --- variants
-
-    def _active_variants(self) -> set[int]:
-        return {s.variant for s in self.running} | {v for v, _ in self.waiting.flows()}
-
-    def _allowed_variants(self, now: float) -> frozenset[int] | None:
-        """With fewer slots than variants, or a limit on the variants of a step: those that may run. None: all."""
-        slots, mix = self.policies.slots, self.policies.mix
-        if slots is None and mix is None:
-            return None
-        work = self._work_by_variant()
-        allowed = frozenset(work)
-        if slots is not None:
-            allowed = slots.choose(now, work)
-            self.upcoming_variants = slots.upcoming(work)
-        if mix is not None:
-            allowed &= mix.choose(now, {v: w for v, w in work.items() if v in allowed})
-        return allowed
-
-    def _variants_of_the_oldest(self, now: float) -> frozenset[int]:
-        oldest = sorted(self.sequences, key=lambda s: (s in self.waiting, s.arrival))
-        variants = list(dict.fromkeys(s.variant for s in oldest))
-        allowed = frozenset(variants)
-        for policy in (self.policies.slots, self.policies.mix):
-            if policy is not None:
-                allowed = policy.force(now, [v for v in variants if v in allowed])
-        return allowed
-
-    def _work_by_variant(self) -> dict[int, VariantWork]:
-        cost, slots = self.policies.cost, self.policies.slots
-        load = 0.0 if slots is None else slots.cost
-        work: dict[int, VariantWork] = {}
-        full = len(self.running) >= self.places.max_num_seqs
-        for sequence in self.sequences:
-            known = work.get(sequence.variant, VariantWork())
-            arrived = sequence.arrival[0]
-            first_since, start_by = math.inf, math.inf
-            if sequence.num_output_tokens == 0:
-                if not full or sequence not in self.waiting:
-                    first_since = arrived
-                if sequence.ttft_target is not None:
-                    start_by = sequence.deadline - load - cost.seconds(sequence.num_uncomputed, 0)
-            work[sequence.variant] = VariantWork(
-                min(known.since, arrived), min(known.first_since, first_since), min(known.start_by, start_by)
-            )
-        return {v: known for v, known in work.items() if self.places.can_run((v, ""))}
-
     # --- the end of a step
 
-    def update(self, scheduled: list[ScheduledSequence], sampled: dict[str, SampledToken]) -> list[TokenOutput]:
-        """Book the step's progress, append sampled tokens, and finish what is finished."""
+    def launched(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+        """Book the progress of a step that was given to the device, as if it were done."""
+        num_decodes = sum(item.num_tokens == 1 for item in scheduled)
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        for item in scheduled:
+            sequence = item.sequence
+            self.tokens_served[sequence.variant] += item.num_tokens
+            if sequence.ended:  # the step before was its last
+                continue
+            samples = item.samples
+            sequence.num_computed_tokens += item.num_tokens
+            if samples:
+                sequence.token_ids.append(PENDING)
+        return LaunchedStep(scheduled, self._step_started, num_decodes, num_tokens - num_decodes)
+
+    def update(self, step: LaunchedStep, sampled: dict[Sequence, SampledToken]) -> list[TokenOutput]:
+        """The step's tokens are known: put them into their sequences, and finish what is finished."""
         outputs = []
         finished = []
         now = self.clock()
-        self._measure(scheduled, now)
-        for item in scheduled:
+        self._measure(step, now)
+        for item in step.scheduled:
             sequence = item.sequence
-            self.places.advance(sequence, item.num_tokens)
-            self.tokens_served[sequence.variant] += item.num_tokens
-            token = sampled.get(sequence.request_id)
-            if token is None:
+            if sequence.ended:
                 continue
-            first = sequence.num_output_tokens == 0
-            sequence.token_ids.append(token.token_id)
+            token = sampled.get(sequence)
+            if token is None:
+                self.places.remember_full(sequence)
+                continue
+            assert sequence.is_pending
+            sequence.token_ids[-1] = token.token_id
+            self.places.remember_full(sequence)
+            first = sequence.num_output_tokens == 1
             if first:
                 sequence.first_token_time = now
                 late = sequence.ttft_target is not None and now > sequence.deadline
@@ -271,29 +246,29 @@ class Scheduler:
         self._drop(finished)
         return outputs
 
-    def _measure(self, scheduled: list[ScheduledSequence], now: float) -> None:
-        """Tell the policies how long the step and its reconfigurations took."""
-        started, count, seconds = self._step_started
+    def _measure(self, step: LaunchedStep, now: float) -> None:
+        """Tell the policies how long the step (since it started, or the one before ended) and its reconfigurations
+        took."""
+        ended, count, seconds = self._measured
         new_count, new_seconds = self._reconfigurations()
+        self._measured = now, new_count, new_seconds
         if new_count > count and self.policies.slots is not None:
             self.policies.slots.observe((new_seconds - seconds) / (new_count - count))
-        decodes = sum(item.sequence.num_uncomputed == 1 for item in scheduled)
-        tokens = sum(item.num_tokens for item in scheduled) - decodes
-        self.policies.cost.observe(tokens, decodes, now - started - (new_seconds - seconds))
+        duration = now - max(step.started, ended) - (new_seconds - seconds)
+        self.policies.cost.observe(step.num_prefill_tokens, step.num_decodes, duration)
 
     def _finish_reason(self, sequence: Sequence) -> tuple[str | None, int | None]:
         sampling = sequence.request.sampling
         last = sequence.token_ids[-1]
         if sequence.num_output_tokens >= sampling.min_tokens and last in sequence.request.stop_token_ids:
             return "stop", last
-        if sequence.num_output_tokens >= sampling.max_tokens:
-            return "length", None
-        if len(sequence.token_ids) >= self.max_model_len[sequence.variant]:
+        if len(sequence.token_ids) >= sequence.max_len:
             return "length", None
         return None, None
 
     def _drop(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
+            sequence.ended = True
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
         self.places.leave(set(sequences))

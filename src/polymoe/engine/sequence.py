@@ -1,6 +1,7 @@
 """One sequence as the engine sees it while it lives. Progress is one number: `num_computed_tokens`."""
 
 import itertools
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ Rank = tuple[int, float, float, float, int]
 # The deadline of a request without a target, in seconds after its arrival: whoever has a target comes first, but only
 # for so long.
 _PATIENCE = 60.0
+PENDING = -1  # in place of a token that was drawn on the device and is not known on the host yet
 _numbers = itertools.count()
 
 
@@ -22,11 +24,14 @@ class Sequence:
 
     |---- prompt ----|-- output --|
     |-- computed --|-- to do -----|     keys and values exist for the first `num_computed_tokens`
+
+    The last output token may be `PENDING`.
     """
 
     request: EngineRequest
     salt: bytes  # root of the prefix-cache hash chain
     ttft_target: float | None = None  # seconds, of the request's SLO class
+    max_len: int = sys.maxsize  # tokens at most, prompt and output; set when it is queued
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -35,6 +40,7 @@ class Sequence:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     generator: torch.Generator | None = None
+    ended: bool = False  # finished or aborted: what is still drawn for it is of no use
     first_scheduled_time: float = 0.0  # time.monotonic(), as the two below
     first_token_time: float = 0.0
     added_time: float = field(default_factory=time.monotonic)
@@ -68,7 +74,13 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens to compute; the last one that it can have needs no keys and values."""
+        return min(len(self.token_ids), self.max_len - 1) - self.num_computed_tokens
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its last token is not known yet."""
+        return self.token_ids[-1] == PENDING
 
     @property
     def arrival(self) -> tuple[float, float]:

@@ -22,6 +22,16 @@ class ScheduledSequence:
         return self.num_tokens == self.sequence.num_uncomputed
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that was given to the device, until its tokens are known."""
+
+    scheduled: list[ScheduledSequence]
+    started: float  # time.monotonic()
+    num_decodes: int
+    num_prefill_tokens: int
+
+
 @dataclass
 class StepPlan:
     """Mutable state of `Scheduler.schedule`."""

@@ -13,6 +13,21 @@ from polymoe.errors import ConfigError
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies, which the kernels need
 
 
+def choose_device(name: str) -> torch.device:
+    """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is available to torch; use --device cpu or install a CUDA build of torch.")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    return device
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """One GPU as its driver describes it. Bytes; `free_bytes` is what no process has taken."""

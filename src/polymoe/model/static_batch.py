@@ -15,19 +15,32 @@ import numpy as np
 import torch
 
 from polymoe.model.context import AttentionBatch, DeviceLengths, ForwardBatch, Segments
+from polymoe.model.upload import upload
 
 _COLUMNS = 4  # numbers a sequence beside its row of the block table
+
+
+@dataclass(frozen=True)
+class PendingInputs:
+    """Input tokens of a step that only the device knows: those that the step before has drawn."""
+
+    index: np.ndarray  # [n] int64, where they stand in the step's tokens, ascending
+    tokens: torch.Tensor  # [n] int64, on the device
+
+    def put_into(self, input_ids: torch.Tensor) -> None:
+        input_ids.index_copy_(0, upload(self.index, input_ids.device), self.tokens)
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
     """One decode step of n sequences, on the host. int64; the rows are sorted by variant."""
 
-    input_ids: np.ndarray  # [n]
+    input_ids: np.ndarray  # [n]; anything where the token is a pending one
     positions: np.ndarray  # [n]
     token_variant: np.ndarray  # [n]
     slot_mapping: np.ndarray  # [n]
     block_table: np.ndarray  # [n, blocks], at most M
+    pending: PendingInputs | None = None
 
 
 class StaticBatch:
@@ -42,20 +55,19 @@ class StaticBatch:
     def __init__(self, capacity: int, max_blocks: int, trash_slot: int, device: torch.device) -> None:
         self.capacity, self.max_blocks, self.trash_slot, self.device = capacity, max_blocks, trash_slot, device
         size = capacity * (_COLUMNS + max_blocks)
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # Two, in turn: a step is written while the one before runs, and the one before that is done.
+        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self._sequence = torch.arange(capacity, device=device)
         self._start_loc = torch.arange(capacity + 1, dtype=torch.int32, device=device)
 
     def fill(self, inputs: DecodeInputs, size: int) -> None:
-        """Write a step, padded to `size` rows, and start its copy to the device.
-
-        The host's buffer is free again once the step's tokens are known, which every decode step waits for.
-        """
+        """Write a step, padded to `size` rows, and start its copy to the device."""
         count, width = inputs.block_table.shape
         assert 1 <= count <= size <= self.capacity
         assert width <= self.max_blocks
-        *columns, table = self._cut(self._host, size)
+        self._hosts.reverse()
+        *columns, table = self._cut(self._hosts[0], size)
         given = (inputs.input_ids, inputs.positions, inputs.token_variant, inputs.slot_mapping)
         for column, values in zip(columns, given, strict=True):
             column.numpy()[:count] = values
@@ -64,7 +76,16 @@ class StaticBatch:
         table.numpy()[:count, :width] = inputs.block_table
         table.numpy()[count:, :width] = inputs.block_table[-1]
         used = size * (_COLUMNS + self.max_blocks)
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
+        self._device[:used].copy_(self._hosts[0][:used], non_blocking=True)
+        if inputs.pending is not None:
+            self._put(inputs.pending, count, size)
+
+    def _put(self, pending: PendingInputs, count: int, size: int) -> None:
+        """Pending tokens to their rows, and to the padding if it repeats one of them."""
+        input_ids = self._cut(self._device, size)[0]
+        pending.put_into(input_ids)
+        if pending.index[-1] == count - 1:
+            input_ids[count:] = pending.tokens[-1]
 
     def tensors(self, size: int) -> tuple[torch.Tensor, torch.Tensor, ForwardBatch]:
         """Device tensors of a step of `size` rows: `input_ids [size]`, `positions [size]`, and the batch.
