@@ -16,7 +16,7 @@ from polymoe.bench.consolidation import choices
 from polymoe.bench.exam import TextExam
 from polymoe.bench.rouge import Mean, kept_share, require_rouge, rouge
 from polymoe.bench.task_exam import StockCandidate, TaskExam
-from polymoe.bench.task_pairs import Pair, read_pairs
+from polymoe.bench.task_pairs import Pair, draw_pairs
 from polymoe.cli import app
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError
@@ -65,12 +65,12 @@ def write_pairs(path: Path, lines: list[str]) -> Path:
 def test_pairs_are_drawn_by_seed_and_kept_in_order(tmp_path: Path) -> None:
     lines = [json.dumps({"input": f"question {i}", "target": f"{i}"}) for i in range(50)]
     path = write_pairs(tmp_path / "task.jsonl", [*lines[:30], "", *lines[30:]])
-    assert read_pairs("v1", path, 1000, seed=0) == [Pair(f"question {i}", f"{i}") for i in range(50)]
-    drawn = [int(pair.target) for pair in read_pairs("v1", path, 20, seed=0)]
+    assert draw_pairs("v1", path, 1000, seed=0) == [Pair(f"question {i}", f"{i}") for i in range(50)]
+    drawn = [int(pair.target) for pair in draw_pairs("v1", path, 20, seed=0)]
     assert len(set(drawn)) == 20
     assert drawn == sorted(drawn)
-    assert drawn != [int(pair.target) for pair in read_pairs("v1", path, 20, seed=1)]
-    assert drawn == [int(pair.target) for pair in read_pairs("v1", path, 20, seed=0)]
+    assert drawn != [int(pair.target) for pair in draw_pairs("v1", path, 20, seed=1)]
+    assert drawn == [int(pair.target) for pair in draw_pairs("v1", path, 20, seed=0)]
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_pairs_are_drawn_by_seed_and_kept_in_order(tmp_path: Path) -> None:
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, message: str) -> None:
     good = json.dumps({"input": "a", "target": "b"})
     with pytest.raises(PolymoeError, match=message):
-        read_pairs("v1", write_pairs(tmp_path / "task.jsonl", [good, "", line, good]), 10, seed=0)
+        draw_pairs("v1", write_pairs(tmp_path / "task.jsonl", [good, "", line, good]), 10, seed=0)
 
 
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "task.jsonl", [json.dumps({"input": "a", "target": "b"})] * 19)
     with pytest.raises(PolymoeError, match="has 19 pairs; at least 20"):
-        read_pairs("v1", path, 200, seed=0)
+        draw_pairs("v1", path, 200, seed=0)
 
 
 def test_rouge_is_the_f_measure_of_words() -> None:
@@ -265,7 +265,7 @@ def task(switches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_variant_passes_its_own_exam_in_the_engine(switches: dict[str, Path], task: Path, tmp_path: Path) -> None:
     family = Family.open(switches)
-    exam = TaskExam(family, "v1", read_pairs("v1", task, 24, seed=0), 8, tmp_path, batch=7)
+    exam = TaskExam(family, "v1", draw_pairs("v1", task, 24, seed=0), 8, tmp_path, batch=7)
     alone = exam.alone(nothing)
     assert statistics.fmean(alone.rouge["rouge1"]) == 1, "the targets are what it says"
     bundle = make_plan(switches, "separate", None, tmp_path / "bundle")

@@ -19,7 +19,7 @@ from polymoe.bench.machine import describe_machine
 from polymoe.bench.rouge import KINDS, Mean, kept_share, require_rouge
 from polymoe.bench.session import run_progress
 from polymoe.bench.task_exam import TaskExam
-from polymoe.bench.task_pairs import read_pairs
+from polymoe.bench.task_pairs import draw_pairs
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.offline.family import Family
 
@@ -128,7 +128,7 @@ def _asked(plan: MergingPlan, family: Family) -> list[str]:
 
 def _exam(plan: MergingPlan, family: Family, name: str, folder: Path) -> Exam:
     if plan.tasks:
-        pairs = read_pairs(name, plan.tasks[name], plan.samples, plan.seed)
+        pairs = draw_pairs(name, plan.tasks[name], plan.samples, plan.seed)
         return TaskExam(family, name, pairs, plan.max_new_tokens, folder)
     return TextExam(family, name, plan.texts[name], plan.samples, folder)
 

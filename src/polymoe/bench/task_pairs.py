@@ -4,13 +4,13 @@ import random
 from pathlib import Path
 
 from polymoe.errors import PolymoeError
-from polymoe.evaluate import pairs as jsonl
 from polymoe.evaluate.pairs import Pair as Pair
+from polymoe.evaluate.pairs import read_pairs
 
 MIN_PAIRS = 20  # fewer say nothing
 
 
-def read_pairs(name: str, path: Path, limit: int, seed: int) -> list[Pair]:
+def draw_pairs(name: str, path: Path, limit: int, seed: int) -> list[Pair]:
     """At most `limit` pairs of a file of `{"input": …, "target": …}` a line, drawn without replacement, in the file's
     order. Blank lines are left out.
 
@@ -19,7 +19,7 @@ def read_pairs(name: str, path: Path, limit: int, seed: int) -> list[Pair]:
 
     Raises `PolymoeError` naming file and line for one that is no pair, and for fewer than `MIN_PAIRS` of them.
     """
-    pairs = jsonl.read_pairs(f"--task {name}", path)
+    pairs = read_pairs(f"--task {name}", path)
     if len(pairs) < MIN_PAIRS:
         raise PolymoeError(
             f"--task {name}: {path} has {len(pairs)} pairs; at least {MIN_PAIRS} are needed, and 200 are good."
