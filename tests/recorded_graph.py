@@ -1,6 +1,6 @@
 """A CUDA graph on a CPU: the operations of one call, recorded once and run again on the same tensors.
 
-What a CUDA graph would freeze is frozen here too: every Python number, every tensor's address, and which operations run.
+What a CUDA graph would freeze is frozen here too: each Python number, each tensor's address, and which operations run.
 So a step that is replayed for other inputs, another mix of variants, another row map or table shows whether anything of
 it was taken from the host while it was recorded.
 """

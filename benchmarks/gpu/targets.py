@@ -39,9 +39,11 @@ def rows(parts: Mapping[str, Any]) -> list[Row]:
         for batch in ("decode_1", "decode_64"):
             found.append(Row(f"{part} {batch}: share of the bandwidth ceiling", 0.70, get(part, batch, "share"),
                              ceiling=_decode_ceiling(get(part, batch))))  # fmt: skip
-    found.append(
-        Row("qwen3: mixed over 4 variants / single, saturated", 0.95, get("qwen3_shared", "mixed_over_single"))
-    )
+    mixed, single, delta = (
+        get("qwen3_shared", "decode_64"), get("qwen3_shared", "decode_64_single"), get("qwen3_delta", "decode_64")
+    )  # fmt: skip
+    found.append(Row("qwen3: mixed over 4 variants / single, saturated", 0.95,
+                     get("qwen3_shared", "mixed_over_single"), ceiling=_byte_ratio(single, mixed)))  # fmt: skip
     found.append(Row("reconfiguration: share of the bus's bandwidth", 0.85,
                      get("mixtral_switch", "reconfiguration", "share"),
                      ceiling=_rate(get("mixtral_switch", "limits", "bus_bytes_per_s"))))  # fmt: skip
@@ -60,12 +62,9 @@ def rows(parts: Mapping[str, Any]) -> list[Row]:
         absent = get(part, "experts_absent")
         served = None if get(part, "decode_64", "tokens_per_s") is None else float(absent == 0)
         found.append(Row(f"{count} Mixtral variants resident and served mixed (1: yes)", 1.0, served))
-    delta, alone = (
-        get("qwen3_delta", "decode_64", "tokens_per_s"),
-        get("qwen3_shared", "decode_64_single", "tokens_per_s"),
-    )
     found.append(Row("qwen3, batch 64: int4 + 2-bit deltas of 4 variants / one bf16 model", 1.0,
-                     None if delta is None or alone is None else delta / alone))  # fmt: skip
+                     delta["tokens_per_s"] / single["tokens_per_s"] if delta and single else None,
+                     ceiling=_byte_ratio(single, delta)))  # fmt: skip
     for part in ("qwen3_shared", "mixtral_two", "mixtral_four", "qwen3_delta"):
         tokens = get(part, "prefill", "tokens") or 4096
         name = f"{part} prefill of {tokens} tokens: share of the matmul rate"
@@ -91,6 +90,10 @@ def _decode_ceiling(figures: Mapping[str, Any] | None) -> str:
     return (
         f"{figures['bytes'] / 1e9:.1f} GB, {1e3 * figures['ceiling_seconds']:.2f} ms of {1e3 * figures['seconds']:.2f}"
     )
+
+
+def _byte_ratio(less: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> str:
+    return f"{less['bytes'] / more['bytes']:.2f} by bytes" if less and more else ""
 
 
 def _rate(value: float | None) -> str:
