@@ -13,7 +13,6 @@ from typer.testing import CliRunner, Result
 from polymoe.bench.build import check_systems
 from polymoe.bench.ceiling import expected_touched
 from polymoe.bench.load import Record, Run, run_closed, run_open
-from polymoe.bench.machine import split_cores
 from polymoe.bench.metrics import SLO, Distribution, is_good, median_of, spread_of, summarise
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import Counters
@@ -29,6 +28,7 @@ from polymoe.bench.workload import (
 from polymoe.cli import app
 from polymoe.config import EngineConfig
 from polymoe.errors import PolymoeError
+from polymoe.machine import split_cores
 
 LENGTHS = Lengths(20, 25)
 

@@ -66,24 +66,28 @@ def test_preemption(family: ReferenceFamily) -> None:
     check(DeviceLLM(family.bundle, num_kv_blocks=16, max_model_len=48, max_num_batched_tokens=5), family)
 
 
-@pytest.mark.parametrize(("slots", "prefetch"), [(1, True), (2, False), (3, False)])
-def test_a_captured_step_is_valid_for_every_mix(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
-    """Every decode step replays what was recorded of one variant, while that was in a slot."""
-    llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, max_num_seqs=8, max_model_len=48)
+def record(llm: LLM) -> None:
+    """Let the engine replay its decode steps, as recorded of one variant, and compute none."""
     graphs, kernels = llm.engine.runner.graphs, llm.engine.model.context.kernels
     assert graphs is not None
     assert kernels is not None
-    if family.arch == "gpt_oss":
-        pytest.skip("its experts have no kernel, so its steps are not captured")
     with torch.inference_mode():
         for size in graphs.sizes:
             graphs.batch.fill(graphs._dummy(size), size)
             with RecordedGraph(kernels) as graph:
                 logits = graphs._compute(size)
             graphs._captured[size] = graph, logits  # type: ignore[assignment]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "_compute", None)  # nothing but replays from here on
-        check(llm, family, repeat=2)
+    graphs._compute = None  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize(("slots", "prefetch"), [(1, True), (2, False), (3, False)])
+def test_a_captured_step_is_valid_for_every_mix(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
+    """Every decode step replays what was recorded of one variant, while that was in a slot."""
+    if family.arch == "gpt_oss":
+        pytest.skip("its experts have no kernel, so its steps are not captured")
+    llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, max_num_seqs=8, max_model_len=48)
+    record(llm)
+    check(llm, family, repeat=2)
     assert (llm.engine.stats().reconfigurations > 0) == (slots < 3)
 
 
@@ -96,9 +100,35 @@ def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch
     assert llm.engine.stats().reconfigurations > 0
 
 
-def test_absent_experts(family: ReferenceFamily, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [0, 100_000, 1 << 24])
+def test_absent_experts_are_read_where_they_are(family: ReferenceFamily, tmp_path: Path, cache: int) -> None:
+    """Decode steps are captured all the same; rows on the device change hands between them."""
+    llm = DeviceLLM(family.write(tmp_path / "bundle", capacity=3), expert_cache_bytes=cache, max_num_seqs=4)
+    mapped = llm.engine.model.pool.mapped
+    if family.arch == "gpt_oss":
+        assert mapped is None, "its experts have no kernel"
+        return
+    assert mapped is not None
+    record(llm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("polymoe.model.mapped_experts._PERIOD", 2)
+        check(llm, family, repeat=3)
+    stats = llm.engine.stats()
+    rows = sum(layer.num_rows for layer in mapped.layers.values())
+    assert (stats.expert_misses > 0, stats.expert_hits > 0, rows > 0) == (True, cache > 0, cache > 0)
+    assert stats.resident_bytes["expert_cache"] <= cache
+
+
+def test_absent_experts_that_decode_waits_for(family: ReferenceFamily, tmp_path: Path) -> None:
+    """Where the host cannot pin them."""
     bundle = family.write(tmp_path / "bundle", capacity=3)
-    llm = DeviceLLM(bundle, expert_cache_bytes=20_000)
+    with pytest.MonkeyPatch.context() as patch:
+        if family.arch != "gpt_oss":
+            patch.setattr("polymoe.model.mapped_experts.available_memory", lambda: 1000)
+            with pytest.warns(UserWarning, match=r"do not fit into the 1000 B .* plan with more --memory"):
+                llm = DeviceLLM(bundle, expert_cache_bytes=20_000)
+        else:
+            llm = DeviceLLM(bundle, expert_cache_bytes=20_000)
     assert llm.engine.runner.graphs is None  # the host must learn which experts to fetch
     check(llm, family)
     assert llm.engine.stats().expert_misses > 0
@@ -107,8 +137,10 @@ def test_absent_experts(family: ReferenceFamily, tmp_path: Path) -> None:
 def test_absent_experts_computed_on_the_host(tmp_path: Path) -> None:
     """With a bus so slow that nothing is worth fetching, no expert crosses it and the tokens are the same."""
     family = ReferenceFamily("mixtral", tmp_path, num_requests=4)
-    llm = DeviceLLM(family.write(tmp_path / "absent", capacity=3), expert_cache_bytes=20_000)
-    slow_bus = TierCosts(1.0, 0.0, host_bytes_per_s=1e9, host_flops=1e12, exchange_s=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("polymoe.model.expert_pool.map_experts", lambda *_: None)
+        llm = DeviceLLM(family.write(tmp_path / "absent", capacity=3), expert_cache_bytes=20_000)
+    slow_bus = TierCosts(1.0, 0.0, host_bytes_per_s=1e9, host_flops=1e12, exchange_s=0.0, mapped_bytes_per_s=1.0)
     llm.engine.model.pool.cache.costs = slow_bus
     check(llm, family)
     expected = llm.engine.stats().expert_misses

@@ -6,8 +6,10 @@ import torch
 from polymoe.model.tier_cost import TierCosts
 from polymoe.model.tier_measure import measure_tier_costs
 
-GEN5 = TierCosts(55e9, 10e-6, host_bytes_per_s=200e9, host_flops=2e12, exchange_s=40e-6)
-GEN3_ONE_CORE = TierCosts(12e9, 10e-6, host_bytes_per_s=8e9, host_flops=0.1e12, exchange_s=40e-6)
+GEN5 = TierCosts(55e9, 10e-6, host_bytes_per_s=200e9, host_flops=2e12, exchange_s=40e-6, mapped_bytes_per_s=50e9)
+GEN3_ONE_CORE = TierCosts(
+    12e9, 10e-6, host_bytes_per_s=8e9, host_flops=0.1e12, exchange_s=40e-6, mapped_bytes_per_s=12e9
+)
 MIXTRAL = 352_321_536, 176_160_768  # bytes, parameters of one expert
 QWEN3 = 9_437_184, 4_718_592
 
@@ -35,13 +37,22 @@ def test_what_stays_in_the_cache_is_worth_fetching() -> None:
 
 
 def test_an_exchange_is_not_free() -> None:
-    slow = TierCosts(55e9, 10e-6, 200e9, 2e12, exchange_s=1.0)
+    slow = TierCosts(55e9, 10e-6, 200e9, 2e12, exchange_s=1.0, mapped_bytes_per_s=50e9)
     assert not slow.on_host(1, *MIXTRAL)
 
 
+def test_decode_reads_in_the_kernel_unless_the_host_is_much_faster() -> None:
+    assert not GEN5.decodes_mapped(*MIXTRAL, uses=0.3)  # the host's memory is four times as fast as the bus
+    assert GEN3_ONE_CORE.decodes_mapped(*MIXTRAL, uses=0.3)
+    assert GEN5.decodes_mapped(*QWEN3, uses=1.0)  # small experts: waiting costs more than the bus
+    assert GEN5.decodes_mapped(*MIXTRAL, uses=0.01)  # what is rarely needed is not worth waiting in every layer
+
+
 def test_constants_are_measured() -> None:
+    pytest.importorskip("triton", reason="one is a kernel's")
     costs = measure_tier_costs(torch.device("cpu"), torch.float32, [(256, 128), (128, 128), (128,)])
     assert costs.bus_bytes_per_s > 1e7
     assert costs.host_bytes_per_s > 1e6
     assert costs.host_flops > 1e6
     assert 0 < costs.exchange_s < 1
+    assert costs.mapped_bytes_per_s > 0

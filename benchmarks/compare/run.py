@@ -6,8 +6,9 @@ Two groups, each loaded together and interleaved (A B C A B C …), so that a ra
     all variants   polymoe `mixed`, a vLLM process a variant (1/N of the cores and of the load each, started together),
                    `generate` variant after variant
 
-All get the same prompts of token ids, greedy, exactly as many tokens out. polymoe goes through its load generator and
-its engine's process; the rivals through their own offline calls, which saves them that way.
+All get the same prompts of token ids, greedy, exactly as many tokens out, through their offline calls, in processes
+of their own. polymoe comes a second time as `bench throughput` measures it, through its load generator and its engine's
+process: what a server adds.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from rich.table import Table
 from polymoe.bench.build import Builder
 from polymoe.bench.family import SHAPES, cached_family
 from polymoe.bench.load import run_closed
-from polymoe.bench.machine import available_cores, describe_machine, split_cores
 from polymoe.bench.workload import Arrival, Lengths, check_context, random_prompts, saturating_arrivals
 from polymoe.errors import PolymoeError
+from polymoe.machine import available_cores, describe_machine, split_cores
 from polymoe.offline.cache import default_root
 from polymoe.offline.family import parse_variant_specs
 from rivals import Rival, RivalError, install_vllm
@@ -52,7 +53,7 @@ class Comparison:
             raise PolymoeError("--requests and --repeats must be at least 1.")
         self.lengths = Lengths(arguments.input_tokens, arguments.output_tokens)
         self.builder = Builder(self.checkpoints, root / "bundles")
-        bundle = self.builder.shared_bundle()
+        self.bundle = bundle = self.builder.shared_bundle()
         self.vocab_size = min(v.vocab_size for v in bundle.variants)
         check_context(self.arrivals(), min(v.max_model_len for v in bundle.variants))
         self.venv: Path = arguments.venv
@@ -62,14 +63,15 @@ class Comparison:
     def arrivals(self) -> list[Arrival]:
         return saturating_arrivals(self.names, self.in_flight, self.lengths)
 
-    def rivals(self, per_variant: bool) -> dict[str, Rival]:
-        """Not started yet."""
+    def offline(self, ours: str, per_variant: bool) -> dict[str, Rival]:
+        """polymoe first, then its rivals; not started yet."""
         paths = list(self.checkpoints.values())
-        found = {}
         options = {
             "max_model_len": self.lengths.input_tokens + self.lengths.output_tokens,
             "max_num_seqs": self.in_flight,
         }
+        models = [[self.bundle.path]]
+        found = {ours: Rival(Path(sys.executable), "worker_polymoe.py", models, [{}], options, self.log)}
         try:
             with console.status(f"installing vLLM in {self.venv.name} (some minutes, once)"):
                 python = install_vllm(self.venv, ROOT)
@@ -95,15 +97,13 @@ class Comparison:
         found[name] = Rival(Path(sys.executable), "worker_transformers.py", models, [{}], options, self.log)
         return found
 
-    async def group(self, ours: str, per_variant: bool) -> dict[str, list[float]]:
-        """Output tokens a second of each system of a group, a figure a repeat."""
-        system = self.builder.system(ours)
-        rivals = self.rivals(per_variant)
-        measures: dict[str, Measure] = {f"polymoe, {ours}": lambda repeat: self._ours(system, repeat)}
+    async def group(self, name: str, per_variant: bool) -> dict[str, list[float]]:
+        """Output tokens a second of each system of a group, a figure a repeat; polymoe's first."""
+        system, ours = self.builder.system(name), f"polymoe, {name}"
+        offline = self.offline(ours, per_variant)
+        measures: dict[str, Measure] = {}
         try:
-            with console.status(f"loading polymoe, {ours}"):
-                await system.start()
-            for name, rival in rivals.items():
+            for name, rival in offline.items():
                 with console.status(f"loading {name}"):
                     try:
                         seconds = rival.start()
@@ -112,11 +112,17 @@ class Comparison:
                         rival.stop()
                     else:
                         console.print(f"{name}: loaded in {seconds:.0f} s", highlight=False)
-                        measures[name] = lambda repeat, rival=rival: self._theirs(rival, repeat, per_variant)
-            return await self._interleave(measures)
+                        measures[name] = lambda repeat, rival=rival: self._offline(rival, repeat, per_variant)
+            with console.status(f"loading {ours}, served"):
+                await system.start()
+            measures[f"{ours}, served"] = lambda repeat: self._served(system, repeat)
+            speeds = await self._interleave(measures)
+            if ours not in speeds:
+                raise PolymoeError(f"{ours}: {self.missing[ours]}")
+            return speeds
         finally:
             await system.stop()
-            for rival in rivals.values():
+            for rival in offline.values():
                 rival.stop()
 
     async def _interleave(self, measures: dict[str, Measure]) -> dict[str, list[float]]:
@@ -138,13 +144,13 @@ class Comparison:
                     speeds.setdefault(name, []).append(speed)
         return speeds
 
-    async def _ours(self, system, repeat: int) -> float:
+    async def _served(self, system, repeat: int) -> float:
         arrivals = self.arrivals()
         prompts = random_prompts(arrivals, self.vocab_size, repeat)
         run = await run_closed(system, arrivals, prompts, self.in_flight, lambda: None)
         return sum(len(record.token_times) for record in run.records) / run.seconds
 
-    async def _theirs(self, rival: Rival, repeat: int, per_variant: bool) -> float:
+    async def _offline(self, rival: Rival, repeat: int, per_variant: bool) -> float:
         arrivals = self.arrivals()
         prompts = random_prompts(arrivals, self.vocab_size, repeat)
         variants = [self.names.index(a.variant) if per_variant else 0 for a in arrivals]

@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 
 from polymoe.bench.load import run_open
-from polymoe.bench.machine import available_cores
 from polymoe.bench.metrics import DEFAULT_SLO
 from polymoe.bench.partition import PartitionSystem
 from polymoe.bench.session import Session
@@ -34,6 +33,7 @@ from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import EngineSystem, System
 from polymoe.bench.workload import Arrival, Lengths, poisson_arrivals, random_prompts
 from polymoe.config import EngineConfig
+from polymoe.machine import available_cores
 from synthetic_bundle import Layout
 
 MODULE = "engine_process"

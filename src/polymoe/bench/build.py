@@ -8,13 +8,13 @@ from typing import Literal
 import msgspec
 from rich.console import Console
 
-from polymoe.bench.machine import available_cores, available_memory, split_cores
 from polymoe.bench.partition import PartitionSystem
 from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import SYSTEMS, EngineSystem, System
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.errors import PolymoeError
+from polymoe.machine import available_cores, available_memory, split_cores
 from polymoe.model.device_facts import choose_device
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.cache import plan_cached

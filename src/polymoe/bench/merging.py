@@ -15,12 +15,12 @@ from rich.console import Console
 from polymoe.bench.consolidation import MEMORY, Consolidation, Measured, choices
 from polymoe.bench.contenders import Contender
 from polymoe.bench.exam import Exam, Marks, TextExam
-from polymoe.bench.machine import describe_machine
 from polymoe.bench.rouge import KINDS, Mean, kept_share, require_rouge
 from polymoe.bench.session import run_progress
 from polymoe.bench.task_exam import TaskExam
 from polymoe.bench.task_pairs import draw_pairs
 from polymoe.errors import PolymoeError, UnknownVariantError
+from polymoe.machine import describe_machine
 from polymoe.offline.family import Family
 
 _ALONE = Contender("alone", "alone")

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 
-from polymoe.bench.machine import only_on
 from polymoe.bench.systems import Counters, EngineSystem
 from polymoe.config import EngineConfig
+from polymoe.machine import only_on
 
 
 class PartitionSystem:

@@ -11,7 +11,6 @@ from rich.progress import Progress
 from polymoe.bench.build import Builder, build_systems
 from polymoe.bench.ceiling import ceiling_of, measure_bandwidth
 from polymoe.bench.load import Record, Run, run_closed, run_open
-from polymoe.bench.machine import describe_machine
 from polymoe.bench.metrics import DEFAULT_SLO, SLO, Distribution, Summary, median_of, spread_of, ttft
 from polymoe.bench.session import Session, run_progress, started
 from polymoe.bench.workload import (
@@ -24,6 +23,7 @@ from polymoe.bench.workload import (
     saturating_arrivals,
 )
 from polymoe.errors import PolymoeError
+from polymoe.machine import describe_machine
 from polymoe.model.device_facts import choose_device
 
 # Of the rate at which `single` saturates, over all variants; the default sweep.

@@ -18,7 +18,6 @@ from rich.console import Console
 
 import polymoe
 from polymoe.bench.contenders import BUDGETS, GROUPS, Contender, contenders
-from polymoe.bench.machine import describe_machine
 from polymoe.bench.originals import OriginalLogProbs
 from polymoe.bench.quality_figures import Row, conclusions, row_of
 from polymoe.bench.rivals import make_rival, put_weights
@@ -27,6 +26,7 @@ from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, check_token_ids, compare, served_logits
 from polymoe.evaluate.record import float32_engine
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW, encode_texts, spread_windows
+from polymoe.machine import describe_machine
 from polymoe.offline.atomic import whole_file
 from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle import Bundle

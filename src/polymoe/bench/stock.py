@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from polymoe.bench.machine import peak_rss
 from polymoe.bench.systems import Counters
+from polymoe.machine import peak_rss
 
 
 @dataclass(eq=False)

@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from polymoe.bench.machine import peak_rss
 from polymoe.config import EngineConfig
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.request import SamplingParams
+from polymoe.machine import peak_rss
 
 DEFAULT_SYSTEMS = ("mixed", "single", "per-variant", "reconfigure", "paper", "swap", "partition")
 SYSTEMS = (*DEFAULT_SYSTEMS, "transformers")

@@ -166,7 +166,7 @@ class EngineCore:
         self, longest: int, num_blocks: int, progress: Callable[[str, float], None] | None
     ) -> DecodeGraphs | None:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
-        resident = all(layer.all_resident for layer in self.model.pool.layers)
+        resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
         if self.model.context.kernels is None or not resident or self.bundle.config.is_encoder_decoder:
             return None
         size = self.config.block_size

@@ -117,6 +117,7 @@ class ModelRunner:
             if pending is not None:
                 pending.put_into(ready.input_ids)
             logits = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows, upcoming)
+        self.model.pool.after_step()
         last = {} if pending is None else dict(zip(step.pending_sequences, pending.tokens, strict=True))
         return self._sample(step, self.mask_missing_tokens(logits, step), last)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from polymoe.kernels.grouped_experts import combine, mlp, project
 from polymoe.kernels.grouped_linear import grouped_linear
-from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool
+from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
 
@@ -81,11 +81,11 @@ class CompressedLayer:
     """One layer's physical bases and deltas.
 
     stored: tensor name -> `[P_0, *shape]` as the stock module holds them; the bases with the lowest ids.
-    bases: packed pools, whose ids follow in order. deltas: pools of deltas, numbered likewise from 0.
+    bases: further pools, whose ids follow in order. deltas: pools of deltas, numbered likewise from 0.
     """
 
     stored: Weights
-    bases: tuple[PackedPool, ...]
+    bases: tuple[PackedPool | StoredPool, ...]
     deltas: tuple[PackedPool | ExactPool, ...]
 
     @property

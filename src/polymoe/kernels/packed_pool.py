@@ -28,6 +28,30 @@ class Groups:
 
 
 @dataclass(frozen=True, eq=False)
+class StoredPool:
+    """Experts as the stock module holds them, in a memory of their own: the host's, or rows that change hands.
+
+    tensors: tensor name -> `[P, *shape]`.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def linear(self, x: Tensor, name: str, groups: Groups, out: Tensor) -> None:
+        """Set the groups' rows of `out` (float32 [S, O]) to the product of `x` [S, I], bias included."""
+        for index, start, stop in zip(groups.ids, groups.starts, groups.stops, strict=True):
+            out[start:stop] = (x[start:stop] @ self.tensors[name][index].T).float()
+            if f"{name}_bias" in self.tensors:
+                out[start:stop] += self.tensors[f"{name}_bias"][index].float()
+
+
+@dataclass(frozen=True, eq=False)
 class PackedPool:
     """Experts in one format of scaled codes.
 

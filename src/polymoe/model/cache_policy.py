@@ -70,9 +70,15 @@ class FrequencyPolicy:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._keys
 
-    def access(self, key: Hashable) -> bool:
-        self._increment *= self._growth
-        self._scores[key] = self._scores.get(key, 0.0) + self._increment
+    @property
+    def keys(self) -> frozenset[Hashable]:
+        """What is in the cache."""
+        return frozenset(self._keys)
+
+    def access(self, key: Hashable, times: int = 1) -> bool:
+        """As the protocol says; `times` accesses at once count as much, and are decided about once."""
+        self._increment *= self._growth**times
+        self._scores[key] = self._scores.get(key, 0.0) + times * self._increment
         if self._increment > 1e100:
             self._scores = {k: s / self._increment for k, s in self._scores.items()}
             self._increment = 1.0

@@ -193,6 +193,12 @@ class ForwardBatch:
     shape: tuple[int, int] | None = None  # token tensors are [*shape, …], row after row; None: [1, T, …]
 
     @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token; known where kernels run on a device."""
+        lengths = None if self.attention is None else self.attention.device_lengths
+        return lengths is not None and lengths.max_query_len == 1
+
+    @property
     def present(self) -> set[int]:
         """The variants that this pass needs."""
         parts = [self.tokens] if self.encoder is None else [self.tokens, self.encoder.rows]

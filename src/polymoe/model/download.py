@@ -17,6 +17,10 @@ class Download:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> list[torch.Tensor]:
         """The tensors on the host. Nothing waits but this."""
         if self._arrived is not None:

@@ -6,7 +6,7 @@ Where experts are packed or variants have deltas, `delta [V, L, E]` and `sign [V
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped
 from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
+from polymoe.model.mapped_experts import MappedExperts, MappedLayer, map_experts
 from polymoe.model.staging import Staging
 from polymoe.model.tier_measure import measure_tier_costs
 from polymoe.quant.formats import get_format
@@ -76,6 +77,7 @@ class LayerExperts:
         self.compressed, self.delta, self.sign = compressed, delta, sign
         self.all_resident = bool((table >= 0).all())
         self.next: LayerExperts | None = None
+        self.mapped: MappedLayer | None = None  # how decode steps read absent experts without waiting
         self._supported: bool | None = None
 
     def weights_of(self, physical: int) -> Weights:
@@ -127,9 +129,16 @@ class LayerExperts:
         top_k_weights: torch.Tensor,
         token_variant: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` by a GPU's kernels. The host waits only where experts are absent, to learn which are needed."""
+        """`forward` by a GPU's kernels. The host waits only for absent experts that are not mapped, to learn which are
+        needed."""
         kernels, tables = self.context.kernels, (self.table, self.delta, self.sign)
         assert kernels is not None
+        if self.mapped is not None and self.context.batch.is_decode:
+            self.mapped.count(token_variant, top_k_index)
+            tables = (self.mapped.table, self.delta, self.sign)
+            return kernels.experts(
+                module, hidden, top_k_index, top_k_weights, token_variant, tables, self.mapped.weights
+            )
         weights = self.compressed or self.resident
         out = kernels.experts(module, hidden, top_k_index, top_k_weights, token_variant, tables, weights)
         if self.all_resident:
@@ -198,6 +207,7 @@ class ExpertPool:
         progress: Callable[[float], None],
     ) -> None:
         table = store.table
+        self.context = context
         self.table = table.to(device)
         self.delta = None if store.delta is None else store.delta.to(device)
         self.sign = None if store.sign is None else store.sign.to(device)
@@ -217,7 +227,17 @@ class ExpertPool:
             progress((layer + 1) / table.shape[1])
         for layer_experts, following in itertools.pairwise(self.layers):
             layer_experts.next = following
+        self.mapped: MappedExperts | None = None
         self.check_integrity()
+
+    def map_absent(self, modules: Sequence[Any], top_k: int) -> None:
+        """Let decode steps read absent experts without waiting, where that is possible; see `map_experts`."""
+        self.mapped = map_experts(self, modules, top_k)
+
+    def after_step(self) -> None:
+        """Between two steps; waits for nothing."""
+        if self.mapped is not None:
+            self.mapped.after_step()
 
     @property
     def resident_bytes(self) -> dict[str, int]:
@@ -233,6 +253,8 @@ class ExpertPool:
 
     def check_integrity(self) -> None:
         """Every table entry points at an expert that exists."""
+        if self.mapped is not None:
+            self.mapped.check_integrity()
         for layer in self.layers:
             counts = {t.shape[0] for t in layer.resident.values()} or {0}
             assert len(counts) == 1, f"layer {layer.layer}: expert tensors disagree on their count {counts}"

@@ -111,6 +111,8 @@ class ServedModel:
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
             module.polymoe_experts = layer
+        text = bundle.config.get_text_config()
+        self.pool.map_absent([module for _, module in experts], getattr(text, "num_experts_per_tok", 1))
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -187,7 +189,7 @@ class ServedModel:
         return {
             **self.pool.resident_bytes,
             **self._bytes,
-            "expert_cache": self.pool.cache.used,
+            "expert_cache": self.pool.cache.used + (self.pool.mapped.row_bytes if self.pool.mapped else 0),
             "kv_cache": self.kv_cache.nbytes,
         }
 

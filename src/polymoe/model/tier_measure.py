@@ -55,4 +55,18 @@ def measure_tier_costs(device: torch.device, dtype: torch.dtype, shapes: Sequenc
         host_bytes_per_s=size * dtype.itemsize / few,
         host_flops=2 * _MANY_ROWS * size / many,
         exchange_s=exchange,
+        mapped_bytes_per_s=_mapped_bytes_per_s(weights[0], device, seconds),
     )
+
+
+def _mapped_bytes_per_s(
+    weight: torch.Tensor, device: torch.device, seconds: Callable[[Callable[[], object]], float]
+) -> float:
+    """Of a kernel that reads `weight [O, I]` from the host."""
+    from polymoe.kernels.gpu.segmented_linear import segmented_linear  # Triton, which not every torch brings
+
+    stack = weight[None].pin_memory() if device.type == "cuda" else weight[None]
+    row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=device)
+    only = torch.zeros(1, dtype=torch.int32, device=device)
+    start_loc = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    return weight.nbytes / seconds(lambda: segmented_linear(row, stack, None, only, start_loc))

@@ -19,7 +19,7 @@ from polymoe.kernels.gpu.expert_gemm import GATED, LINEAR, WEIGHTED, block_m_for
 from polymoe.kernels.gpu.pool_matrix import PoolMatrix, packed_matrix, stored_matrix
 from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows, sort_rows_torch
 from polymoe.kernels.grouped_experts import is_plain_silu
-from polymoe.kernels.packed_pool import PackedPool
+from polymoe.kernels.packed_pool import PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
 
@@ -32,12 +32,12 @@ def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
     """
     if not is_plain_silu(module):
         return False
-    stored = weights.stored if isinstance(weights, CompressedLayer) else weights
-    if module.is_transposed and _num_stored(stored) > 0:
-        return False
     if not isinstance(weights, CompressedLayer):
-        return _num_stored(stored) > 0
-    resident = _num_stored(stored) + sum(len(pool) for pool in weights.bases)
+        return _num_stored(weights) > 0 and not module.is_transposed
+    as_stored = [weights.stored, *(pool.tensors for pool in weights.bases if isinstance(pool, StoredPool))]
+    if module.is_transposed and any(map(_num_stored, as_stored)):
+        return False
+    resident = _num_stored(weights.stored) + sum(len(pool) for pool in weights.bases)
     return resident > 0 and all(isinstance(pool, PackedPool) for pool in weights.deltas)
 
 
@@ -198,7 +198,10 @@ def _layer_pools(weights: CompressedLayer, name: str, dtype: torch.dtype, transp
         assert not transposed
         bases.append(stored_matrix(weights.stored[name], weights.stored.get(f"{name}_bias")))
     for pool in weights.bases:
-        bases.append(packed_matrix(pool, name, first, dtype))
+        if isinstance(pool, StoredPool):
+            bases.append(stored_matrix(pool.tensors[name], pool.tensors.get(f"{name}_bias"), first))
+        else:
+            bases.append(packed_matrix(pool, name, first, dtype))
         first += len(pool)
     first = 0
     for delta in weights.deltas:

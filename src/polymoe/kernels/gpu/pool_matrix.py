@@ -67,11 +67,11 @@ class PoolMatrix:
         return sum(t.numel() * t.element_size() for t in tensors) // max(1, self.count)
 
 
-def stored_matrix(values: Tensor, bias: Tensor | None) -> PoolMatrix:
-    """Weights as the stock module has them, `[P, O, I]`."""
+def stored_matrix(values: Tensor, bias: Tensor | None, first: int = 0) -> PoolMatrix:
+    """Weights as the stock module has them, `[P, O, I]`, on the device or in pinned memory of the host."""
     assert values.is_contiguous()
     constants = _constants(STORED.value)
-    return PoolMatrix(values, None, _contiguous(bias), None, 0, values.shape[2], "stored", constants)
+    return PoolMatrix(values, None, _contiguous(bias), None, first, values.shape[2], "stored", constants)
 
 
 def packed_matrix(pool: PackedPool, name: str, first: int, dtype: torch.dtype) -> PoolMatrix:

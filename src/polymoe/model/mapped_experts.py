@@ -1,0 +1,240 @@
+"""Absent experts in decode steps that wait for nobody: kernels read them over the bus, the busiest from the device.
+
+A layer's absent experts lie in pinned host memory, which a GPU's kernels address like their own; rows on the device
+hold those that are used most. Both are further pools of the layer, with ids after the resident ones:
+
+    |-- resident 0 … P − 1 --|-- on the host P … P + H − 1 --|-- rows P + H … P + H + C − 1 --|
+
+Which id serves a (variant, expert) is a table on the device. It is changed between steps, in the order of the stream,
+so captured graphs stay valid. The steps count what they use on the device; the counts are read when they have arrived,
+and then an expert moves: the last holder of its row goes back to its host id; the expert is copied, once all steps
+before that are done and beside those that follow; when it is there, its id becomes the row's.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polymoe.config import format_bytes
+from polymoe.kernels.compressed_experts import CompressedLayer
+from polymoe.kernels.packed_pool import StoredPool
+from polymoe.machine import available_memory
+from polymoe.model.cache_policy import FrequencyPolicy
+from polymoe.model.copies import Arrival, Copier, Copy, ThreadCopier
+from polymoe.model.download import Download
+from polymoe.model.expert_cache import TierStats
+from polymoe.model.stream_copies import StreamCopier
+
+if TYPE_CHECKING:
+    from polymoe.model.expert_pool import ExpertPool
+
+Weights = Mapping[str, torch.Tensor]
+
+_PERIOD = 16  # steps between two looks at the counts
+_MOVES = 8  # experts on their way at once, so that steps which read over the bus keep most of it
+
+
+class MappedLayer:
+    """One layer's absent experts.
+
+    Args:
+        table: `[V, E]` of the layer, −1 − h for host expert h.
+        mapped: the same on the device for decode steps, without negative ids; written here.
+        compressed: the layer's resident pools.
+        host: name -> `[H, *shape]`, addressable by the device.
+        rows: name -> `[C, *shape]` on the device.
+    """
+
+    def __init__(
+        self, table: torch.Tensor, mapped: torch.Tensor, compressed: CompressedLayer, host: Weights, rows: Weights
+    ) -> None:
+        pools = [StoredPool(host), *([StoredPool(rows)] if rows else [])]
+        self.weights = CompressedLayer(compressed.stored, (*compressed.bases, *pools), compressed.deltas)
+        self.table, self.host, self.rows = mapped, host, rows
+        self.num_host, self.num_rows = len(pools[0]), len(pools[1]) if rows else 0
+        self.holder = [-1] * self.num_rows  # the host expert that is in each row
+        self.policy = FrequencyPolicy(self.num_rows)
+        self._absent = table
+        self._first = compressed.num_bases
+        # Steps that used each of these ids; behind them, whatever is resident.
+        self.counts = torch.zeros(self.num_host + self.num_rows + 1, dtype=torch.int64, device=mapped.device)
+        mapped.copy_(torch.where(table < 0, self._first - 1 - table, table))
+
+    def count(self, token_variant: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        """Note which experts a step uses. Padding repeats a row, so it adds nothing."""
+        used = self.table[token_variant[:, None], top_k_index].flatten().long() - self._first
+        used = torch.where(used < 0, len(self.counts) - 1, used)
+        self.counts += torch.zeros_like(self.counts).index_fill_(0, used, 1)
+
+    def point(self, expert: int, row: int | None) -> None:
+        """Serve a host expert from a row, or (None) from the host."""
+        place = expert if row is None else self.num_host + row
+        self.table.masked_fill_(self._absent == -1 - expert, self._first + place)
+
+
+@dataclass(frozen=True)
+class _Move:
+    layer: MappedLayer
+    expert: int
+    row: int
+    arrival: Arrival
+
+
+class MappedExperts:
+    """All layers' absent experts, and who is in which row.
+
+    Args:
+        layers: by layer number.
+        expert_bytes: of one expert in the dtype that is computed in.
+        copier: brings experts to their rows.
+        stats: counts what decode steps used.
+    """
+
+    def __init__(self, layers: Mapping[int, MappedLayer], expert_bytes: int, copier: Copier, stats: TierStats) -> None:
+        self.layers, self._expert_bytes, self._copier, self._stats = layers, expert_bytes, copier, stats
+        self._steps = 0
+        self._download: Download | None = None
+        self._moves: list[_Move] = []
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory of the host."""
+        return sum(layer.num_host for layer in self.layers.values()) * self._expert_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Rows on the device."""
+        return sum(layer.num_rows for layer in self.layers.values()) * self._expert_bytes
+
+    def host_expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+        """Name -> `[*shape]` of an expert of the host tier."""
+        return {name: stack[index] for name, stack in self.layers[layer].host.items()}
+
+    def after_step(self) -> None:
+        """Between two steps: move what the counts ask for. Waits for nothing."""
+        self._steps += 1
+        for move in [move for move in self._moves if move.arrival.seconds() is not None]:
+            self._finish(move)
+        if self._download is not None and self._download.is_done():
+            counts, self._download = self._download.wait(), None
+            self._decide(counts)
+        if self._download is None and self._steps % _PERIOD == 0:
+            counted = [layer.counts for layer in self.layers.values()]
+            self._download = Download([own.clone() for own in counted])
+            for own in counted:
+                own.zero_()
+
+    def _decide(self, counts: Sequence[torch.Tensor]) -> None:
+        for (number, layer), own in zip(self.layers.items(), counts, strict=True):
+            host, rows = own[: layer.num_host].tolist(), own[layer.num_host : -1].tolist()
+            self._stats.misses += sum(host)
+            self._stats.hits += sum(rows)
+            self._stats.host_bytes += sum(host) * self._expert_bytes
+            for row, expert in enumerate(layer.holder):
+                if expert >= 0:
+                    host[expert] += rows[row]
+            for expert, times in enumerate(host):
+                if times and layer.num_rows:
+                    layer.policy.access(expert, times)
+            self._rearrange(number, layer)
+
+    def _rearrange(self, number: int, layer: MappedLayer) -> None:
+        """Start to bring what the policy keeps into rows of what it does not."""
+        busy = {move.row: move.expert for move in self._moves if move.layer is layer}
+        held = {*layer.holder, *busy.values()}
+        wanted = [expert for expert in range(layer.num_host) if expert in layer.policy and expert not in held]
+        free = [r for r, e in enumerate(layer.holder) if r not in busy and (e < 0 or e not in layer.policy)]
+        for expert, row in zip(wanted, free, strict=False):
+            if len(self._moves) == _MOVES:
+                return
+            if layer.holder[row] >= 0:
+                layer.point(layer.holder[row], None)
+                layer.holder[row] = -1
+            copies = [
+                Copy("", stack[row], (expert, f"{number} {name}"), partial(layer.host[name].__getitem__, expert))
+                for name, stack in layer.rows.items()
+            ]
+            self._moves.append(_Move(layer, expert, row, self._copier.start(copies, self._copier.mark())))
+
+    def _finish(self, move: _Move) -> None:
+        """The copy has arrived."""
+        started = time.perf_counter()
+        move.arrival.wait_all()
+        self._stats.seconds += time.perf_counter() - started
+        self._moves.remove(move)
+        move.layer.holder[move.row] = move.expert
+        move.layer.point(move.expert, move.row)
+
+    def check_integrity(self) -> None:
+        """Rows and table say the same, and no expert is in two rows."""
+        for number, layer in self.layers.items():
+            held = [expert for expert in layer.holder if expert >= 0]
+            assert len(held) == len(set(held)), f"layer {number}: an expert is in two rows"
+            for expert in range(layer.num_host):
+                place = layer.num_host + layer.holder.index(expert) if expert in held else expert
+                ids = layer.table[layer._absent == -1 - expert]
+                assert bool((ids == layer._first + place).all()), f"layer {number}: host expert {expert} is elsewhere"
+
+
+def map_experts(pool: "ExpertPool", modules: Sequence[Any], top_k: int) -> MappedExperts | None:
+    """Make a pool's absent experts readable for decode steps; None where those have to wait for them.
+
+    They have to where the kernels do not know the model's experts, where the host computes them faster than the bus
+    brings them, and where the host's memory cannot hold them pinned (a warning says so). A quarter of the cache's
+    budget stays with it, for prompts.
+
+    Args:
+        modules: the stock experts modules, one a layer. top_k: experts a token.
+    """
+    kernels, cache, device = pool.context.kernels, pool.cache, pool.table.device
+    absent = {n: int(-layer.table.min()) for n, layer in enumerate(pool.layers) if not layer.all_resident}
+    if kernels is None or not absent:
+        return None
+    if not all(
+        kernels.supports_experts(modules[n], pool.layers[n].compressed or pool.layers[n].resident) for n in absent
+    ):
+        return None
+    parameters, dtype = sum(tensor.numel() for tensor in cache.host_expert(next(iter(absent)), 0).values()), cache.dtype
+    expert_bytes = parameters * dtype.itemsize
+    uses = top_k * float((pool.table < 0).float().mean())
+    if cache.costs is not None and not cache.costs.decodes_mapped(expert_bytes, parameters, uses):
+        return None
+    needed, available = sum(absent.values()) * expert_bytes, available_memory()
+    if available is not None and needed > 0.9 * available:
+        warnings.warn(
+            f"decode steps wait for absent experts, which makes them slower: {format_bytes(needed)} of them do not fit "
+            f"into the {format_bytes(available)} of memory that the host has free; plan with more --memory.",
+            stacklevel=2,
+        )
+        return None
+    room = cache.budget * 3 // 4 // expert_bytes // len(absent)
+    cuda = device.type == "cuda"
+    table, layers = pool.table.clone(), {}
+    for number, count in absent.items():
+        own = pool.layers[number]
+        host = _stacked([cache.host_expert(number, index) for index in range(count)], dtype, pinned=cuda)
+        rows = (
+            {name: t.new_empty(min(room, count), *t.shape[1:]).to(device) for name, t in host.items()} if room else {}
+        )
+        compressed = own.compressed or CompressedLayer(own.resident, (), ())
+        layers[number] = own.mapped = MappedLayer(own.table, table[:, number], compressed, host, rows)
+    mapped = MappedExperts(layers, expert_bytes, StreamCopier(device) if cuda else ThreadCopier(), cache.stats)
+    cache.host_expert, cache.budget = mapped.host_expert, cache.budget - mapped.row_bytes
+    return mapped
+
+
+def _stacked(experts: Sequence[Weights], dtype: torch.dtype, pinned: bool) -> dict[str, torch.Tensor]:
+    """Name -> `[len(experts), *shape]`."""
+    stacks = {
+        name: torch.empty(len(experts), *tensor.shape, dtype=dtype, pin_memory=pinned)
+        for name, tensor in experts[0].items()
+    }
+    for name, stack in stacks.items():
+        for target, expert in zip(stack, experts, strict=True):
+            target.copy_(expert[name])
+    return stacks
