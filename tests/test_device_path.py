@@ -117,6 +117,11 @@ def test_absent_experts_are_read_where_they_are(family: ReferenceFamily, tmp_pat
     rows = sum(layer.num_rows for layer in mapped.layers.values())
     assert (stats.expert_misses > 0, stats.expert_hits > 0, rows > 0) == (True, cache > 0, cache > 0)
     assert stats.resident_bytes["expert_cache"] <= cache
+    assert stats.resident_bytes["host_pinned"] == sum(
+        t.nbytes for layer in mapped.layers.values() for t in layer.host.values()
+    )
+    assert mapped.counted_steps > 0
+    mapped.check_integrity()
 
 
 def test_absent_experts_that_decode_waits_for(family: ReferenceFamily, tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from engine_load import add, decode_bytes, decode_seconds, first_token_seconds, load_engine, prefill_flops
 from measure import Limits, best_seconds, measure_limits, synchronize
 from polymoe.engine.engine import EngineCore
+from polymoe.model.tier_cost import TierCosts
 from synthetic_bundle import Layout
 
 Figures = dict[str, Any]
@@ -156,12 +158,27 @@ def mixtral_switch(setting: Setting) -> Figures:
 
 
 def mixtral_stored(setting: Setting) -> Figures:
-    """As many bfloat16 experts as fit, the others fetched from the host: what absence costs."""
+    """As many bfloat16 experts as fit, the others on the host: read by the kernels, and waited for."""
     device = setting.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     fits = max(1, int((free - (9 << 30)) / 352.4e6)) if free else 6
-    core = load_engine(setting.layout("mixtral-8x7b", 1, resident=fits, host=True), max_num_seqs=4)
-    found = {**_resident(core), "decode_1": decode(core, setting, [0])}
+    # Both are timed, whatever the model would choose.
+    with mock.patch.object(TierCosts, "decodes_mapped", return_value=True):
+        core = load_engine(setting.layout("mixtral-8x7b", 1, resident=fits, host=True), max_num_seqs=4)
+    costs, mapped = core.model.pool.cache.costs, core.model.pool.mapped
+    found = {**_resident(core), "tier_costs": asdict(costs) if costs else None}
+    if mapped is not None:
+        before = core.stats().expert_host_bytes, mapped.counted_steps
+        found["decode_1_mapped"] = figures = decode(core, setting, [0])
+        # The mean of the steps that have been counted, which is not of the last few.
+        steps = mapped.counted_steps - before[1]
+        if steps:
+            figures["host_bytes"] = host_bytes = (core.stats().expert_host_bytes - before[0]) / steps
+            figures["bus_share"] = host_bytes / setting.limits.bus_bytes_per_s / figures["seconds"]
+        for layer in core.model.pool.layers:
+            layer.mapped = None
+        core.runner.graphs = None
+    found["decode_1"] = decode(core, setting, [0])
     add(core, 0, setting.switch_prompt, 1)
     return {**found, "prefill_seconds": first_token_seconds(core, 0, setting.switch_prompt)}
 

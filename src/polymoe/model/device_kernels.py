@@ -5,6 +5,7 @@ CPU, where Triton's interpreter runs the same kernels. Nothing here waits for th
 captured in a CUDA graph.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,9 +33,10 @@ class DeviceKernels:
     def __init__(self, reference: bool = False) -> None:
         # Here, since they import Triton, which not every torch brings.
         from polymoe.kernels import rms_norm_triton
-        from polymoe.kernels.gpu import experts, paged_attention, segmented_linear
+        from polymoe.kernels.gpu import experts, paged_attention, segmented_linear, varlen_attention
 
         self._supported = experts.supported
+        self._attention: Callable[..., torch.Tensor]
         if reference:
             self._linear = segmented_linear.segmented_linear_torch
             self._attention = paged_attention.paged_attention_torch
@@ -42,7 +44,7 @@ class DeviceKernels:
             self._rms_norm = rms_norm_triton.rms_norm_torch
         else:
             self._linear = segmented_linear.segmented_linear
-            self._attention = paged_attention.paged_attention
+            self._attention = varlen_attention.ChosenAttention()
             self._experts = experts.experts_gpu
             self._rms_norm = rms_norm_triton.rms_norm_gpu
 

@@ -7,53 +7,18 @@ Where experts are packed or variants have deltas, `delta [V, L, E]` and `sign [V
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, route
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
-from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
+from polymoe.model.expert_store import ExpertStore, load_packed, load_tensor
 from polymoe.model.mapped_experts import MappedExperts, MappedLayer, map_experts
 from polymoe.model.staging import Staging
 from polymoe.model.tier_measure import measure_tier_costs
-from polymoe.quant.formats import get_format
-
-PackedTensors = dict[str, dict[str, torch.Tensor]]
-
-
-class ExpertStore(Protocol):
-    """Where experts come from; a bundle is one."""
-
-    @property
-    def table(self) -> torch.Tensor:
-        """`[V, L, E]` int32."""
-
-    @property
-    def delta(self) -> torch.Tensor | None:
-        """`[V, L, E]` int32, −1 for none."""
-
-    @property
-    def sign(self) -> torch.Tensor | None:
-        """`[V, L, E]` int8, of the deltas; None: all 1."""
-
-    @property
-    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> [out, in] or [out] of what packed tensors stand for."""
-
-    def resident_experts(self, layer: int) -> dict[str, torch.Tensor]:
-        """Name -> `[P_0, *shape]`, the bases that are not packed; their ids are the lowest."""
-
-    def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
-        """Format -> name -> part -> `[P, …]`, in the order of the ids."""
-
-    def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:
-        """Format -> name -> part -> `[D, …]`, in the order of the ids."""
-
-    def host_expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
-        """Name -> `[*shape]`, read lazily."""
 
 
 class LayerExperts:
@@ -218,8 +183,8 @@ class ExpertPool:
         self.layers: list[LayerExperts] = []
         for layer in range(table.shape[1]):
             # Always a copy: a tensor read from a memory-mapped file would otherwise stay on disk.
-            resident = {n: _loaded(t, device, staging, dtype) for n, t in store.resident_experts(layer).items()}
-            compressed = _compressed(store, layer, resident, device, staging)
+            resident = {n: load_tensor(t, device, staging, dtype) for n, t in store.resident_experts(layer).items()}
+            compressed = load_packed(store, layer, resident, device, staging)
             tables = [None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign)]
             self.layers.append(
                 LayerExperts(layer, self.table[:, layer], resident, self.cache, context, compressed, *tables)
@@ -266,39 +231,6 @@ class ExpertPool:
                 assert bool((layer.table[layer.delta >= 0] >= 0).all()), (
                     f"layer {layer.layer}: a delta on a host expert"
                 )
-
-
-def _loaded(
-    source: torch.Tensor, device: torch.device, staging: Staging, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """A copy on the device, in `dtype` or as stored."""
-    target = torch.empty(source.shape, dtype=dtype or source.dtype, device=device)
-    staging.copy(target, source)
-    return target
-
-
-def _compressed(
-    store: ExpertStore, layer: int, resident: dict[str, torch.Tensor], device: torch.device, staging: Staging
-) -> CompressedLayer | None:
-    """The packed pools of a layer, as stored; None if it has none."""
-
-    def load(tensors: PackedTensors) -> PackedTensors:
-        return {
-            name: {part: _loaded(t, device, staging) for part, t in parts.items()} for name, parts in tensors.items()
-        }
-
-    bases, deltas = store.packed_bases(layer), store.packed_deltas(layer)
-    if not bases and not deltas:
-        return None
-    shapes = store.packed_shapes
-    return CompressedLayer(
-        resident,
-        tuple(PackedPool(get_format(name), load(tensors), shapes) for name, tensors in bases.items()),
-        tuple(
-            ExactPool(load(tensors)) if name == "exact" else PackedPool(get_format(name), load(tensors), shapes)
-            for name, tensors in deltas.items()
-        ),
-    )
 
 
 def polymoe_experts_forward(

@@ -11,9 +11,10 @@ and then an expert moves: the last holder of its row goes back to its host id; t
 before that are done and beside those that follow; when it is there, its id becomes the row's.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ class MappedExperts:
 
     def __init__(self, layers: Mapping[int, MappedLayer], expert_bytes: int, copier: Copier, stats: TierStats) -> None:
         self.layers, self._expert_bytes, self._copier, self._stats = layers, expert_bytes, copier, stats
+        self.counted_steps = 0  # that `stats` knows of
         self._steps = 0
         self._download: Download | None = None
         self._moves: list[_Move] = []
@@ -122,6 +124,7 @@ class MappedExperts:
             self._finish(move)
         if self._download is not None and self._download.is_done():
             counts, self._download = self._download.wait(), None
+            self.counted_steps += _PERIOD
             self._decide(counts)
         if self._download is None and self._steps % _PERIOD == 0:
             counted = [layer.counts for layer in self.layers.values()]
@@ -204,37 +207,52 @@ def map_experts(pool: "ExpertPool", modules: Sequence[Any], top_k: int) -> Mappe
     uses = top_k * float((pool.table < 0).float().mean())
     if cache.costs is not None and not cache.costs.decodes_mapped(expert_bytes, parameters, uses):
         return None
-    needed, available = sum(absent.values()) * expert_bytes, available_memory()
-    if available is not None and needed > 0.9 * available:
-        warnings.warn(
-            f"decode steps wait for absent experts, which makes them slower: {format_bytes(needed)} of them do not fit "
-            f"into the {format_bytes(available)} of memory that the host has free; plan with more --memory.",
-            stacklevel=2,
-        )
+    try:
+        stacks = _pinned_stacks(cache.host_expert, absent, dtype, pinned=device.type == "cuda")
+    except MemoryError as error:
+        warnings.warn(f"decode steps wait for absent experts, which makes them slower: {error}", stacklevel=2)
         return None
     room = cache.budget * 3 // 4 // expert_bytes // len(absent)
-    cuda = device.type == "cuda"
     table, layers = pool.table.clone(), {}
-    for number, count in absent.items():
-        own = pool.layers[number]
-        host = _stacked([cache.host_expert(number, index) for index in range(count)], dtype, pinned=cuda)
-        rows = (
-            {name: t.new_empty(min(room, count), *t.shape[1:]).to(device) for name, t in host.items()} if room else {}
-        )
+    for number, host in stacks.items():
+        own, count = pool.layers[number], min(room, absent[number])
+        rows = {n: torch.empty(count, *t.shape[1:], dtype=dtype, device=device) for n, t in host.items() if count}
         compressed = own.compressed or CompressedLayer(own.resident, (), ())
         layers[number] = own.mapped = MappedLayer(own.table, table[:, number], compressed, host, rows)
-    mapped = MappedExperts(layers, expert_bytes, StreamCopier(device) if cuda else ThreadCopier(), cache.stats)
+    mapped = MappedExperts(
+        layers, expert_bytes, StreamCopier(device) if device.type == "cuda" else ThreadCopier(), cache.stats
+    )
     cache.host_expert, cache.budget = mapped.host_expert, cache.budget - mapped.row_bytes
     return mapped
 
 
-def _stacked(experts: Sequence[Weights], dtype: torch.dtype, pinned: bool) -> dict[str, torch.Tensor]:
-    """Name -> `[len(experts), *shape]`."""
-    stacks = {
-        name: torch.empty(len(experts), *tensor.shape, dtype=dtype, pin_memory=pinned)
-        for name, tensor in experts[0].items()
+def _pinned_stacks(
+    host_expert: Callable[[int, int], Weights], counts: Mapping[int, int], dtype: torch.dtype, pinned: bool
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Layer -> name -> `[count, *shape]`. MemoryError, before anything is read, where the host has no room."""
+    shapes = {
+        layer: {n: (count, *t.shape) for n, t in host_expert(layer, 0).items()} for layer, count in counts.items()
     }
-    for name, stack in stacks.items():
-        for target, expert in zip(stack, experts, strict=True):
-            target.copy_(expert[name])
+    sizes = [math.prod(shape) * dtype.itemsize for own in shapes.values() for shape in own.values()]
+    # torch rounds each piece of pinned memory up to a power of two.
+    needed, available = sum(1 << (size - 1).bit_length() if pinned else size for size in sizes), available_memory()
+    advice = "plan with more --memory."
+    if available is not None and needed > 0.9 * available:
+        raise MemoryError(
+            f"{format_bytes(needed)} of them do not fit into the {format_bytes(available)} of memory that the host has "
+            f"free; {advice}"
+        )
+    try:
+        stacks = {
+            layer: {name: torch.empty(shape, dtype=dtype, pin_memory=pinned) for name, shape in own.items()}
+            for layer, own in shapes.items()
+        }
+    except RuntimeError as error:
+        raise MemoryError(
+            f"the system does not give {format_bytes(needed)} of pinned memory ({error}); {advice}"
+        ) from error
+    for layer, own in stacks.items():
+        for index in range(counts[layer]):
+            for name, tensor in host_expert(layer, index).items():
+                own[name][index].copy_(tensor)
     return stacks

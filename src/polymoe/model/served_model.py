@@ -185,11 +185,13 @@ class ServedModel:
 
     @property
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held on the device, by kind; `expert_cache` is what it holds now."""
+        """Bytes held on the device, by kind; `expert_cache`: what it holds now; `host_pinned`: on the host."""
+        mapped = self.pool.mapped
         return {
             **self.pool.resident_bytes,
             **self._bytes,
-            "expert_cache": self.pool.cache.used + (self.pool.mapped.row_bytes if self.pool.mapped else 0),
+            "expert_cache": self.pool.cache.used + (mapped.row_bytes if mapped else 0),
+            **({"host_pinned": mapped.host_bytes} if mapped else {}),
             "kv_cache": self.kv_cache.nbytes,
         }
 

@@ -36,7 +36,12 @@ _STATUS_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate
 
 
 def error_body(message: str, type: str, param: str | None, code: str) -> dict[str, dict[str, str | None]]:
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    return {"error": {"message": printable(message), "type": type, "param": param, "code": code}}
+
+
+def printable(text: str) -> str:
+    """`text` without lone surrogates: JSON may hold them, UTF-8 may not, and messages repeat what clients sent."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_response(error: Exception) -> JSONResponse:

@@ -159,7 +159,9 @@ class _EngineCollector(Collector):
                 if variant.fidelity is not None:
                     fidelity.add_metric([variant.name], getattr(variant.fidelity, figure))
             yield fidelity
-        resident = GaugeMetricFamily("polymoe:resident_bytes", "Bytes on the device.", labels=["kind"])
+        resident = GaugeMetricFamily(
+            "polymoe:resident_bytes", "Bytes on the device; host_pinned: on the host.", labels=["kind"]
+        )
         for kind, count in stats.resident_bytes.items():
             resident.add_metric([kind], count)
         yield resident

@@ -18,6 +18,7 @@ from polymoe.engine.request import (
     SamplingParams,
 )
 from polymoe.errors import RequestError
+from polymoe.server.errors import printable
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
@@ -74,7 +75,9 @@ class Strict(BaseModel):
                 kept[name] = value
             elif name not in cls.unsupported:
                 raise PydanticCustomError(
-                    "unknown_parameter", "Unrecognized request argument supplied: {name}", {"name": str(name)[:200]}
+                    "unknown_parameter",
+                    "Unrecognized request argument supplied: {name}",
+                    {"name": printable(name[:200])},
                 )
             elif value not in cls.unsupported[name]:
                 raise PydanticCustomError(

@@ -15,11 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 _REPEATS = 5  # timings of a candidate; the median counts
+_FLUSHES = 4  # passes over scratch memory before each, see `_time`
+_TYPICAL_KEYS = 1024
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Config:
 
 
 def choose(
-    kind: str, shape: Sequence[object], candidates: Sequence[Config], launch: Callable[[Config], None]
-) -> Config:
-    """The fastest of `candidates` for a kernel and shape.
+    kind: str, shape: Sequence[object], candidates: Sequence[Candidate], launch: Callable[[Candidate], None]
+) -> Candidate:
+    """The fastest of `candidates`, configurations of a kernel or whole kernels, for a shape.
 
     Args:
         kind, shape: what is remembered; a shape should hold a bucket of the number of rows, not the number.
@@ -50,7 +55,7 @@ def choose(
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
-        times = [_time(launch, config) for config in candidates]
+        times = [_time(launch, candidate) for candidate in candidates]
         known[key] = times.index(min(times))
         _save(device, known)
     return candidates[known[key]]
@@ -61,17 +66,37 @@ def row_bucket(num_rows: int) -> int:
     return 1 << max(0, num_rows - 1).bit_length()
 
 
-def _time(launch: Callable[[Config], None], config: Config) -> float:
-    """Median milliseconds; infinite where the kernel does not fit the device."""
+def typical_decode(key: Tensor, block_table: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """A block table and lengths to time decode with, shaped like those given.
+
+    What is run before the first request has one token a sequence, and a table of which no more may be read.
+
+    Args: `key`: the cache `[blocks, block_size, …]`. The others as in `paged_attention`.
+    """
+    keys = min(_TYPICAL_KEYS, block_table.shape[1] * key.shape[1])
+    blocks = torch.arange(block_table.numel(), device=key.device, dtype=block_table.dtype) % key.shape[0]
+    return blocks.view(block_table.shape), torch.full_like(seq_lens, keys)
+
+
+def _time(launch: Callable[[Candidate], None], candidate: Candidate) -> float:
+    """Median milliseconds on the device; infinite where the kernel does not fit it.
+
+    Scratch memory is written before each timing. That takes the device longer than a launch takes the host, so the
+    host's time is not measured, and clears the L2 cache, in which a step would not find its weights either.
+    """
     try:
-        launch(config)
+        launch(candidate)
     except triton.runtime.errors.OutOfResources:
         return float("inf")
+    nbytes = 2 * torch.cuda.get_device_properties().L2_cache_size
+    scratch = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     times: list[float] = []
     for _ in range(_REPEATS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(_FLUSHES):
+            scratch.zero_()
         start.record()
-        launch(config)
+        launch(candidate)
         stop.record()
         stop.synchronize()
         times.append(float(start.elapsed_time(stop)))

@@ -13,12 +13,14 @@ second kernel joins the parts (flash-decoding), else one long sequence would kee
 Bytes moved in decode: Σ seq_lens · Hk · (D + Dv) of the cache, or the window's; with splits twice T · Hq · Dv float32.
 """
 
+from functools import cache, partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from polymoe.kernels.gpu.autotune import Config, choose, row_bucket
+from polymoe.kernels.gpu.autotune import Config, choose, row_bucket, typical_decode
 
 _SPLIT_KEYS = 128  # fewest keys worth a program of their own
 _MAX_SPLITS = 32
@@ -75,11 +77,11 @@ def paged_attention(
     largest, total = torch.empty(2, splits, tokens, q_heads, dtype=torch.float32, device=query.device)
     sink_strides = (0, 0) if sinks is None else (0, sinks.stride(0)) if sinks.ndim == 1 else sinks.stride()
 
-    def launch(config: Config) -> None:
+    def launch(config: Config, table: Tensor = block_table, lens: Tensor = seq_lens) -> None:
         _attention_kernel[(tiles, kv_heads, splits)](
-            query, key, value, query if sinks is None else sinks, block_table, query_start_loc, seq_lens,
+            query, key, value, query if sinks is None else sinks, table, query_start_loc, lens,
             part, largest, total, batch, tokens, scaling, softcap or 0.0,
-            query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], block_table.stride(0),
+            query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3], table.stride(0),
             *sink_strides,
             WINDOW=window or 0, SOFTCAP=softcap is not None, SINKS=sinks is not None, BLOCK_SIZE=block_size,
             HEADS=q_heads, HEADS_A_KEY=q_heads // kv_heads, GROUP=group, DIM=dim, VALUE_DIM=value_dim,
@@ -89,7 +91,9 @@ def paged_attention(
         )  # fmt: skip
 
     shape = (query.dtype, q_heads, kv_heads, dim, value_dim, block_size, window, block_m, row_bucket(tiles), splits)
-    launch(choose("paged_attention", shape, _configs(block_m, widest), launch))
+    typical = cache(partial(typical_decode, key, block_table, seq_lens))
+    timed = launch if max_query_len > 1 else lambda config: launch(config, *typical())
+    launch(choose("paged_attention", shape, _configs(block_m, widest), timed))
     if splits > 1:
         _join_kernel[(tokens, q_heads)](
             part, largest, total, query if sinks is None else sinks, out, tokens, *sink_strides,
