@@ -16,6 +16,16 @@ def packed_tensor(encoded: EncodedLayer, group: Group, tensor: str) -> PackedTen
     return PackedTensor(None if base is None else base[tensor], {v: parts[tensor] for v, parts in deltas.items()})
 
 
+def flat(encoded: EncodedLayer) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind} {owner} {tensor} {part}": value
+        for kind, owners in (("base", encoded.bases), ("delta", encoded.deltas))
+        for owner, packed in owners.items()
+        for tensor, parts in packed.items()
+        for part, value in parts.items()
+    }
+
+
 def served_experts(
     family: Family, plan: Plan, calibration: Calibration | None = None
 ) -> dict[tuple[int, int], dict[str, torch.Tensor]]:

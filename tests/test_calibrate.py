@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from encoded import served_experts
+from encoded import flat, served_experts
 from families import make_family
 from polymoe.errors import CheckpointError, PlanError
 from polymoe.offline.calibrate import Calibration
-from polymoe.offline.encode import EncodedLayer, make_encoder
+from polymoe.offline.encode import make_encoder
 from polymoe.offline.family import Family
 from polymoe.offline.family_run import FamilyRun
 from polymoe.offline.plan import Plan
 from polymoe.offline.position_codec import PackedTensor, encode_tensor
+from polymoe.offline.token_rows import TokenRows
 
 TEXT = "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5\n" * 60
 
@@ -26,6 +27,10 @@ TEXT = "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5\n" * 60
 def windows(num_variants: int, count: int = 12, length: int = 32) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(7)
     return tuple(torch.randint(2, 110, (count, length), generator=generator) for _ in range(num_variants))
+
+
+def rows_of(texts: tuple[torch.Tensor, ...]) -> list[TokenRows]:
+    return [TokenRows(text) for text in texts]
 
 
 def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> Plan:
@@ -42,7 +47,7 @@ def test_the_streamed_pass_is_the_stock_models(arch: str, tmp_path: Path) -> Non
     family, texts = Family.open(paths), windows(2, 3)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths.values()]
     kept = [[0, 2], [1]]
-    with torch.no_grad(), FamilyRun(family, texts, kept, 2) as run:
+    with torch.no_grad(), FamilyRun(family, rows_of(texts), kept, 2) as run:
         for path in family.architecture.expert_modules:
             run.proceed(
                 [
@@ -51,14 +56,14 @@ def test_the_streamed_pass_is_the_stock_models(arch: str, tmp_path: Path) -> Non
                 ]
             )
         for model, text, rows, logits in zip(models, texts, kept, run.logits(), strict=True):
-            want = model(input_ids=text).logits[rows][:, ::2]
+            want = model(input_ids=text).logits[rows][:, ::2].flatten(0, 1)
             assert torch.allclose(logits, want, atol=1e-5)
 
 
 def test_weights_leave_with_the_layer(tmp_path: Path) -> None:
     """Memory stays near one layer: while layer 1 waits, layer 0 and the embeddings are gone, and in the end all are."""
     family = Family.open(make_family("mixtral", tmp_path, 1))
-    with torch.no_grad(), FamilyRun(family, windows(1, 2)) as run:
+    with torch.no_grad(), FamilyRun(family, rows_of(windows(1, 2))) as run:
         present = []
         for _ in range(2):
             (found,) = run.arrive()
@@ -78,7 +83,7 @@ def routed_error(family: Family, plan: Plan, texts: tuple[torch.Tensor, ...], ca
     served = served_experts(family, plan, calibration)
     info, error, energy = family.architecture, 0.0, 0.0
     models = [AutoModelForCausalLM.from_pretrained(c.path, dtype=torch.float32).eval() for c in family.checkpoints]
-    with torch.no_grad(), FamilyRun(family, texts) as run:
+    with torch.no_grad(), FamilyRun(family, rows_of(texts)) as run:
         for layer, path in enumerate(info.expert_modules):
             outputs = []
             for v, found in enumerate(run.arrive()):
@@ -103,16 +108,6 @@ def test_calibrated_experts_are_nearer_on_unseen_text(arch: str, base: str, delt
     plain = routed_error(family, one_group(family, base, delta, "mean"), unseen, None)
     fitted = routed_error(family, one_group(family, base, delta), unseen, Calibration(seen))
     assert fitted < plain
-
-
-def flat(encoded: EncodedLayer) -> dict[str, torch.Tensor]:
-    return {
-        f"{kind} {owner} {tensor} {part}": value
-        for kind, owners in (("base", encoded.bases), ("delta", encoded.deltas))
-        for owner, packed in owners.items()
-        for tensor, parts in packed.items()
-        for part, value in parts.items()
-    }
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

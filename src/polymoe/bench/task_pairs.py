@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 
 from polymoe.errors import PolymoeError
-from polymoe.evaluate.pairs import Pair as Pair
-from polymoe.evaluate.pairs import read_pairs
+from polymoe.offline.pairs import Pair as Pair
+from polymoe.offline.pairs import read_pairs
 
 MIN_PAIRS = 20  # fewer say nothing
 

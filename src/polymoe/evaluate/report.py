@@ -16,9 +16,10 @@ from polymoe.engine.engine import EngineCore
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
-from polymoe.evaluate.pairs import encode_pairs, read_pairs
+from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.texts import WINDOW, read_text
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.pairs import read_pairs
 
 
 def run_eval(

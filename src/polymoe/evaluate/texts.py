@@ -1,22 +1,22 @@
 """Texts to measure on: read, tokenised with a variant's own tokenizer and cut into windows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples
-from polymoe.evaluate.pairs import encode_pairs, read_pairs
+from polymoe.evaluate.pairs import encode_pairs
 from polymoe.offline.checkpoint import read_config
 from polymoe.offline.family import max_model_len
+from polymoe.offline.pairs import read_pairs
+from polymoe.offline.spread import spread
 
 MIN_TOKENS = 256  # of a text whose figures are kept; fewer say nothing
 WINDOW = 256  # tokens
 MAX_WINDOWS = 64  # a variant
 MAX_PAIRS = 256  # a variant
-
-_T = TypeVar("_T")
 
 
 def samples_of(
@@ -47,7 +47,7 @@ def samples_of(
 
 
 def _pair_samples(option: str, path: Path, checkpoint: Path, config: Any) -> Samples:
-    pairs = _spread(read_pairs(option, path), MAX_PAIRS)
+    pairs = spread(read_pairs(option, path), MAX_PAIRS)
     samples = encode_pairs(option, pairs, checkpoint, config, max_model_len(config) // 2)
     count = sum(len(window) - 1 for window in samples.windows)
     if count < MIN_TOKENS:
@@ -94,7 +94,7 @@ def spread_windows(token_ids: list[int], length: int, limit: int | None) -> list
     count = len(token_ids) // length
     if count == 0:
         return [token_ids]
-    starts = _spread(range(0, count * length, length), count if limit is None else limit)
+    starts = spread(range(0, count * length, length), count if limit is None else limit)
     return [token_ids[start : start + length] for start in starts]
 
 
@@ -104,12 +104,6 @@ def read_text(option: str, path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PolymoeError(f"{option}: {path} cannot be read as UTF-8 text ({error}).") from error
-
-
-def _spread(items: Sequence[_T], limit: int) -> list[_T]:
-    """At most `limit` of them, the first and the last among them."""
-    count = min(limit, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _check_known(checkpoints: Mapping[str, Path], texts: Mapping[str, Path]) -> None:

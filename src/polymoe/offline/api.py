@@ -51,9 +51,9 @@ def make_plan(
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:
-        from polymoe.offline.distill import check_memory
+        from polymoe.offline.distill import check_family
 
-        check_memory(family)
+        check_family(family)
     scan = family.scan(console)
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)

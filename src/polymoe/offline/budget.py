@@ -96,10 +96,6 @@ def build_plan(
         assert family is not None
         return _auto_plan(family, scan, memory, options, calibration, console)
     if policy == "regmean" and calibration is None:
-        if family is not None:
-            from polymoe.offline.calibrate import check_decoder_only
-
-            check_decoder_only(family)
         raise PlanError("--policy regmean weighs experts by what they see; give text with --calibrate VARIANT=FILE.")
     if policy == "paper" and memory is None:
         memory = "1.0x"

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from polymoe.errors import PlanError
+from polymoe.offline.calibration_pairs import pair_rows
 from polymoe.offline.family_run import Routed
+from polymoe.offline.token_rows import MIN_TOKENS, TokenRows
 
 if TYPE_CHECKING:
     from polymoe.offline.checkpoint import Checkpoint
@@ -22,16 +24,17 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 MAX_WINDOWS = 128  # a variant
-MIN_TOKENS = 256  # a variant; below, statistics say nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """`windows[v]` int64 [n_v, length]: token ids of variant v's text. `folder`: where finished layers are kept, so
-    that an interrupted run goes on from there; None: nowhere."""
+    that an interrupted run goes on from there; None: nowhere. `inputs[v]`: of an encoder–decoder family what the
+    encoder reads for each window, which is then the decoder's; both as in `TokenRows`."""
 
     windows: tuple[Tensor, ...]
     folder: Path | None = None
+    inputs: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_files(
@@ -43,13 +46,11 @@ class Calibration:
         folder: Path | None = None,
     ) -> Calibration:
         """Read {variant: text files}. A `.jsonl` file holds one conversation a line, {"messages": [...]}, which goes
-        through the variant's chat template. Long texts are sampled evenly. A variant without text reads that of all
-        the others.
+        through the variant's chat template; of an encoder–decoder family every file holds pairs, {"input": …, "target":
+        …} a line. Long texts are sampled evenly. A variant without text reads that of all the others.
 
-        Raises `PlanError` for an encoder–decoder family, an unknown variant, a file that cannot be read, and too few
-        tokens.
+        Raises `PlanError` for an unknown variant, a file that cannot be read, and too few tokens.
         """
-        check_decoder_only(family)
         unknown = [name for name in files if name not in family.names]
         if unknown:
             raise PlanError(
@@ -57,29 +58,33 @@ class Calibration:
             )
         if not files:
             raise PlanError("calibration needs text: --calibrate VARIANT=FILE.")
+        if family.config.is_encoder_decoder:
+            rows = [
+                pair_rows(checkpoint, _own_or_all(checkpoint, files), _longest(family) // 2, window * max_windows)
+                for checkpoint in family.checkpoints
+            ]
+            read = tuple(one.inputs for one in rows if one.inputs is not None)
+            return cls(tuple(one.windows for one in rows), folder, read)
         return cls(
             tuple(
-                _windows_of(checkpoint, files.get(checkpoint.name), files, min(window, _longest(family)), max_windows)
+                _windows_of(checkpoint, _own_or_all(checkpoint, files), min(window, _longest(family)), max_windows)
                 for checkpoint in family.checkpoints
             ),
             folder,
         )
 
+    @property
+    def texts(self) -> list[TokenRows]:
+        """What each variant reads."""
+        inputs = self.inputs or [None] * len(self.windows)
+        return [TokenRows(*rows) for rows in zip(self.windows, inputs, strict=True)]
+
     def hash(self) -> str:
         """SHA-256 over the tokens."""
         digest = hashlib.sha256()
-        for windows in self.windows:
-            digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
+        for rows in (*self.windows, *(self.inputs or ())):
+            digest.update(str(tuple(rows.shape)).encode() + rows.numpy().tobytes())
         return digest.hexdigest()
-
-
-def check_decoder_only(family: Family) -> None:
-    """Raise `PlanError` for a family whose experts cannot be measured on text."""
-    if family.config.is_encoder_decoder:
-        raise PlanError(
-            f"{family.architecture.class_name} is an encoder–decoder model; only decoder-only models are calibrated on "
-            "text. Leave --calibrate out and take another policy than regmean: the others plan from the weights alone."
-        )
 
 
 def second_moments(hidden: Sequence[Tensor], gates: Sequence[Tensor], num_tokens: Sequence[int]) -> dict[int, Tensor]:
@@ -118,18 +123,16 @@ def _longest(family: Family) -> int:
     return min(max_model_len(checkpoint.config) for checkpoint in family.checkpoints)
 
 
-def _windows_of(
-    checkpoint: Checkpoint,
-    own: Sequence[str | Path] | None,
-    files: Mapping[str, Sequence[str | Path]],
-    window: int,
-    max_windows: int,
-) -> Tensor:
-    paths = own if own is not None else [path for given in files.values() for path in given]
+def _own_or_all(checkpoint: Checkpoint, files: Mapping[str, Sequence[str | Path]]) -> list[Path]:
+    given = [files[checkpoint.name]] if checkpoint.name in files else files.values()
+    return [Path(path).expanduser() for paths in given for path in paths]
+
+
+def _windows_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, max_windows: int) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     ids: list[int] = []
     for path in paths:
-        ids += tokenizer.encode(_read(Path(path), tokenizer), add_special_tokens=False)
+        ids += tokenizer.encode(_read(path, tokenizer), add_special_tokens=False)
     if len(ids) < max(MIN_TOKENS, window):
         shown = ", ".join(str(path) for path in paths)
         raise PlanError(
@@ -143,7 +146,7 @@ def _windows_of(
 
 def _read(path: Path, tokenizer: Any) -> str:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
             return text
         conversations = [json.loads(line)["messages"] for line in text.splitlines() if line.strip()]

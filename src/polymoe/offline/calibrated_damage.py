@@ -25,6 +25,7 @@ from polymoe.offline.family_run import FamilyRun, Routed
 from polymoe.offline.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.merge import regmean, weighted_mean
 from polymoe.offline.progress import step_progress
+from polymoe.offline.switch_run import in_encoder
 from polymoe.quant.codec import inverse_factor
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 32  # an expert with fewer is packed without error feedback
 _PROBES = 4  # windows that run along in copies
+_PROBE_PAIRS = 32  # or pairs, whose targets are shorter
 _NOISE = 0.05  # of a matrix's spread
 _GAIN_ROWS = 256
 _LOGITS = 1 << 28  # most logits in memory, a variant
@@ -68,18 +70,18 @@ class _Pass:
         self.family, self.scan = family, scan
         info = family.architecture
         self.copies = info.num_layers + 1
-        self.probes = [windows[:: max(1, len(windows) // _PROBES)][:_PROBES] for windows in calibration.windows]
-        self.tokens = [windows.numel() for windows in calibration.windows]
-        windows = [
-            torch.cat([own, *[probe] * self.copies])
-            for own, probe in zip(calibration.windows, self.probes, strict=True)
-        ]
-        rows = [range(len(own), len(whole)) for own, whole in zip(calibration.windows, windows, strict=True)]
-        size = max(self.copies * probe.numel() * v for probe, v in zip(self.probes, family.vocab_sizes, strict=True))
-        self.run = FamilyRun(family, windows, rows, math.ceil(size / _LOGITS))
+        texts = calibration.texts
+        probes = [text.spread(_PROBES if text.inputs is None else _PROBE_PAIRS) for text in texts]
+        whole = [text.followed_by(probe, self.copies) for text, probe in zip(texts, probes, strict=True)]
+        rows = [range(len(text), len(with_copies)) for text, with_copies in zip(texts, whole, strict=True)]
+        size = max(self.copies * probe.count() * v for probe, v in zip(probes, family.vocab_sizes, strict=True))
+        self.run = FamilyRun(family, whole, rows, math.ceil(size / _LOGITS))
+        sides = [in_encoder(path) for path in info.expert_modules]
+        self.tokens = [[text.count(side) for text in texts] for side in sides]  # [L, V], of the text
+        self.copy_tokens = [[probe.count(side) for probe in probes] for side in sides]  # [L, V], of one copy
         self.transposed = is_transposed(family)
         self.traffic: list[FloatArray] = []  # of each layer, [E]
-        self.noise = np.zeros((len(windows), info.num_layers))  # error put into the output, a token of a copy
+        self.noise = np.zeros((len(texts), info.num_layers))  # error put into the output, a token of a copy
         digest = hashlib.sha256(calibration.hash().encode())
         for v in range(len(family.names)):
             digest.update(scan.weights_hash(v).encode())
@@ -93,7 +95,7 @@ class _Pass:
             for tensor in mlp_order(list(info.expert_shapes))
         }
         found = self._read(layer)
-        self.traffic.append(self._traffic(routed))
+        self.traffic.append(self._traffic(layer, routed))
         outputs: list[dict[int, tuple[Tensor, Tensor, Tensor]]] = [{} for _ in routed]
         partitions: list[tuple[Partition, ...]] = []
         energies = np.zeros((3, info.num_experts, 3, len(routed)))
@@ -109,8 +111,8 @@ class _Pass:
                 hidden = one.hidden[rows].float()
                 outputs[v][expert] = rows, gates, self._outputs(layer, v, one, rows, gates, hidden, weights[v])
                 if found is None:
-                    own = rows < self.tokens[v]
-                    statistics.append(_Statistics(one, hidden[own], gates[own], weights[v], self.tokens[v]))
+                    own = rows < self.tokens[layer][v]
+                    statistics.append(_Statistics(one, hidden[own], gates[own], weights[v], self.tokens[layer][v]))
             for n, partition in enumerate(partitions[-1] if found is None else ()):
                 for group in partition:
                     energies[:, expert, n, list(group)] = _group_energies(
@@ -123,12 +125,12 @@ class _Pass:
         self._write(layer, energies)
         return tuple(partitions), energies
 
-    def _traffic(self, routed: list[Routed]) -> FloatArray:
+    def _traffic(self, layer: int, routed: list[Routed]) -> FloatArray:
         """float64 [E]: share of the text's routed tokens that each expert gets, the mean over the variants."""
-        counts = [
-            torch.bincount(one.index[:tokens].reshape(-1), minlength=self.family.architecture.num_experts).double()
-            for one, tokens in zip(routed, self.tokens, strict=True)
-        ]
+        counts = []
+        for one, tokens in zip(routed, self.tokens[layer], strict=True):
+            index = one.index[:tokens].reshape(-1)
+            counts.append(torch.bincount(index[index >= 0], minlength=self.family.architecture.num_experts).double())
         share: FloatArray = torch.stack([count / count.sum() for count in counts]).mean(dim=0).numpy()
         return share
 
@@ -137,8 +139,8 @@ class _Pass:
     ) -> Tensor:
         """The expert's outputs [t, H], disturbed in this layer's copy of the probes."""
         out = down_projection(first_projection(routed.module, hidden, weights), weights)
-        size = self.probes[v].numel()
-        start = self.tokens[v] + layer * size
+        size = self.copy_tokens[layer][v]
+        start = self.tokens[layer][v] + layer * size
         copy = (rows >= start) & (rows < start + size)
         if bool(copy.any()):
             noisy = {name: _disturbed(weight, layer) for name, weight in weights.items()}
@@ -153,7 +155,7 @@ class _Pass:
         logits = self.run.logits()
         factor, top1 = np.zeros_like(self.noise), np.zeros(len(logits))
         for v, whole in enumerate(logits):
-            copies = whole.reshape(self.copies, -1, *whole.shape[1:])
+            copies = whole.reshape(self.copies, -1, whole.shape[1])
             clean = copies[-1].log_softmax(dim=-1)
             shares = []
             for layer, copy in enumerate(copies[:-1]):

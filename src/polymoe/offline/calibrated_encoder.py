@@ -42,8 +42,7 @@ class CalibratedEncoder:
         self.family, self.scan, self.plan, self.calibration = family, scan, plan, calibration
         self.console = console
         self.transposed = is_transposed(family)
-        self.run = FamilyRun(family, calibration.windows)
-        self.num_tokens = [windows.numel() for windows in calibration.windows]
+        self.run = FamilyRun(family, calibration.texts)
         self.folder = None if calibration.folder is None else calibration.folder / self._key()
 
     def layer(self, layer: int) -> EncodedLayer:
@@ -104,7 +103,7 @@ class CalibratedEncoder:
             else:
                 moments = None
                 if each[group.leader].ndim == 2 and not group.is_verbatim | (group.delta == "exact"):
-                    moments = self._moments(group, seen, tokens)
+                    moments = self._moments(group, seen, tokens, routed)
                 packed[tensor] = encode_tensor(group, each, version, moments)
             for v, weight in served_weights(group, each, packed[tensor]).items():
                 weights[v][tensor] = weight
@@ -114,13 +113,17 @@ class CalibratedEncoder:
         return packed
 
     def _moments(
-        self, group: Group, seen: dict[int, Tensor], tokens: dict[int, tuple[Tensor, Tensor]]
+        self,
+        group: Group,
+        seen: dict[int, Tensor],
+        tokens: dict[int, tuple[Tensor, Tensor]],
+        routed: list[Routed],
     ) -> dict[int, Tensor]:
         enough = {v: len(seen[v]) >= FEW_TOKENS for v in group.members}
         found = second_moments(
             [seen[v] if enough[v] else seen[v][:0] for v in group.members],
             [tokens[v][1] if enough[v] else tokens[v][1][:0] for v in group.members],
-            [self.num_tokens[v] for v in group.members],
+            [len(routed[v].hidden) for v in group.members],
         )
         return dict(zip(group.members, found.values(), strict=True))
 

@@ -41,7 +41,7 @@ def distill(
     The bundle is replaced in one step at the end; until then it is what it was. Raises `PlanError` for a family that
     does not fit in memory.
     """
-    check_memory(family)
+    check_family(family)
     learned: dict[int, Learned] = {}
     with step_progress("Distilling", steps * len(family.names), console) as advance:
         for v, checkpoint in enumerate(family.checkpoints):
@@ -57,8 +57,14 @@ def distill(
     return rewrite(bundle, learned) if learned else bundle
 
 
-def check_memory(family: Family) -> None:
-    """Raise `PlanError` where a variant in float32, with its gradients, is more than the memory of this machine."""
+def check_family(family: Family) -> None:
+    """Raise `PlanError` for encoder–decoder models, and where a variant in float32, with its gradients, is more than
+    the memory of this machine."""
+    if family.config.is_encoder_decoder:
+        raise PlanError(
+            f"--distill learns on decoder-only models, and {family.architecture.class_name} is an encoder–decoder; "
+            "leave it out. --calibrate alone fits merges, bases and deltas to text here too."
+        )
     checkpoint = family.checkpoints[0]
     values = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.target_names)
     needed, there = 4 * _COPIES * values, cpu_memory()

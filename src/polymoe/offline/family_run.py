@@ -6,6 +6,9 @@ routed and waits until the caller says what the experts put out. A decoder layer
 layer is entered and dropped when it is left, so one layer of each variant is in memory.
 
     run.arrive() -> [Routed of each variant]  ──  caller decides  ──>  run.proceed([outputs])  ->  next layer
+
+An encoder–decoder model runs its encoder over inputs, then its decoder over windows (teacher forcing): layers of the
+encoder come first, each with the tokens of its own stack.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from polymoe.errors import CheckpointError
 from polymoe.model.skeleton import accepts_logits_to_keep, build_skeleton, set_weight
 from polymoe.offline.checkpoint import Checkpoint
+from polymoe.offline.switch_run import stopping_switch_model
+from polymoe.offline.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from polymoe.offline.family import Family
@@ -34,10 +39,10 @@ _STOPPING = "polymoe_calibration"
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What reached one variant's experts of a layer. T tokens (windows flattened), K experts a token.
+    """What reached one variant's experts of a layer. T tokens (rows flattened, without padding), K experts a token.
 
     module: the stock experts module (without weights), for its activation and layout flags.
-    hidden: float32 [T, H]. index: int64 [T, K]. gate: float32 [T, K].
+    hidden: float32 [T, H]. index: int64 [T, K], -1 for a token beyond its expert's capacity. gate: float32 [T, K].
     """
 
     module: Any
@@ -52,24 +57,24 @@ class Routed:
 
 
 class FamilyRun:
-    """One pass of every variant over `windows[v]` int64 [n_v, length]. Use as a context manager.
+    """One pass of every variant over `texts[v]`. Use as a context manager.
 
-    `logits_of[v]`: rows of `windows[v]` whose logits `logits()` is to give, at every `logits_stride`-th position.
+    `logits_of[v]`: rows of `texts[v]` whose logits `logits()` is to give, at every `logits_stride`-th position.
     """
 
     def __init__(
         self,
         family: Family,
-        windows: Sequence[Tensor],
+        texts: Sequence[TokenRows],
         logits_of: Sequence[Sequence[int]] | None = None,
         logits_stride: int = 1,
     ) -> None:
         self.num_layers = family.architecture.num_layers
         self.arrived = 0  # layers
-        rows = logits_of or [()] * len(windows)
+        rows = logits_of or [()] * len(texts)
         self._lanes = [
-            _Lane(checkpoint, window, list(keep), logits_stride)
-            for checkpoint, window, keep in zip(family.checkpoints, windows, rows, strict=True)
+            _Lane(checkpoint, text, list(keep), logits_stride)
+            for checkpoint, text, keep in zip(family.checkpoints, texts, rows, strict=True)
         ]
         self._answers: Sequence[Tensor | None] = [None] * len(self._lanes)
 
@@ -104,7 +109,7 @@ class FamilyRun:
         self._answers = outputs
 
     def logits(self) -> list[Tensor]:
-        """float32 [rows, positions, vocabulary] of each variant, after the last layer."""
+        """float32 [tokens, vocabulary] of each variant, row after row without padding, after the last layer."""
         assert self.arrived == self.num_layers
         found = [lane.move(answer) for lane, answer in zip(self._lanes, self._answers, strict=True)]
         return [logits for logits in found if isinstance(logits, Tensor)]
@@ -117,8 +122,8 @@ class _Stopped(BaseException):
 class _Lane:
     """One variant's forward pass in a thread that only moves while `move` waits."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: Tensor, keep: list[int], stride: int) -> None:
-        self.checkpoint, self.windows, self.keep, self.stride = checkpoint, windows, keep, stride
+    def __init__(self, checkpoint: Checkpoint, text: TokenRows, keep: list[int], stride: int) -> None:
+        self.checkpoint, self.text, self.keep, self.stride = checkpoint, text, keep, stride
         self._to_lane: queue.Queue[Any] = queue.Queue()
         self._from_lane: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name=f"polymoe-{checkpoint.name}", daemon=True)
@@ -143,14 +148,17 @@ class _Lane:
             self._to_lane.put(_Stopped())
             self._thread.join()
 
-    def experts(self, module: Any, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        """Called by the model in the lane's thread."""
-        self._from_lane.put(Routed(module, hidden, index.long(), gate.float()))
+    def experts(self, module: Any, real: Tensor | None, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        """Called by the model in the lane's thread. `real` bool [T]: the tokens that are no padding; None: all."""
+        rows = slice(None) if real is None else real
+        self._from_lane.put(Routed(module, hidden[rows], index[rows].long(), gate[rows].float()))
         answer = self._to_lane.get()
         if isinstance(answer, _Stopped):
             raise answer
         assert isinstance(answer, Tensor)
-        return answer.to(hidden.dtype)
+        out = torch.zeros_like(hidden)
+        out[rows] = answer.to(hidden.dtype)
+        return out
 
     def _run(self) -> None:
         try:
@@ -163,21 +171,24 @@ class _Lane:
 
     def _logits(self, model: Any) -> Tensor:
         def keep_rows(_module: Any, _args: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[self.keep][:, :: self.stride]
+            wanted = self.text.real()[self.keep][:, :: self.stride]
+            output.last_hidden_state = output.last_hidden_state[self.keep][:, :: self.stride][wanted][None]
             return output
 
-        if not self.keep:  # the head is not needed
-            model.base_model(input_ids=self.windows, use_cache=False)
+        read = self.text.model_arguments()
+        seq2seq = self.text.inputs is not None  # it has no base model, and its head next to nothing to do without rows
+        if not self.keep and not seq2seq:
+            model.base_model(**read, use_cache=False)
             return torch.empty(0)
-        model.base_model.register_forward_hook(keep_rows)
+        (model.decoder if seq2seq else model.base_model).register_forward_hook(keep_rows)
         extra = {"logits_to_keep": 0} if accepts_logits_to_keep(model) else {}
-        logits: Tensor = model(input_ids=self.windows, use_cache=False, **extra).logits.float()
+        logits: Tensor = model(**read, use_cache=False, **extra).logits[0].float()
         return logits
 
 
 def _calibration_experts_forward(module: Any, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
     lane: _Lane = module.polymoe_lane[0]
-    return lane.experts(module, hidden, index, gate)
+    return lane.experts(module, None, hidden, index, gate)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_STOPPING, _calibration_experts_forward)
@@ -186,21 +197,29 @@ ALL_EXPERTS_FUNCTIONS.register(_STOPPING, _calibration_experts_forward)
 def _streamed_model(checkpoint: Checkpoint, lane: _Lane) -> Any:
     """The stock model in float32 whose weights, but for experts, come and go with the modules that need them."""
     info = checkpoint.architecture
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
-    if not hasattr(model_class, "_supports_sdpa"):  # several classes for one config: AutoModel builds the first
-        model_class = model_class[0]
-    model: Any = build_skeleton(checkpoint.config, "sdpa" if model_class._supports_sdpa else "eager")
-    model.set_experts_implementation(_STOPPING)
+    if lane.text.inputs is not None:
+        model: Any = stopping_switch_model(checkpoint.config, info.expert_modules, lane.text, lane.experts)
+    else:
+        model = _stopping_model(checkpoint.config)
+        for path in info.expert_modules:
+            # In a tuple: a module's attribute that is no module itself.
+            model.get_submodule(path).polymoe_lane = (lane,)
     experts = {f"{path}.{tensor}" for path in info.expert_modules for tensor in info.expert_shapes}
-    for path in info.expert_modules:
-        # In a tuple: a module's attribute that is no module itself.
-        model.get_submodule(path).polymoe_lane = (lane,)
     names = [name for name in model.state_dict() if name not in experts]
     for path, owned in _units(info.expert_modules, names).items():
         load, drop = _loader(checkpoint, model, owned)
         module = model.get_submodule(path)
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)
+    return model
+
+
+def _stopping_model(config: Any) -> Any:
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not hasattr(model_class, "_supports_sdpa"):  # several classes for one config: AutoModel builds the first
+        model_class = model_class[0]
+    model: Any = build_skeleton(config, "sdpa" if model_class._supports_sdpa else "eager")
+    model.set_experts_implementation(_STOPPING)
     return model
 
 
