@@ -123,8 +123,10 @@ def test_rouge_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_for_any_number_of_variants() -> None:
     for count in (2, 4, 6):
-        groups = [choice[0].group for choice in choices(count)]
+        groups = [choice[0].group for choice in choices(count, with_text=False)]
         assert groups == ["average", "merge", "paper", "paper", "copies", "delta", "auto"]
+        plain, fitted = choices(count, with_text=True)[-2:]
+        assert (fitted[0].name, fitted[0].on_text) == (f"{plain[0].name}, on text", True)
 
 
 # --- decoder-only families
@@ -286,21 +288,26 @@ def test_the_variant_passes_its_own_exam_in_the_engine(switches: dict[str, Path]
 def test_the_whole_table_of_a_switch_family(switches: dict[str, Path], task: Path, tmp_path: Path) -> None:
     result = invoke(
         "bench", "merging", *specs(switches)[:2], "--task", f"v1={task}", "--samples", "20", "--max-new-tokens", "8",
-        "--out", str(tmp_path),
+        "--calibrate", f"v1={task}", "--out", str(tmp_path),
     )  # fmt: skip
     found = last_line(result)
     rows = found["rows"]
-    assert [row["count"] for row in rows] == [1, *[2] * 7], found["skipped"]
+    assert [row["count"] for row in rows] == [1, *[2] * 8], found["skipped"]
     assert rows[0]["rouge1"]["mean"] == 1
     for row in rows:
         assert 0 <= row["rouge2"]["mean"] <= row["rouge1"]["mean"] <= 1
         assert row["rouge1_kept"]["mean"] == pytest.approx(row["rouge1"]["mean"])
     by_name = {row["name"]: row for row in rows}
     assert by_name["auto 1.0x"]["kl"] < by_name["paper"]["kl"] / 4
+    fitted = by_name["auto 1.0x, on text"]
+    assert fitted["expert_multiple"] <= 1
+    assert fitted["kl"] < by_name["auto 1.0x"]["kl"], "on the text itself"
     assert by_name["auto 1.0x"]["rouge1"]["mean"] >= by_name["average of everything"]["rouge1"]["mean"]
     best = found["best_share_of_rouge1"]["v1, 2"]
     assert best["share"] == max(r["rouge1_kept"]["mean"] for r in rows if r["group"] in ("delta", "auto"))
-    assert "ROUGE-1" in (tmp_path / "merging.md").read_text()
+    report = (tmp_path / "merging.md").read_text()
+    assert "ROUGE-1" in report
+    assert "On text: fitted to v1 v1.jsonl." in report
     assert (tmp_path / "merging.png").read_bytes().startswith(b"\x89PNG")
 
 

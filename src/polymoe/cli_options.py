@@ -35,7 +35,8 @@ HostShare = Annotated[
 Calibrate = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="VARIANT=FILE", help="text to fit merges and formats to; may be repeated, also for one variant"
+        metavar="VARIANT=FILE",
+        help="text (encoder–decoder: JSONL of pairs) to fit merges and formats to; may be repeated for a variant too",
     ),
 ]
 Distill = Annotated[

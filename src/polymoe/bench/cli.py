@@ -219,13 +219,17 @@ def merging(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
     seed: Annotated[int, typer.Option(help="which pairs are drawn")] = 0,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VARIANT=FILE", help="other text or pairs, to fit a further plan to; may be repeated"),
+    ] = None,
     out: Out = Path(),
 ) -> None:
     """A variant on its own task alone, then with 2, 3, … variants in the memory of one: every policy side by side."""
     from polymoe.bench.merging import MergingPlan, run_merging
     from polymoe.bench.merging_report import merging_plot, merging_report
     from polymoe.bench.session import output_folder
-    from polymoe.cli_options import pairs
+    from polymoe.cli_options import file_lists, pairs
     from polymoe.demo import family_paths, text_paths
     from polymoe.offline.family import parse_variant_specs
     from polymoe.offline.source import resolve
@@ -236,7 +240,7 @@ def merging(
         texts = text_paths()
     plan = MergingPlan(
         checkpoints, tasks, texts, variant or (), samples=samples or (200 if tasks else 64),
-        max_new_tokens=max_new_tokens, seed=seed,
+        max_new_tokens=max_new_tokens, seed=seed, calibrate=file_lists(calibrate or [], "--calibrate"),
     )  # fmt: skip
     folder = output_folder(out)
     results = run_merging(plan, console)

@@ -14,7 +14,7 @@ GROUPS = {
     "auto": "formats chosen position by position",
 }
 BUDGETS = ("0.55x", "0.75x", "1.0x", "1.05x", "1.1x", "1.15x", "1.25x", "1.5x")
-_ON_TEXT = ", on text"
+ON_TEXT = ", on text"
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def contenders(num_variants: int, groups: Sequence[str], budgets: Sequence[str],
     ]
     if with_text:
         found += [
-            Contender(f"regmean{_ON_TEXT}", "merge", policy="regmean", on_text=True),
+            Contender(f"regmean{ON_TEXT}", "merge", policy="regmean", on_text=True),
             *(
-                Contender(f"{base} copies{_ON_TEXT}", "copies", policy="separate", base=base, on_text=True)
+                Contender(f"{base} copies{ON_TEXT}", "copies", policy="separate", base=base, on_text=True)
                 for base in ("int8", "int4", "int3")
             ),
             *(
-                replace(row, name=f"{row.name}{_ON_TEXT}", on_text=True)
+                replace(row, name=f"{row.name}{ON_TEXT}", on_text=True)
                 for row in found
                 if row.group in ("delta", "auto")
             ),

@@ -38,6 +38,7 @@ class MergingPlan:
         samples: pairs or windows at most.
         max_new_tokens: of an answer.
         seed: which pairs are drawn.
+        calibrate: variant -> other text or pairs, to fit a further plan to.
     """
 
     checkpoints: Mapping[str, Path]
@@ -47,12 +48,13 @@ class MergingPlan:
     samples: int = 200
     max_new_tokens: int = 64
     seed: int = 0
+    calibrate: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
 
 def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
     """Measure everything. Raises `PolymoeError` for input that is no good; a policy that a family or the budget does
     not allow is listed under "skipped" with the reason."""
-    for name in (*plan.variants, *plan.tasks, *plan.texts):
+    for name in (*plan.variants, *plan.tasks, *plan.texts, *plan.calibrate):
         if name not in plan.checkpoints:
             raise UnknownVariantError(name, list(plan.checkpoints))
     if len(plan.checkpoints) < 2:
@@ -62,11 +64,12 @@ def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
     if plan.tasks:
         require_rouge()
     counts = range(2, len(plan.checkpoints) + 1)
+    compared = {count: choices(count, bool(plan.calibrate)) for count in counts}
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="polymoe-merging-") as folder, run_progress(console) as progress:
         exams = [_exam(plan, family, name, Path(folder)) for name in asked]
-        task = progress.add_task("", total=len(exams) * (1 + sum(len(choices(count)) for count in counts)))
+        task = progress.add_task("", total=len(exams) * (1 + sum(map(len, compared.values()))))
         inner = progress.add_task("", total=None)
         for exam in exams:
 
@@ -79,8 +82,8 @@ def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
             rows.append(_row(exam, 1, Measured(_ALONE, alone, 1.0, None), alone))
             progress.advance(task)
             for count in counts:
-                consolidation = Consolidation(plan.checkpoints, exam.variant, count, console)
-                for choice in choices(count):
+                consolidation = Consolidation(plan.checkpoints, exam.variant, count, console, plan.calibrate)
+                for choice in compared[count]:
                     try:
                         rows.append(_row(exam, count, consolidation.measure(choice, exam, Path(folder), say), alone))
                     except PolymoeError as error:
@@ -99,6 +102,7 @@ def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
             "max_new_tokens": plan.max_new_tokens,
             "seed": plan.seed,
             "memory": MEMORY,
+            "calibrate": {name: [path.name for path in paths] for name, paths in plan.calibrate.items()},
             "dtype": "float32",
         },
         "rows": rows,

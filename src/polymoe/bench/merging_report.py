@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from polymoe.bench.contenders import ON_TEXT
 from polymoe.bench.plots import STYLE
 from polymoe.bench.report import Document, machine_line
 from polymoe.config import format_bytes
@@ -19,6 +20,7 @@ _BARS = {
     "copies": ("quantised copies", "#b91c1c"),
     "delta": ("int4 + k-bit deltas", "#7c5cbf"),
     "auto": ("auto", "#0f766e"),
+    "text": ("auto, on text", "#65a30d"),
 }
 
 
@@ -32,6 +34,7 @@ def merging_report(results: dict[str, Any]) -> Document:
         f"its own held-out {settings['kind']}, alone and with the others, which join in the order given. Experts: bytes"
         f" of bases and deltas over one model's, the budget is {settings['memory']}; in memory: non-experts too. "
         "KL(original ‖ served) in nats a token."
+        + (f" On text: fitted to {_files(settings['calibrate'])}." if settings["calibrate"] else "")
         + (" ROUGE: mean F ± standard error; kept: share of ROUGE-1 alone, ± of paired samples." if answered else "")
     )
     for name in settings["asked"]:
@@ -44,6 +47,10 @@ def merging_report(results: dict[str, Any]) -> Document:
     for name, reason in results["skipped"].items():
         document.say(f"Not measured: {name}: {reason}")
     return document
+
+
+def _files(calibrate: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(f"{name} {' + '.join(files)}" for name, files in calibrate.items())
 
 
 def _score(value: Mapping[str, float]) -> str:
@@ -90,11 +97,12 @@ def merging_plot(results: dict[str, Any], path: Path) -> None:
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], answered: bool) -> None:
     alone, counts = rows[0], sorted({row["count"] for row in rows if row["count"] > 1})
-    width = 0.86 / len(_BARS)
-    for place, (kind, (label, colour)) in enumerate(_BARS.items()):
+    bars = {kind: look for kind, look in _BARS.items() if any(_bar(row) == kind for row in rows)}
+    width = 0.86 / len(bars)
+    for place, (kind, (label, colour)) in enumerate(bars.items()):
         mine = {row["count"]: row for row in rows if _bar(row) == kind}
         present = [count for count in counts if count in mine]
-        x = [count + (place - (len(_BARS) - 1) / 2) * width for count in present]
+        x = [count + (place - (len(bars) - 1) / 2) * width for count in present]
         values = [mine[count]["rouge1"]["mean"] if answered else mine[count]["kl"] for count in present]
         errors = [mine[count]["rouge1"]["error"] for count in present] if answered else None
         axes.bar(x, values, width * 0.94, yerr=errors, color=colour, label=label,
@@ -115,4 +123,6 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], answered: bool) -> None
 
 
 def _bar(row: Mapping[str, Any]) -> str:
+    if row["name"].endswith(ON_TEXT):
+        return "text"
     return "one" if row["group"] == "paper" and row["name"] != "paper" else str(row["group"])
