@@ -11,23 +11,42 @@
 
 namespace {
 
-constexpr int HEADS = 4;      // query heads of a tile
-constexpr int POSITIONS = 4;  // keys of a tile: 4 x 4 sums in registers
+// A tile is HEADS query heads by 16 / HEADS keys: 16 sums in registers. 4 x 4, or 1 x 16 where no key head has several
+// query heads.
 
-struct Sequence {
-    const int64_t* blocks;
-    int64_t block_size, stride;  // stride: values from one position of a block to the next
-    const uint16_t* at(const uint16_t* cache, int64_t t) const {
-        return cache + (blocks[t / block_size] * block_size + t % block_size) * stride;
-    }
+// Positions of a sequence: slots[t] says in which slot of the cache the t-th one seen is.
+struct Seen {
+    const int64_t* slots;
+    int64_t count, stride;  // stride: values from one slot to the next
+    const uint16_t* at(const uint16_t* cache, int64_t t) const { return cache + slots[t] * stride; }
 };
 
-// scores [heads, count]: query · key, scaled. Tiles past the end repeat the last row and write nothing.
-void score(const uint16_t* query, int64_t heads, int64_t dim, const uint16_t* key, const Sequence& seq, int64_t first,
-           int64_t count, float scaling, float* scores) {
+void find_slots(const int64_t* blocks, int64_t block_size, int64_t first, int64_t count, int64_t* slots) {
+    int64_t block = first / block_size, place = first % block_size;
+    for (int64_t t = 0; t < count; ++t) {
+        slots[t] = blocks[block] * block_size + place;
+        if (++place == block_size) ++block, place = 0;
+    }
+}
+
+inline void fetch(const uint16_t* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
+}
+
+// scores [heads, count]: query · key, scaled. Tiles past the end repeat the last row and write nothing. A position's keys
+// are far from the next one's, so those of the next tile are fetched meanwhile, and the values that are wanted next.
+template <int HEADS>
+void score(const uint16_t* query, int64_t heads, int64_t dim, const uint16_t* key, const Seen& seen, float scaling,
+           float* scores, const uint16_t* value, const Seen& values, int64_t value_dim) {
+    constexpr int POSITIONS = 16 / HEADS;
+    const int64_t count = seen.count;
     for (int64_t t = 0; t < count; t += POSITIONS) {
+        for (int64_t p = t; p < t + POSITIONS && p < count; ++p) {
+            if (p + POSITIONS < count) fetch(seen.at(key, p + POSITIONS), dim);
+            fetch(values.at(value, p), value_dim);
+        }
         const uint16_t* k[POSITIONS];
-        for (int p = 0; p < POSITIONS; ++p) k[p] = seq.at(key, first + (t + p < count ? t + p : count - 1));
+        for (int p = 0; p < POSITIONS; ++p) k[p] = seen.at(key, t + p < count ? t + p : count - 1);
         for (int64_t h = 0; h < heads; h += HEADS) {
             __m512 sum[16];
             for (auto& s : sum) s = _mm512_setzero_ps();
@@ -66,8 +85,10 @@ float exponentials(float* scores, int64_t count) {
 }
 
 // out [heads, dim] = Σ_t weights[h, t] · value_t / total[h]
+template <int HEADS>
 void weigh(const float* weights, const float* total, int64_t heads, int64_t dim, const uint16_t* value,
-           const Sequence& seq, int64_t first, int64_t count, uint16_t* out) {
+           const Seen& seen, uint16_t* out) {
+    const int64_t count = seen.count;
     for (int64_t h = 0; h < heads; h += HEADS)
         for (int64_t d = 0; d < dim; d += 64) {
             const int width = dim - d >= 64 ? 4 : static_cast<int>((dim - d) / 16);
@@ -75,7 +96,7 @@ void weigh(const float* weights, const float* total, int64_t heads, int64_t dim,
             for (auto& row : sum)
                 for (auto& s : row) s = _mm512_setzero_ps();
             for (int64_t t = 0; t < count; ++t) {
-                const uint16_t* v = seq.at(value, first + t) + d;
+                const uint16_t* v = seen.at(value, t) + d;
                 for (int c = 0; c < width; ++c) {
                     const __m512 part = load_bf16(v + 16 * c);
                     for (int i = 0; i < HEADS; ++i) {
@@ -88,6 +109,18 @@ void weigh(const float* weights, const float* total, int64_t heads, int64_t dim,
                 for (int c = 0; c < width; ++c)
                     store_bf16(out + (h + i) * dim + d + 16 * c, _mm512_div_ps(sum[i][c], _mm512_set1_ps(total[h + i])));
         }
+}
+
+template <int HEADS>
+void attend(const uint16_t* query, int64_t heads, int64_t key_dim, int64_t value_dim, const uint16_t* key,
+            const uint16_t* value, const Seen& keys, const Seen& values, float scaling, const float* bias,
+            int64_t bias_width, float* scores, float* total, uint16_t* out) {
+    const int64_t count = keys.count;
+    score<HEADS>(query, heads, key_dim, key, keys, scaling, scores, value, values, value_dim);
+    for (int64_t h = 0; bias && h < heads; ++h)
+        for (int64_t t = 0; t < count; ++t) scores[h * count + t] += bias[h * bias_width + t];
+    for (int64_t h = 0; h < heads; ++h) total[h] = exponentials(scores + h * count, count);
+    weigh<HEADS>(scores, total, heads, value_dim, value, values, out);
 }
 
 }  // namespace
@@ -106,25 +139,21 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
 #pragma omp parallel num_threads(num_threads)
     {
         std::vector<float> scores, total(heads);
+        std::vector<int64_t> slots;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < num_tokens * kv_heads; ++piece) {
             const int64_t n = piece / kv_heads, head = piece % kv_heads;
             const int64_t oldest = window && visible[n] > window ? visible[n] - window : 0;
             const int64_t first = start ? start[n] : oldest;
             const int64_t count = visible[n] - first;
-            const int64_t* blocks = block_table + sequence[n] * table_width;
             scores.resize(heads * count);
-            const Sequence keys = {blocks, block_size, kv_heads * key_dim};
-            const Sequence values = {blocks, block_size, kv_heads * value_dim};
-            score(query + (n * q_heads + head * heads) * key_dim, heads, key_dim, key + head * key_dim, keys, first, count,
-                  scaling, scores.data());
-            for (int64_t h = 0; bias && h < heads; ++h) {
-                const float* own = bias + (n * q_heads + head * heads + h) * bias_width;
-                for (int64_t t = 0; t < count; ++t) scores[h * count + t] += own[t];
-            }
-            for (int64_t h = 0; h < heads; ++h) total[h] = exponentials(scores.data() + h * count, count);
-            weigh(scores.data(), total.data(), heads, value_dim, value + head * value_dim, values, first, count,
-                  out + (n * q_heads + head * heads) * value_dim);
+            slots.resize(count);
+            find_slots(block_table + sequence[n] * table_width, block_size, first, count, slots.data());
+            const int64_t row = n * q_heads + head * heads;
+            (heads == 1 ? attend<1> : attend<4>)(
+                query + row * key_dim, heads, key_dim, value_dim, key + head * key_dim, value + head * value_dim,
+                {slots.data(), count, kv_heads * key_dim}, {slots.data(), count, kv_heads * value_dim}, scaling,
+                bias ? bias + row * bias_width : nullptr, bias_width, scores.data(), total.data(), out + row * value_dim);
         }
     }
 }
