@@ -88,6 +88,9 @@ inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t*
         for (int o = 0; o < NR; ++o) y[r * p.out + o] = rounded[r * NR + o];
 }
 
+// Whether a piece is so large that the next one would be gone from L2 before its turn: then the next tile is fetched.
+inline bool near(const Problem& p) { return WEIGHT_ROWS * p.in > 128 * 1024; }
+
 // The weights of the next piece are fetched meanwhile, each of `passes` over this piece fetches its part of them.
 template <int MR, bool PAIRED, bool SEVERAL>
 inline void dot_rows(const Problem& p, const uint16_t* const* x, int64_t g, int64_t o, int64_t count, uint16_t* y,
@@ -99,7 +102,7 @@ inline void dot_rows(const Problem& p, const uint16_t* const* x, int64_t g, int6
     const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
     int64_t i = 0;
     for (; i < count;) {
-        const int64_t ahead = (count + (pass * count + i) / passes - i) * p.in;
+        const int64_t ahead = (near(p) ? OUTPUTS : count + (pass * count + i) / passes - i) * p.in;
         const uint16_t *w1 = first + i * p.in, *w2 = second + i * p.in, *b = bias ? bias + i : nullptr;
         if (i + OUTPUTS <= count) {
             dot_tile<MR, NR, PAIRED, SEVERAL>(p, x, w1, w2, b, y + i, ahead);
@@ -135,7 +138,7 @@ template <bool PAIRED>
 void dots(const Problem& p, int64_t g, int64_t o, int64_t count) {
     // As many rows as stay in L1 (48 KiB) while weights stream by: 8 rows of 3072 would fill it.
     const int64_t most = p.in > 2048 ? 4 : 8, passes = (p.rows(g) + most - 1) / most;
-    if (passes == 1)
+    if (passes == 1 || near(p))
         dots<PAIRED, false>(p, g, o, count, most, passes);
     else
         dots<PAIRED, true>(p, g, o, count, most, passes);
