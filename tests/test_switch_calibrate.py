@@ -216,12 +216,11 @@ def test_an_interrupted_run_goes_on_where_it_was(family: Family, tmp_path: Path)
     assert other_inputs.hash() != calibration(texts).hash(), "what the encoder reads decides too"
 
 
-@pytest.fixture(scope="module")
-def texts(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """variant -> file of pairs."""
-    folder, rng, words = tmp_path_factory.mktemp("texts"), random.Random(0), " ".join(TEXT).split()
+def write_texts(names: list[str], folder: Path, seed: int) -> dict[str, Path]:
+    """variant -> file of pairs"""
+    rng, words = random.Random(seed), " ".join(TEXT).split()
     found = {}
-    for name in family.names:
+    for name in names:
         lines = [
             {"input": " ".join(rng.choices(words, k=rng.randint(1, 20))), "target": " ".join(rng.choices(words, k=5))}
             for _ in range(40)
@@ -229,6 +228,11 @@ def texts(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         found[name] = folder / f"{name}.jsonl"
         found[name].write_text("\n".join(map(json.dumps, lines)))
     return found
+
+
+@pytest.fixture(scope="module")
+def texts(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_texts(family.names, tmp_path_factory.mktemp("texts"), 0)
 
 
 def test_pairs_become_rows(family: Family, texts: dict[str, Path], tmp_path: Path) -> None:
@@ -264,18 +268,17 @@ def test_what_is_planned_on_text_is_served(
 
 def test_a_plan_on_text_is_nearer_at_the_same_bytes(texts: dict[str, Path], family: Family, tmp_path: Path) -> None:
     """Through the command, which measures on other pairs than it fits to."""
-    figures = []
+    figures, held_out = [], write_texts(family.names, tmp_path, 1)
     for number, extra in enumerate(([], [f"--calibrate={name}={path}" for name, path in texts.items()])):
         specs = [f"{checkpoint.name}={checkpoint.path}" for checkpoint in family.checkpoints]
         out = tmp_path / str(number)
-        given = [f"--text={name}={path}" for name, path in texts.items()]
+        given = [f"--text={name}={path}" for name, path in held_out.items()]
         command = ["plan", *specs, "--out", str(out), "--memory", "0.55x", *given, *extra]
         result = CliRunner().invoke(app, command, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        bundle = Bundle.open(out)
-        fidelity = [variant.fidelity for variant in bundle.variants]
-        figures.append((sum(found.kl for found in fidelity if found is not None), bundle.resident_bytes))
-    assert figures[1][0] < figures[0][0]
+        fidelity = [variant.fidelity for variant in Bundle.open(out).variants]
+        figures.append(sum(found.kl for found in fidelity if found is not None))
+    assert 0 < figures[1] < figures[0]
 
 
 GOOD = '{"input": "the", "target": "fox"}'

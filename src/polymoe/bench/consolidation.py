@@ -49,7 +49,7 @@ def choices(count: int, with_text: bool) -> list[list[Contender]]:
     names = [["average of everything"], ["mean experts, own non-experts"], ["paper, one variant's non-experts"],
              ["paper"], copies, deltas, [f"auto {MEMORY}"]]  # fmt: skip
     if with_text:
-        names.append([f"auto {MEMORY}{ON_TEXT}"])
+        names += [[f"regmean{ON_TEXT}"], [f"{name}{ON_TEXT}" for name in deltas], [f"auto {MEMORY}{ON_TEXT}"]]
     return [[every[name] for name in row] for row in names]
 
 

@@ -20,7 +20,9 @@ _BARS = {
     "copies": ("quantised copies", "#b91c1c"),
     "delta": ("int4 + k-bit deltas", "#7c5cbf"),
     "auto": ("auto", "#0f766e"),
-    "text": ("auto, on text", "#65a30d"),
+    "merge, on text": ("regmean, on text", "#1e3a8a"),
+    "delta, on text": ("int4 + k-bit deltas, on text", "#c084fc"),
+    "auto, on text": ("auto, on text", "#65a30d"),
 }
 
 
@@ -124,5 +126,5 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], answered: bool) -> None
 
 def _bar(row: Mapping[str, Any]) -> str:
     if row["name"].endswith(ON_TEXT):
-        return "text"
+        return f"{row['group']}{ON_TEXT}"
     return "one" if row["group"] == "paper" and row["name"] != "paper" else str(row["group"])
