@@ -11,7 +11,12 @@ import os
 import warnings
 from pathlib import Path
 
+from polymoe import quiet_torch
+
 LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
+# Microseconds that idle helpers look for the next job: the longest gap within a step, or what torch's threads, which
+# spin as well, leave room for.
+_SPIN, _SPIN_BESIDE_TORCH = 2000, 50
 _POINTER, _NUMBER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -23,13 +28,6 @@ def cpu_kernels() -> ctypes.CDLL | None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
         return None
-    # The library leaves its OpenMP symbols open. They must come from the runtime that torch has loaded: two pools of
-    # threads would keep each other from running.
-    with Path("/proc/self/maps").open() as maps:
-        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
-    if len(runtimes) != 1:
-        return None
-    ctypes.CDLL(runtimes.pop(), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(LIBRARY))
     if not _is_current(library):
         warnings.warn(
@@ -49,6 +47,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     encode = library.polymoe_encode_f32
     encode.argtypes = [_POINTER, *[_NUMBER] * 4, *[_POINTER] * 2, *[_FLOAT] * 2, _POINTER, _NUMBER, _POINTER, _INT]
     encode.restype = None
+    library.polymoe_spin.argtypes, library.polymoe_spin.restype = [_NUMBER], None
+    library.polymoe_spin(_SPIN if quiet_torch.SLEEPS else _SPIN_BESIDE_TORCH)
     linear.restype = attention.restype = combine.restype = experts.restype = None
     return library
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "threads.h"
 
 namespace {
 
@@ -103,11 +104,10 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
                                              int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
                                              float scaling, uint16_t* out, int num_threads) {
     const int64_t heads = q_heads / kv_heads;
-#pragma omp parallel num_threads(num_threads)
-    {
-        std::vector<float> scores, total(heads);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t piece = 0; piece < num_tokens * kv_heads; ++piece) {
+    polymoe::parallel_for(num_tokens * kv_heads, 1, num_threads, [&](int64_t begin, int64_t end) {
+        static thread_local std::vector<float> scores, total;
+        total.resize(heads);
+        for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t n = piece / kv_heads, head = piece % kv_heads;
             const int64_t oldest = window && visible[n] > window ? visible[n] - window : 0;
             const int64_t first = start ? start[n] : oldest;
@@ -126,5 +126,5 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
             weigh(scores.data(), total.data(), heads, value_dim, value + head * value_dim, values, first, count,
                   out + (n * q_heads + head * heads) * value_dim);
         }
-    }
+    });
 }
