@@ -8,8 +8,13 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from polymoe import quiet_torch
 
@@ -18,6 +23,30 @@ LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
 # spin as well, leave room for.
 _SPIN, _SPIN_BESIDE_TORCH = 2000, 50
 _POINTER, _NUMBER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+_own = threading.local()  # `threads`: of this thread's kernels, where torch has fewer
+
+
+def kernel_threads() -> int:
+    """How many threads a kernel may use: torch's number, whatever `one_torch_thread` made of it."""
+    threads: int = getattr(_own, "threads", None) or torch.get_num_threads()
+    return threads
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's own operations run on one thread, the kernels on as many as before.
+
+    For steps so small that their operations take less time than torch's threads need to come together.
+    """
+    _own.threads = kernel_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_own.threads)
+        del _own.threads
 
 
 @functools.cache
