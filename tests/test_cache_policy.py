@@ -1,18 +1,21 @@
-"""Cache policies on traces like those of absent experts, and the figures beside each other (`pytest -s`)."""
+"""Cache policies on traces of absent experts, made and recorded, and the figures beside each other (`pytest -s`)."""
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import pytest
 
+from polymoe import LLM, SamplingParams
+from polymoe.demo import family_paths, text_paths
 from polymoe.model.cache_policy import CachePolicy, FrequencyPolicy, LRUPolicy, StaticPolicy
+from polymoe.offline.api import make_plan
 
 KEYS, ROOM = 64, 16
-Trace = list[int]
+Trace = Sequence[Hashable]
 
 
-def zipf(rng: random.Random, count: int, order: list[int]) -> Trace:
+def zipf(rng: random.Random, count: int, order: list[int]) -> list[int]:
     return rng.choices(order, weights=[1 / (i + 1) ** 1.2 for i in range(len(order))], k=count)
 
 
@@ -23,7 +26,7 @@ def stationary(rng: random.Random) -> Trace:
 
 def drifting(rng: random.Random) -> Trace:
     """The hot experts change with the topic."""
-    trace = []
+    trace: list[int] = []
     for _ in range(6):
         order = list(range(KEYS))
         rng.shuffle(order)
@@ -33,7 +36,7 @@ def drifting(rng: random.Random) -> Trace:
 
 def scanned(rng: random.Random) -> Trace:
     """Decode, with a prefill that touches every expert in layer order now and then."""
-    trace = []
+    trace: list[int] = []
     for _ in range(60):
         trace += zipf(rng, 60, list(range(KEYS)))
         trace += list(range(KEYS))
@@ -49,11 +52,11 @@ def hit_rate(policy: CachePolicy, trace: Trace) -> float:
     return sum(policy.access(key) for key in trace) / len(trace)
 
 
-def rates(trace: Trace) -> dict[str, float]:
-    hot = [key for key, _ in Counter(trace[:1000]).most_common(ROOM)]  # a list made from the first accesses
+def rates(trace: Trace, room: int = ROOM) -> dict[str, float]:
+    hot = [key for key, _ in Counter(trace[:1000]).most_common(room)]  # a list made from the first accesses
     return {
-        "frequency": hit_rate(FrequencyPolicy(ROOM), trace),
-        "lru": hit_rate(LRUPolicy(ROOM), trace),
+        "frequency": hit_rate(FrequencyPolicy(room), trace),
+        "lru": hit_rate(LRUPolicy(room), trace),
         "static": hit_rate(StaticPolicy(hot), trace),
     }
 
@@ -68,6 +71,33 @@ def test_frequency_is_never_far_behind_and_often_ahead(make: Callable[[random.Ra
         assert found["frequency"] > found["static"] + 0.1
     if make in (scanned, cyclic):
         assert found["frequency"] > found["lru"] + 0.05
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int]]:
+    """(layer, expert of the host tier) as the engine asks for them: the demo family, texts, a quarter resident."""
+    folder = tmp_path_factory.mktemp("trace") / "bundle"
+    llm = LLM(make_plan(family_paths(), "paper", "0.25x", folder).path, device="cpu", max_num_seqs=4)
+    cache, trace = llm.engine.model.pool.cache, list[tuple[int, int]]()
+    fetch = cache.get
+
+    def recording(layer: int, index: int) -> object:
+        trace.append((layer, index))
+        return fetch(layer, index)
+
+    cache.get = recording  # type: ignore[method-assign]
+    texts, rng = {name: path.read_text() for name, path in text_paths().items()}, random.Random(0)
+    variants = rng.choices(llm.variants, weights=[8, 4, 2, 1], k=32)
+    prompts = [(start := rng.randrange(5000)) and texts[variant][start : start + 200] for variant in variants]
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48), variants=variants)
+    return trace
+
+
+@pytest.mark.parametrize("room", [8, 16, 32, 48])
+def test_on_a_recorded_trace(recorded: list[tuple[int, int]], room: int) -> None:
+    found = rates(recorded, room)
+    print(f"recorded, {room} of {len(set(recorded))}", {name: round(rate, 3) for name, rate in found.items()})
+    assert found["frequency"] >= max(found["lru"], found["static"]) - 0.03
 
 
 @pytest.mark.parametrize("policy", [FrequencyPolicy(ROOM), LRUPolicy(ROOM), FrequencyPolicy(0), LRUPolicy(0)])

@@ -6,6 +6,9 @@ Routing of random weights is near uniform, unlike a trained router's; every repo
 import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,8 @@ def make_random_switches(folder: Path, num_variants: int, shape: dict[str, Any])
     paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
     for index, path in enumerate(paths.values()):
         if not (path / "config.json").exists():
-            partial = path.with_name(f".{path.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_switch(partial, index, shape)
-            partial.rename(path)
+            with _made_whole(path) as folder:
+                write_switch(folder, index, shape)
     return paths
 
 
@@ -85,7 +86,21 @@ def make_random_family(folder: Path, num_variants: int = 4, shape: dict[str, Any
         for target, source in zip(variant.parameters(), base.parameters(), strict=True):
             noise = torch.randn(source.shape, generator=generator) * 0.02 * source.detach().float().std()
             target.data.copy_(source.detach().float() + noise)
-        partial = path.with_name(f".{path.name}.partial")
-        variant.save_pretrained(partial)
-        partial.rename(path)
+        with _made_whole(path) as folder:
+            variant.save_pretrained(folder)
     return paths
+
+
+@contextmanager
+def _made_whole(path: Path) -> Iterator[Path]:
+    """A folder that becomes `path` when it is finished. Of two benchmarks that make the same, the first one's stays."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        if not path.exists():
+            folder.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

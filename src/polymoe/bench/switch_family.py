@@ -55,7 +55,7 @@ def write_switch(folder: Path, index: int, shape: dict[str, Any]) -> None:
         model: Any = SwitchTransformersForConditionalGeneration(config)
     tied = model.all_tied_weights_keys
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = TensorFileWriter(folder / "model.safetensors", {name: (_DTYPE, size) for name, size in shapes.items()})
     for name in writer.names:
         writer.append(name, _weight(name, shapes[name], index))

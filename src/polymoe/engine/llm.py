@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from polymoe import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.output import OutputProcessor

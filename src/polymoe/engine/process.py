@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from polymoe import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.messages import (

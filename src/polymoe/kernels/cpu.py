@@ -8,11 +8,45 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from polymoe import quiet_torch
+
 LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
+# Microseconds that idle helpers look for the next job: the longest gap within a step, or what torch's threads, which
+# spin as well, leave room for.
+_SPIN, _SPIN_BESIDE_TORCH = 2000, 50
 _POINTER, _NUMBER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+_own = threading.local()  # `threads`: of this thread's kernels, where torch has fewer
+
+
+def kernel_threads() -> int:
+    """How many threads a kernel may use: torch's number, whatever `one_torch_thread` made of it."""
+    threads: int = getattr(_own, "threads", None) or torch.get_num_threads()
+    return threads
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's own operations run on one thread, the kernels on as many as before.
+
+    For steps so small that their operations take less time than torch's threads need to come together.
+    """
+    _own.threads = kernel_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_own.threads)
+        del _own.threads
 
 
 @functools.cache
@@ -23,13 +57,6 @@ def cpu_kernels() -> ctypes.CDLL | None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
         return None
-    # The library leaves its OpenMP symbols open. They must come from the runtime that torch has loaded: two pools of
-    # threads would keep each other from running.
-    with Path("/proc/self/maps").open() as maps:
-        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
-    if len(runtimes) != 1:
-        return None
-    ctypes.CDLL(runtimes.pop(), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(LIBRARY))
     if not _is_current(library):
         warnings.warn(
@@ -49,6 +76,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     encode = library.polymoe_encode_f32
     encode.argtypes = [_POINTER, *[_NUMBER] * 4, *[_POINTER] * 2, *[_FLOAT] * 2, _POINTER, _NUMBER, _POINTER, _INT]
     encode.restype = None
+    library.polymoe_spin.argtypes, library.polymoe_spin.restype = [_NUMBER], None
+    library.polymoe_spin(_SPIN if quiet_torch.SLEEPS else _SPIN_BESIDE_TORCH)
     linear.restype = attention.restype = combine.restype = experts.restype = None
     return library
 

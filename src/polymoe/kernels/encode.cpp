@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "threads.h"
 
 namespace {
 
@@ -107,11 +108,9 @@ extern "C" void polymoe_encode_f32(const float* weight, int64_t outputs, int64_t
                                    uint8_t* packed, int64_t row_bytes, uint16_t* scales, int num_threads) {
     const Levels l = {values, search, limit, resolution, bits};
     const int64_t groups = (inputs + size - 1) / size;
-#pragma omp parallel num_threads(num_threads)
-    {
+    polymoe::parallel_for(outputs, 16, num_threads, [&](int64_t begin, int64_t end) {
         std::vector<uint8_t> codes(inputs + 64);  // the last block may be short
-#pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t o = begin; o < end; ++o) {
             for (int64_t g = 0; g < groups; ++g) {
                 const float* w = weight + o * inputs + g * size;
                 const int64_t count = std::min(size, inputs - g * size);
@@ -127,5 +126,5 @@ extern "C" void polymoe_encode_f32(const float* weight, int64_t outputs, int64_t
             }
             pack(codes.data(), inputs, bits, packed + o * row_bytes);
         }
-    }
+    });
 }

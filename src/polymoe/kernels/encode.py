@@ -2,7 +2,7 @@
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, num_groups, row_bytes
 
 
@@ -28,6 +28,6 @@ def fast_encode(
     scales = torch.empty(outputs, num_groups(fmt, inputs), dtype=SCALE_DTYPE)
     kernels.polymoe_encode_f32(
         weight.data_ptr(), outputs, inputs, group_size(fmt, inputs), fmt.bits, levels.data_ptr(), search.data_ptr(),
-        limit, float(resolution), codes.data_ptr(), codes.shape[1], scales.data_ptr(), torch.get_num_threads(),
+        limit, float(resolution), codes.data_ptr(), codes.shape[1], scales.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return {"codes": codes, "scales": scales}

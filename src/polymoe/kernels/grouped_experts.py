@@ -17,7 +17,7 @@ import torch
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 from polymoe.kernels.grouped_linear import grouped_linear
 
 Weights = Mapping[str, torch.Tensor]
@@ -126,7 +126,7 @@ def _fused_experts(
     ids, gate = physical.to(torch.int32).contiguous(), gate.contiguous()
     kernels.polymoe_experts_bf16(
         hidden.data_ptr(), ids.data_ptr(), gate.data_ptr(), tokens, ids.shape[1], width, inner, num_experts,
-        gate_up.data_ptr(), down.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        gate_up.data_ptr(), down.data_ptr(), out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out
 
@@ -167,6 +167,6 @@ def combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: t
     gate = gate.contiguous()
     kernels.polymoe_combine_bf16(
         out.data_ptr(), place.data_ptr(), gate.data_ptr(), *gate.shape, out.shape[1], summed.data_ptr(),
-        torch.get_num_threads(),
+        kernel_threads(),
     )  # fmt: skip
     return summed

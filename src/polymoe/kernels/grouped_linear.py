@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 
 Offsets = Sequence[int] | torch.Tensor  # on the CPU; int64 tensors spare the kernel a conversion
 
@@ -41,7 +41,7 @@ def grouped_linear(
     bias = None if bias is None else bias.contiguous()
     kernels.polymoe_grouped_linear_bf16(
         x.data_ptr(), x.shape[1], stack.shape[1], len(index), index.data_ptr(), offsets.data_ptr(), stack.data_ptr(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        None if bias is None else bias.data_ptr(), out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out
 

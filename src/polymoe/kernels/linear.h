@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "threads.h"
 
 namespace polymoe {
 
@@ -264,18 +265,14 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     if (static_cast<int64_t>(scratch.pairs.size()) < pairs) scratch.pairs.resize(pairs);
     const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
     const int64_t step = p.outputs_a_piece(), pieces = (p.out + step - 1) / step;
-#pragma omp parallel num_threads(num_threads)
-    {
+    parallel_for(num_tiles, 2, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
+    });
+    parallel_for(p.num_groups * pieces, 2, num_threads, [&](int64_t begin, int64_t end) {
         static thread_local std::vector<uint32_t> buffer;
-        uint32_t* packed = nullptr;
-        if (num_tiles) {
-            buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
-            packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < num_tiles; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
-        }
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t piece = 0; piece < p.num_groups * pieces; ++piece) {
+        if (num_tiles) buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
+        uint32_t* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+        for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t g = piece / pieces, o = piece % pieces * step, count = std::min(step, p.out - o);
             if (p.rows(g) > FEW_ROWS)
                 matmul(p, scratch.tiles.data() + scratch.first_tile[g], scratch.first_tile[g + 1] - scratch.first_tile[g],
@@ -285,7 +282,7 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
             else
                 dots<false>(p, g, o, count);
         }
-    }
+    });
 }
 
 }  // namespace polymoe

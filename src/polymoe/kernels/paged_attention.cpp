@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "threads.h"
 
 namespace {
 
@@ -136,12 +137,11 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
                                              int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
                                              float scaling, uint16_t* out, int num_threads) {
     const int64_t heads = q_heads / kv_heads;
-#pragma omp parallel num_threads(num_threads)
-    {
-        std::vector<float> scores, total(heads);
-        std::vector<int64_t> slots;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t piece = 0; piece < num_tokens * kv_heads; ++piece) {
+    polymoe::parallel_for(num_tokens * kv_heads, 1, num_threads, [&](int64_t begin, int64_t end) {
+        static thread_local std::vector<float> scores, total;
+        static thread_local std::vector<int64_t> slots;
+        total.resize(heads);
+        for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t n = piece / kv_heads, head = piece % kv_heads;
             const int64_t oldest = window && visible[n] > window ? visible[n] - window : 0;
             const int64_t first = start ? start[n] : oldest;
@@ -155,5 +155,5 @@ extern "C" void polymoe_paged_attention_bf16(const uint16_t* query, const uint16
                 {slots.data(), count, kv_heads * key_dim}, {slots.data(), count, kv_heads * value_dim}, scaling,
                 bias ? bias + row * bias_width : nullptr, bias_width, scores.data(), total.data(), out + row * value_dim);
         }
-    }
+    });
 }

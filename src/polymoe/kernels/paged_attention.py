@@ -2,7 +2,7 @@
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 
 
 def paged_attention(
@@ -47,6 +47,6 @@ def paged_attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), block_table.data_ptr(), block_table.shape[1],
         sequence.data_ptr(), visible.data_ptr(), None if start is None else start.data_ptr(),
         None if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[2], window or 0, tokens, q_heads,
-        key.shape[2], dim, value.shape[3], key.shape[1], scaling, out.data_ptr(), torch.get_num_threads(),
+        key.shape[2], dim, value.shape[3], key.shape[1], scaling, out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out

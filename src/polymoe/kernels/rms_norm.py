@@ -5,7 +5,7 @@ y_r = w_v(r) ∘ round(x_r / sqrt(mean(x_r²) + eps))
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,6 +31,6 @@ def fast_rms_norm(
     out = torch.empty_like(x)
     kernels.polymoe_rms_norm_bf16(
         x.data_ptr(), weights.data_ptr(), None if weight_of is None else weight_of.data_ptr(), repeat,
-        x.numel() // width, width, eps, out.data_ptr(), torch.get_num_threads(),
+        x.numel() // width, width, eps, out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out

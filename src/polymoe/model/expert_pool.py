@@ -78,6 +78,10 @@ class LayerExperts:
         self._announce(physical)
         return experts_by_loop(module, hidden, physical, top_k_weights, self.weights_of)
 
+    def by_kernels(self, module: torch.nn.Module) -> bool:
+        """Whether the compiled kernels multiply by these experts, in bfloat16 on a CPU that has them."""
+        return self.compressed is None and self.all_resident and not module.is_transposed
+
     def _on_device(self, module: torch.nn.Module) -> bool:
         """Whether a GPU's kernels compute this layer; asked once."""
         if self.context.kernels is None:

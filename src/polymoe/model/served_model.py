@@ -4,11 +4,13 @@ skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, exper
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from polymoe.errors import BundleError, ConfigError
+from polymoe.kernels.cpu import cpu_kernels, one_torch_thread
 from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention
 from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
 from polymoe.model.copies import ThreadCopier
@@ -36,6 +38,9 @@ if TYPE_CHECKING:  # offline asks model/trial.py what can be served; at run time
     from polymoe.offline.bundle import Bundle
 
 Progress = Callable[[str, float], None]
+
+_FEW_TOKENS = 64  # from here on torch's own operations are worth several threads
+_SMALL_SHARE = 0.01  # of a model's non-experts
 
 
 class ServedModel:
@@ -119,9 +124,21 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, self.context.kernels)
+        self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
             raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")
+
+    def _products_by_kernels(self) -> bool:
+        """Whether the compiled kernels compute a step's large products, so that torch has small operations left."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_kernels() is None:
+            return False
+        experts = zip(self.pool.layers, expert_modules(self.model), strict=True)
+        if not all(layer.by_kernels(module) for layer, (_, module) in experts):
+            return False
+        weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        plain = sum(w.numel() for w in weights if not isinstance(w, VariantStack))
+        return plain <= _SMALL_SHARE * sum(w.numel() for w in weights)
 
     def _weight_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
@@ -246,7 +263,8 @@ class ServedModel:
         assert sampled_rows is None or sampled_rows.shape == (batch.sampled.num_tokens,)
         self.context.set(batch)
         options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
-        output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
+        with one_torch_thread() if self._by_kernels and len(input_ids) <= _FEW_TOKENS else nullcontext():
+            output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
         self.context.set(None)
         logits: torch.Tensor = output.logits[0]
         return logits if sampled_rows is None or self._keeps_rows else logits[sampled_rows]
