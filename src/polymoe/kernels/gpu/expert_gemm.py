@@ -188,7 +188,7 @@ def _constants(prefix: str, matrix: PoolMatrix | None, block_k: int) -> dict[str
     return {f"{prefix}_{name}": value for name, value in own.items()}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base_first", "base_end", "delta_first", "delta_end", "num_tiles"])
 def _kernel(
     x_ptr, out_ptr, routing_weight_ptr, order_ptr, segment_stop_ptr, row_delta_ptr, row_sign_ptr,
     tile_base_ptr, tile_start_ptr, tile_stop_ptr,
