@@ -60,8 +60,8 @@ def parts(device: str, shape: str, out: Path) -> list[Part]:
         script("model_parts.py", "mixtral_four", 50, "mixtral_four"),
         script("model_parts.py", "qwen3_delta", 45, "qwen3_delta"),
         script("model_parts.py", "mixtral_switch", 35, "mixtral_switch"),
-        script("scenario.py", "scenario", 170),
-        script("model_parts.py", "mixtral_stored", 35, "mixtral_stored"),
+        script("scenario.py", "scenario", 200),
+        script("model_parts.py", "mixtral_stored", 60, "mixtral_stored"),
     ]
 
 
