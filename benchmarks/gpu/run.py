@@ -23,7 +23,10 @@ from targets import rows, table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NEEDED = {"torch": (2, 11), "triton": (3, 0), "transformers": (5, 17), "msgspec": (0, 19)}
+NEEDED = {
+    "torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "msgspec": (0, 19), "safetensors": (0, 6),
+    "rich": (13, 9), "pytest": (8, 0), "pytest-xdist": (3, 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,18 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
 
 def describe(device: str) -> dict[str, Any]:
     """Versions, device and driver. Exits with what is missing."""
-    found = {}
+    found, missing = {}, []
     for name, least in NEEDED.items():
+        wanted = f"{name} >= {'.'.join(map(str, least))}"
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            sys.exit(f"{name} is not installed; benchmarks/gpu/run.sh needs {name} >= {'.'.join(map(str, least))}.")
+            missing.append(f"{wanted} (not installed)")
+            continue
         if tuple(int(part) for part in found[name].split("+")[0].split(".")[:2]) < least:
-            sys.exit(f"{name} {found[name]} is too old; benchmarks/gpu/run.sh needs {'.'.join(map(str, least))}.")
+            missing.append(f"{wanted} (there is {found[name]})")
+    if missing:
+        sys.exit(f"benchmarks/gpu/run.sh needs {', '.join(missing)}.")
     facts: dict[str, Any] = {"versions": found, "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
     if device == "cuda":
         query = "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current"
