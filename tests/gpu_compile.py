@@ -17,10 +17,10 @@ from triton.runtime.jit import JITFunction
 from polymoe.kernels.gpu.combine import combine_rows
 from polymoe.kernels.gpu.expert_gemm import GATED, WEIGHTED, expert_gemm
 from polymoe.kernels.gpu.paged_attention import paged_attention
-from polymoe.kernels.gpu.pool_matrix import PoolMatrix, packed_matrix, stored_matrix
+from polymoe.kernels.gpu.pool_matrix import PoolMatrix, exact_matrix, packed_matrix, stored_matrix
 from polymoe.kernels.gpu.segmented_linear import segmented_linear
 from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows
-from polymoe.kernels.packed_pool import PackedPool
+from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.formats import get_format, parts
 
 WIDTH, INNER, BF16 = 2048, 768, torch.bfloat16
@@ -62,6 +62,10 @@ def matrix(name: str | None, outputs: int, inputs: int) -> PoolMatrix | None:
         return None
     if name == "stored":
         return stored_matrix(torch.empty(1, outputs, inputs, dtype=BF16), torch.empty(1, outputs, dtype=BF16))
+    if name == "exact":
+        bits, starts = torch.zeros(1, outputs, inputs // 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+        entry = {"bitmap": bits, "values": torch.empty(16, dtype=BF16), "starts": starts}
+        return exact_matrix(ExactPool({"w": entry}), "w", inputs, 0, BF16)
     fmt = get_format(name)
     tensors = {part: torch.empty(s, dtype=d) for part, (d, s) in parts(fmt, (1, outputs, inputs), BF16).items()}
     return packed_matrix(PackedPool(fmt, {"w": tensors}, {"w": (outputs, inputs)}), "w", 0, BF16)
@@ -97,6 +101,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     experts("stored", None, 16)
+    experts("stored", "exact", 16)
     experts("int4", "d2", 16)
     experts("fp8", "d3", 128)
     experts("int5", "d4", 16, down=True)
@@ -113,6 +118,8 @@ def main() -> None:
         for base, delta in (("stored", "d1"), ("int8", "d5"), ("int6", "d2"), ("int3", None), (None, "d3")):
             for block_m in (16, 32, 64, 128):
                 experts(base, delta, block_m, down=True)
+        for block_m in (32, 64, 128):
+            experts("stored", "exact", block_m, down=True)
         for dim, max_query_len in ((64, 1), (128, 1), (256, 1), (192, 64), (256, 64)):
             attention((16, 2), dim, max_query_len)
     print(json.dumps(found))

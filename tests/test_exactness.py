@@ -17,14 +17,16 @@ LOGITS_TOLERANCE = 1e-4
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, "switch_transformers"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
     return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request: pytest.FixtureRequest, family: ReferenceFamily) -> str:
+    if request.param == "cuda" and family.is_encoder_decoder:
+        pytest.skip("encoder–decoder models are served on a CPU only")
+    return str(request.param)
 
 
 def load(bundle: Path, **options: Any) -> LLM:
@@ -106,6 +108,7 @@ def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path, ca
     assert stats.expert_misses > 0
     if cache == 0:
         assert stats.expert_hits == 0
-    elif cache >= 1 << 24:  # a cache that holds everything fetches each expert once
+    elif cache >= 1 << 24 and llm.engine.model.pool.mapped is None:
+        # A cache that holds everything fetches each expert once; where decode reads over the bus, experts move later.
         assert stats.expert_hits > stats.expert_misses
     assert stats.resident_bytes["expert_cache"] <= cache

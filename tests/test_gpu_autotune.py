@@ -43,3 +43,20 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune._save("one", {"a": 1})
     assert autotune._read() == {}
+
+
+def test_a_configuration_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler's error in one candidate must not keep an engine from starting; in all of them it is told."""
+
+    def launch(config: Config) -> None:
+        if config == CANDIDATES[0]:
+            raise RuntimeError("PassManager::run failed")
+
+    assert autotune._time(launch, CANDIDATES[0]) == float("inf")
+    for name, value in (("is_available", True), ("get_device_name", "GPU"), ("is_current_stream_capturing", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(autotune, "_known", lambda _device: {})
+    monkeypatch.setattr(autotune, "_save", lambda _device, _known: None)
+    monkeypatch.setattr(autotune, "_time", lambda _launch, _candidate: float("inf"))
+    with pytest.raises(RuntimeError, match="PassManager"):
+        choose("kernel", (1, 2), CANDIDATES, launch)

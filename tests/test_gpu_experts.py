@@ -219,8 +219,8 @@ def test_supported() -> None:
     case = make_case(["stored"], ["d1"], 64, 64)
     module = Experts()
     assert supported(module, case.layer)
-    exact = CompressedLayer(case.layer.stored, (), (ExactPool({}),))
-    assert not supported(module, exact)
+    assert supported(module, CompressedLayer(case.layer.stored, (), (ExactPool({"down_proj": {}}),)))
+    assert not supported(module, CompressedLayer(case.layer.stored, (), (ExactPool({"down_proj_bias": {}}),)))
     module.is_transposed = True
     assert not supported(module, case.layer)
     assert supported(module, make_case(["int8"], ["d1"], 64, 64).layer)

@@ -1,5 +1,6 @@
 """What a GPU must be told before anything is put on it: too old, too small, taken, or planned for another one."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -85,10 +86,29 @@ def test_workspace_grows_with_the_step() -> None:
     assert small < large
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this torch has CUDA")
-def test_torch_without_cuda() -> None:
-    with pytest.raises(ConfigError, match="--device cpu or install a CUDA build of torch"):
+@pytest.mark.parametrize(
+    ("cuda", "available", "advice"),
+    [
+        (None, False, "built without CUDA; install a CUDA build .* --device cpu"),
+        ("13.0", False, "finds no CUDA device; see whether nvidia-smi .* CUDA 13.0 .* --device cpu"),
+        ("13.0", True, "Triton is not installed .* pip install triton"),
+    ],
+)
+def test_torch_that_cannot_use_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, available: bool, advice: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=advice):
         choose_device("cuda")
+
+
+def test_a_torch_for_other_gpus_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch for AMD's GPUs says that CUDA is available; the kernels hold PTX."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from polymoe.errors import PlanError
 from polymoe.quant.codec import decode, encode, nearest
-from polymoe.quant.exact import changed, decode_exact, encode_exact, exact_bytes
+from polymoe.quant.exact import changed, decode_exact, decode_exact_torch, encode_exact, exact_bytes
 from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, PLANES, get_format, group_size, num_bytes, parts
 from polymoe.quant.packing import pack, unpack
 
@@ -164,6 +164,7 @@ def test_exact_deltas_are_lossless(dtype: torch.dtype, shape: tuple[int, ...]) -
     weight.view(-1)[0], base.view(-1)[0] = -0.0, 0.0  # equal as numbers, not as bits
     tensors = encode_exact(weight, base)
     restored = decode_exact(tensors, base)
+    assert not bool(changed(decode_exact_torch(tensors, base), restored).any())
     assert not bool(changed(restored, weight).any())
     count = int(changed(weight, base).sum())
     assert 0 < count < weight.numel()

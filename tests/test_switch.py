@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, SwitchTransformersConfig
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from families import make_switch_family
 from polymoe import LLM, SamplingParams
@@ -36,6 +37,14 @@ def bundle(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
+def stock_router_drops() -> bool:
+    """Whether transformers' own router, with three equal tokens and a capacity of one, takes one token alone."""
+    config = SwitchTransformersConfig(d_model=4, num_experts=2, expert_capacity=1)
+    out = SwitchTransformersTop1Router(config).eval()(torch.ones(1, 3, 4))
+    (taken,) = [part for part in out if not part.is_floating_point()]
+    return int(taken.sum()) == 1
+
+
 def test_tokens_beyond_an_experts_capacity_pass_it_by_as_in_transformers(tmp_path: Path) -> None:
     """Capacity counts the tokens of one prompt: neither padding nor other prompts of the batch take any of it."""
     family = ReferenceFamily("switch_transformers", tmp_path, expert_capacity=2)
@@ -50,7 +59,8 @@ def test_tokens_beyond_an_experts_capacity_pass_it_by_as_in_transformers(tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SwitchExperts, "forward", watch)
         check(llm, family)
-    assert sum(dropped) > 0, "the prompts are long enough to overflow"
+    # Some versions of transformers count along the wrong axis, and none of their tokens is beyond any capacity.
+    assert (sum(dropped) > 0) == stock_router_drops()
 
 
 def test_arrivals_at_different_times_share_the_batch(bundle: Path) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in one command of less than 9 minutes:
 #     benchmarks/gpu/run.sh OUT [--device cpu --shape tiny] [--parts kernels,exactness,…]
-# Needs torch >= 2.11 with CUDA, triton, transformers and msgspec; nothing is fetched. A missing msgspec is installed
-# from a wheel in .whl/ of the repository. PYTHON chooses the interpreter.
+# Needs torch >= 2.11 with CUDA and what run.py names; nothing is fetched. A missing msgspec is installed from a wheel
+# in .whl/ of the repository. PYTHON chooses the interpreter.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)

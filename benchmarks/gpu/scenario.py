@@ -8,8 +8,8 @@ the load generator and figures of `polymoe bench qos`. All get the same arrivals
 | mixed, single | int4 base, 3-bit deltas of both variants, nothing absent; `single` sends all to one variant |
 | reconfigure | the same with one slot |
 | paper | bfloat16, one expert a position for both, as many as fit (the paper: 217 of 256); one slot, batch of one |
-| partition | two processes with half the memory each; the multiprocessors are shared by time slices |
-| swap | bfloat16, one variant's whole model at a time, as much as fits |
+| partition | two processes with half the memory each, a variant whole in int4 in each; multiprocessors by time slices |
+| swap | one variant's whole model in int4 at a time, each load a process of its own |
 """
 
 import argparse
@@ -42,6 +42,7 @@ PARTITION = (
     "all of them while the other is idle. Green contexts of two processes would be time-sliced on top and halve twice."
 )
 _EXPERT_BYTES, _NONEXPERT_BYTES, _OTHER_BYTES = 352.4e6, 3.3e9, 7.5e9
+_INT4_BYTES = 26_100_000_000  # of one variant: 256 experts in int4, and non-experts
 
 
 class Scenario:
@@ -50,13 +51,11 @@ class Scenario:
     def __init__(self, device: str, tiny: bool) -> None:
         self.device, self.tiny = device, tiny
         self.lengths = Lengths(4, 3) if tiny else Lengths(20, 25)
-        self.rates = {1.0: 2.0} if tiny else {0.08: 12.0, 2.0: 4.0, 20.0: 4.0}
-        self.drain = 60.0 if tiny else 5.0
+        self.rates = {1.0: 2.0} if tiny else {0.08: 8.0, 2.0: 4.0, 20.0: 4.0}
+        self.drain = 60.0 if tiny else 4.0
         self.variants = ["v0", "v1"]
         total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
         self.fits = max(int((total - _NONEXPERT_BYTES - _OTHER_BYTES) / _EXPERT_BYTES), 1) if total else 6
-        half = total / 2 - _NONEXPERT_BYTES - _OTHER_BYTES
-        self.fits_half = max(int(half / _EXPERT_BYTES), 1) if total else 4
 
     def arrivals(self, rate: float) -> list[Arrival]:
         """At the lowest rates chance may send nobody in so short a time: the first seed that sends three."""
@@ -92,9 +91,10 @@ class Scenario:
         paper = self.config(
             2, layout=stored, slots=1, prefetch=False, max_num_seqs=1, expert_cache_bytes=0, enable_prefix_caching=False
         )
-        half = {"resident": self.fits_half, "host": True}
-        whole = {v: self.config(1, layout={**stored, "first": i}) for i, v in enumerate(self.variants)}
-        halved = {v: self.config(1, 2, {**half, "first": i}) for i, v in enumerate(self.variants)}
+        # Whole models in what `mixed` has as its base: of bfloat16 a half of the device would hold a third.
+        own = [{"base": "int4", "host": True, "first": i} for i in range(len(self.variants))]
+        whole = {v: self.config(1, layout=layout) for v, layout in zip(self.variants, own, strict=True)}
+        halved = {v: self.config(1, 2, layout) for v, layout in zip(self.variants, own, strict=True)}
         cores = available_cores()
         halves = [cores[::2], cores[1::2] or cores]
         return [
@@ -103,7 +103,7 @@ class Scenario:
             ("reconfigure", EngineSystem(one_slot, module=MODULE)),
             ("paper", EngineSystem(paper, module=MODULE)),
             ("partition", PartitionSystem(halved, halves, MODULE)),
-            ("swap", SwapSystem(whole, dict.fromkeys(self.variants, int(self.fits * _EXPERT_BYTES)), MODULE)),
+            ("swap", SwapSystem(whole, dict.fromkeys(self.variants, _INT4_BYTES), MODULE)),
         ]
 
 

@@ -52,7 +52,7 @@ def rows(parts: Mapping[str, Any]) -> list[Row]:
     transfer = get("mixtral_switch", "ttft", "transfer")
     least = None if added is None else max(beyond, 0.1 * transfer)
     found.append(Row("TTFT added by a switch / transfer that compute cannot hide", 1.2,
-                     None if added is None else added / least, at_most=True))  # fmt: skip
+                     None if added is None else max(added, 0.0) / least, at_most=True))  # fmt: skip
     for name, target in (("turnaround_s", 0.4), ("ttft_s", 0.1)):
         rates = get("scenario", "systems", "mixed") or {}
         figures = next(iter(rates.values()), None)  # the lowest rate, the paper's

@@ -17,7 +17,7 @@ from typing import Any
 _DECODE = ((1, 2), (4, 8), (16, 24), (32,), (48, 64))
 # What the first layout's engine process compiles at its start, and of the others what is timed.
 _PREFILL = ((4096, 16), (2048, 32), (1024, 64), (512, 128), (256,)), ((4096,), (1000, 20))
-# (shape, variants, further fields of the layout); the first four decode in graphs
+# (shape, variants, further fields of the layout); the first five decode in graphs of many sizes
 _LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("mixtral-8x7b", 2, {"base": "int4", "delta": "d3"}),
     ("mixtral-8x7b", 4, {"base": "int4", "delta": "d1"}),
@@ -26,7 +26,7 @@ _LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("mixtral-8x7b", 2, {"base": "int4"}),
     ("mixtral-8x7b", 1, {"resident": 6}),
 )
-_NUM_GRAPHED = 4
+_NUM_GRAPHED = 5
 
 
 def jobs(tiny: bool) -> list[tuple[int, str]]:

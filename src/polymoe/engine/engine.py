@@ -19,7 +19,7 @@ from polymoe.engine.step_plan import LaunchedStep, ScheduledSequence
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.decode_graphs import DecodeGraphs
-from polymoe.model.device_facts import DeviceFacts, choose_device, read_device_facts
+from polymoe.model.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.memory_plan import MemoryPlan, plan_memory
@@ -64,6 +64,7 @@ class EngineCore:
         self.device = choose_device(config.device)
         if self.device.type == "cuda":
             facts = facts or read_device_facts(self.device)
+            check_capability(facts)
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)  # kernels are launched on the current one
         bundle = bundle or Bundle.open(config.bundle)

@@ -111,8 +111,8 @@ class ExactPool:
         """The variant's own tensor, in the dtype and on the device of `base` [O, I] or [O]."""
         parts = self.tensors[name]
         start, stop = parts["starts"][index : index + 2].tolist()
-        entry = {"bitmap": parts["bitmap"][index].cpu(), "values": parts["values"][start:stop].to(base.dtype).cpu()}
-        return decode_exact(entry, base.cpu()).to(base.device)
+        values = parts["values"][start:stop].to(base.dtype)
+        return decode_exact({"bitmap": parts["bitmap"][index], "values": values}, base)
 
     def replace(self, x: Tensor, name: str, groups: Groups, base_of: Callable[[str, int], Tensor], out: Tensor) -> None:
         """Set the groups' rows of `out` (float32 [S, O]) to the product with the variants' own tensors.

@@ -3,6 +3,7 @@
 `DeviceFacts` is a plain record, so that each refusal is tested without a GPU.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,32 @@ MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies, which 
 def choose_device(name: str) -> torch.device:
     """`auto`: the first GPU, else the CPU. Raises `ConfigError` for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.version.cuda is not None and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available to torch; use --device cpu or install a CUDA build of torch.")
+    if device.type == "cuda":
+        _check_torch()
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
     return device
+
+
+def _check_torch() -> None:
+    """Raises `ConfigError` for a torch that cannot run on an NVIDIA GPU, or finds none."""
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch (pytorch.org says how) or "
+            "use --device cpu."
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"torch {torch.__version__} finds no CUDA device; see whether nvidia-smi lists one, whether its driver is "
+            f"new enough for CUDA {torch.version.cuda} and what CUDA_VISIBLE_DEVICES says, or use --device cpu."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("Triton is not installed and the GPU's kernels need it; pip install triton, or --device cpu.")
 
 
 @dataclass(frozen=True)

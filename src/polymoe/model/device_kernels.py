@@ -93,12 +93,15 @@ class DeviceKernels:
         token_variant: torch.Tensor,
         tables: Tables,
         weights: "Weights | CompressedLayer",
+        num_absent: int,
     ) -> torch.Tensor:
         """A layer's resident experts for `hidden [T, H]`; what is routed to an absent one adds nothing.
 
-        Args: `tables`: the layer's physical ids, deltas and signs, `[V, E]` each.
+        Args:
+            tables: the layer's physical ids, deltas and signs, `[V, E]` each.
+            num_absent: how many different absent experts the ids name at most.
         """
-        return self._experts(module, hidden, top_k_index, top_k_weights, token_variant, *tables, weights)
+        return self._experts(module, hidden, top_k_index, top_k_weights, token_variant, *tables, weights, num_absent)
 
 
 def _linear_by_runs(x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:

@@ -40,7 +40,8 @@ class LayerExperts:
     ) -> None:
         self.layer, self.table, self.resident, self.cache, self.context = layer, table, resident, cache, ctx
         self.compressed, self.delta, self.sign = compressed, delta, sign
-        self.all_resident = bool((table >= 0).all())
+        self.num_absent = max(0, -int(table.min()))  # host experts of the layer
+        self.all_resident = self.num_absent == 0
         self.next: LayerExperts | None = None
         self.mapped: MappedLayer | None = None  # how decode steps read absent experts without waiting
         self._supported: bool | None = None
@@ -106,10 +107,12 @@ class LayerExperts:
             self.mapped.count(token_variant, top_k_index)
             tables = (self.mapped.table, self.delta, self.sign)
             return kernels.experts(
-                module, hidden, top_k_index, top_k_weights, token_variant, tables, self.mapped.weights
+                module, hidden, top_k_index, top_k_weights, token_variant, tables, self.mapped.weights, num_absent=0
             )
         weights = self.compressed or self.resident
-        out = kernels.experts(module, hidden, top_k_index, top_k_weights, token_variant, tables, weights)
+        out = kernels.experts(
+            module, hidden, top_k_index, top_k_weights, token_variant, tables, weights, self.num_absent
+        )
         if self.all_resident:
             return out
         physical = self.table[token_variant[:, None], top_k_index]

@@ -195,7 +195,7 @@ def map_experts(pool: "ExpertPool", modules: Sequence[Any], top_k: int) -> Mappe
         modules: the stock experts modules, one a layer. top_k: experts a token.
     """
     kernels, cache, device = pool.context.kernels, pool.cache, pool.table.device
-    absent = {n: int(-layer.table.min()) for n, layer in enumerate(pool.layers) if not layer.all_resident}
+    absent = {n: layer.num_absent for n, layer in enumerate(pool.layers) if not layer.all_resident}
     if kernels is None or not absent:
         return None
     if not all(

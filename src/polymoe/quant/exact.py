@@ -34,8 +34,17 @@ def encode_exact(weight: Tensor, base: Tensor) -> dict[str, Tensor]:
 
 
 def decode_exact(tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
-    """The variant's weight, bit for bit, from the stored `base`."""
+    """The variant's weight, bit for bit, from the stored `base`; all on one device."""
+    if base.device.type != "cpu":
+        return decode_exact_torch(tensors, base)
     bits = np.unpackbits(tensors["bitmap"].numpy(), axis=-1, count=base.shape[-1], bitorder="little")
     weight = base.clone()
     weight[torch.from_numpy(bits.astype(np.bool_))] = tensors["values"]
     return weight
+
+
+def decode_exact_torch(tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
+    """The same in operations that a GPU has and that do not wait for it."""
+    places = torch.arange(8, dtype=torch.uint8, device=base.device)
+    bits = ((tensors["bitmap"][..., None] >> places) & 1).flatten(-2)[..., : base.shape[-1]]
+    return base.masked_scatter(bits.bool(), tensors["values"])

@@ -8,6 +8,7 @@ kernel takes seconds to compile, for each candidate the first time). So run each
 
 import contextlib
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -20,6 +21,8 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _REPEATS = 5  # timings of a candidate; the median counts
 _FLUSHES = 4  # passes over scratch memory before each, see `_time`
@@ -56,6 +59,8 @@ def choose(
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         times = [_time(launch, candidate) for candidate in candidates]
+        if min(times) == float("inf"):
+            launch(candidates[0])  # raises what is wrong with it
         known[key] = times.index(min(times))
         _save(device, known)
     return candidates[known[key]]
@@ -79,7 +84,7 @@ def typical_decode(key: Tensor, block_table: Tensor, seq_lens: Tensor) -> tuple[
 
 
 def _time(launch: Callable[[Candidate], None], candidate: Candidate) -> float:
-    """Median milliseconds on the device; infinite where the kernel does not fit it.
+    """Median milliseconds on the device; infinite where the kernel does not fit it, or cannot be compiled for it.
 
     Scratch memory is written before each timing. That takes the device longer than a launch takes the host, so the
     host's time is not measured, and clears the L2 cache, in which a step would not find its weights either.
@@ -87,6 +92,9 @@ def _time(launch: Callable[[Candidate], None], candidate: Candidate) -> float:
     try:
         launch(candidate)
     except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    except Exception as problem:  # of a compiler: there are other candidates
+        logger.warning("a configuration is left out: %s: %s", candidate, " ".join(str(problem).split())[:300])
         return float("inf")
     nbytes = 2 * torch.cuda.get_device_properties().L2_cache_size
     scratch = torch.empty(nbytes, dtype=torch.uint8, device="cuda")

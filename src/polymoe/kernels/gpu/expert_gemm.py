@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from polymoe.kernels.gpu.autotune import Config, choose, row_bucket
-from polymoe.kernels.gpu.packed_product import STORED, packed_product, stored_product
+from polymoe.kernels.gpu.exact_product import exact_product
+from polymoe.kernels.gpu.packed_product import EXACT, STORED, packed_product, stored_product
 from polymoe.kernels.gpu.pool_matrix import CONSTANTS, PoolMatrix, lanes
 from polymoe.kernels.gpu.token_sort import SortedRows
 
@@ -39,6 +40,7 @@ WEIGHTED = tl.constexpr(2)
 NONE = tl.constexpr(-1)  # no base, or no delta, in this launch
 
 _TILES_TOGETHER = 8
+_UNPACKED = ("stored", "exact")
 # block_m -> candidates for stored weights alone, and where something is packed. The first is used where nothing is
 # timed. A tile is block_m by block_n, in steps of block_k inputs.
 _STORED = {
@@ -83,7 +85,7 @@ def expert_gemm(
         x: `[T, I]` by token for LINEAR and GATED, `[S, I]` sorted for WEIGHTED; the last axis contiguous.
         rows: from `sort_rows`; its `block_m` decides the tiles.
         base: weights `[P, O, I]`. None: only the delta's product, on any base that is not absent (with `add`).
-        delta: likewise; None: no deltas in this pass.
+        delta: likewise, or lossless ones with a stored `base`; None: no deltas in this pass.
         out: float32 `[S, O]` sorted (LINEAR) or by (token, k) (WEIGHTED); `[S, O / 2]` sorted, in x's dtype (GATED).
         routing_weight: `[T, K]` contiguous, for WEIGHTED.
         add: add to what is in `out` (not with GATED).
@@ -109,7 +111,7 @@ def expert_gemm(
 
     formats = ["none" if m is None else m.format for m in (base, delta)]
     shape = (x.dtype, kind, add, *formats, matrix.outputs, matrix.inputs, rows.block_m, row_bucket(len(rows.order)))
-    candidates = (_STORED if formats == ["stored", "none"] else _PACKED)[rows.block_m]
+    candidates = (_STORED if formats[0] == "stored" and formats[1] in ("none", "exact") else _PACKED)[rows.block_m]
     launch(choose("expert_gemm", shape, candidates, lambda config: launch(config, out.clone() if add else out)))
 
 
@@ -138,7 +140,11 @@ def expert_gemm_torch(
             row = x[r if kind == WEIGHTED.value else pair // rows.top_k].float()
             z = torch.zeros((), device=x.device) if base is None else base.product(tile_base, row)
             if delta is not None and rows.delta is not None and rows.sign is not None and int(rows.delta[r]) in delta:
-                z = z + rows.sign[r] * delta.product(int(rows.delta[r]), row)
+                own = int(rows.delta[r])
+                if delta.format == "exact" and base is not None:
+                    z = z + delta.changes(own, base, tile_base) @ row
+                else:
+                    z = z + rows.sign[r] * delta.product(own, row)
             if kind == GATED.value:
                 gate, up = z.chunk(2)
                 z = torch.nn.functional.silu(gate) * up
@@ -165,6 +171,8 @@ def _check(
     assert (kind == WEIGHTED.value) == (routing_weight is not None)
     assert routing_weight is None or routing_weight.is_contiguous()
     assert delta is None or rows.delta is not None, "deltas without a delta table"
+    exact = delta is not None and delta.format == "exact"
+    assert not exact or (base is not None and base.format == "stored"), "lossless deltas are against a stored base"
 
 
 def _arguments(matrix: PoolMatrix | None, nothing: Tensor) -> tuple[Any, ...]:
@@ -180,7 +188,7 @@ def _constants(prefix: str, matrix: PoolMatrix | None, block_k: int) -> dict[str
     if matrix is not None:
         own = {
             **matrix.constants,
-            "LANES": 0 if matrix.scales is None else lanes(matrix.constants, matrix.inputs, block_k),
+            "LANES": 0 if matrix.format in _UNPACKED else lanes(matrix.constants, matrix.inputs, block_k),
             "ROW": matrix.values.shape[2],
             "GROUPS": 0 if matrix.scales is None else matrix.scales.shape[2],
             "BIAS": matrix.bias is not None,
@@ -188,7 +196,7 @@ def _constants(prefix: str, matrix: PoolMatrix | None, block_k: int) -> dict[str
     return {f"{prefix}_{name}": value for name, value in own.items()}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base_first", "base_end", "delta_first", "delta_end", "num_tiles"])
 def _kernel(
     x_ptr, out_ptr, routing_weight_ptr, order_ptr, segment_stop_ptr, row_delta_ptr, row_sign_ptr,
     tile_base_ptr, tile_start_ptr, tile_stop_ptr,
@@ -279,11 +287,18 @@ def _kernel(
             if (delta >= delta_first) & (delta < delta_end):
                 at = (delta - delta_first).to(tl.int64) * OUTPUTS + wide_row
                 mine = row_ok & (row >= segment) & (row < following)
-                acc = packed_product(
-                    acc, x_rows, mine, sign, delta_ptr + at * DELTA_ROW, delta_scale_ptr + at * DELTA_GROUPS,
-                    delta_level_ptr, INPUTS, DELTA_KIND, DELTA_WIDE, DELTA_NARROW, DELTA_GROUP, DELTA_LANES,
-                    DELTA_LOW, DELTA_HIGH, DELTA_STEP0, DELTA_STEP1, DELTA_STEP2, DELTA_STEP3, True,
-                )  # fmt: skip
+                if DELTA_KIND == EXACT:
+                    base_row = (base - base_first).to(tl.int64) * OUTPUTS + wide_row
+                    acc = exact_product(
+                        acc, x_rows, mine, delta_ptr + at * DELTA_ROW, tl.load(delta_scale_ptr + at), delta_level_ptr,
+                        base_ptr + base_row * BASE_ROW, INPUTS, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    acc = packed_product(
+                        acc, x_rows, mine, sign, delta_ptr + at * DELTA_ROW, delta_scale_ptr + at * DELTA_GROUPS,
+                        delta_level_ptr, INPUTS, DELTA_KIND, DELTA_WIDE, DELTA_NARROW, DELTA_GROUP, DELTA_LANES,
+                        DELTA_LOW, DELTA_HIGH, DELTA_STEP0, DELTA_STEP1, DELTA_STEP2, DELTA_STEP3, True,
+                    )  # fmt: skip
                 if DELTA_BIAS:
                     own = tl.where(mine, sign, 0.0)
                     acc += own[:, None] * tl.load(delta_bias_ptr + at)[None, :]

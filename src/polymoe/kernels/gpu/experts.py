@@ -16,10 +16,10 @@ from torch import Tensor
 from polymoe.kernels.compressed_experts import CompressedLayer
 from polymoe.kernels.gpu.combine import combine_rows, combine_rows_torch
 from polymoe.kernels.gpu.expert_gemm import GATED, LINEAR, WEIGHTED, block_m_for, expert_gemm, expert_gemm_torch
-from polymoe.kernels.gpu.pool_matrix import PoolMatrix, packed_matrix, stored_matrix
+from polymoe.kernels.gpu.pool_matrix import PoolMatrix, exact_matrix, packed_matrix, stored_matrix
 from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows, sort_rows_torch
 from polymoe.kernels.grouped_experts import is_plain_silu
-from polymoe.kernels.packed_pool import PackedPool, StoredPool
+from polymoe.kernels.packed_pool import ExactPool, PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
 
@@ -27,8 +27,8 @@ Weights = Mapping[str, Tensor]
 def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
     """Whether `experts_gpu` computes this layer; else use `experts_by_grouped_mm` or `experts_compressed`.
 
-    Not for experts without a plain SiLU gate, stored as [in, out] (`is_transposed`), or with lossless deltas, whose
-    rows have no fixed length; nor for a layer of which nothing is on the device.
+    Not for experts without a plain SiLU gate, stored as [in, out] (`is_transposed`), or with lossless deltas of biases;
+    nor for a layer of which nothing is on the device.
     """
     if not is_plain_silu(module):
         return False
@@ -38,7 +38,10 @@ def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
     if module.is_transposed and any(map(_num_stored, as_stored)):
         return False
     resident = _num_stored(weights.stored) + sum(len(pool) for pool in weights.bases)
-    return resident > 0 and all(isinstance(pool, PackedPool) for pool in weights.deltas)
+    exact = [pool for pool in weights.deltas if isinstance(pool, ExactPool)]
+    return (
+        resident > 0 and len(exact) <= 1 and not any(name.endswith("_bias") for pool in exact for name in pool.tensors)
+    )
 
 
 def experts_gpu(
@@ -167,7 +170,9 @@ def _passes(
     """Each pool of bases with the first of deltas in one kernel; further delta formats add to what is there."""
     first = deltas[0] if deltas else None
     for number, base in enumerate(bases):
-        multiply(kind, x, rows, base, first, out, routing_weight, zero_absent=zero_absent and number == 0)
+        # Lossless deltas are of stored bases alone.
+        own = None if first is not None and first.format == "exact" and base.format != "stored" else first
+        multiply(kind, x, rows, base, own, out, routing_weight, zero_absent=zero_absent and number == 0)
     for delta in deltas[1:]:
         multiply(kind, x, rows, None, delta, out, routing_weight, add=True)
 
@@ -205,10 +210,12 @@ def _layer_pools(weights: CompressedLayer, name: str, dtype: torch.dtype, transp
         first += len(pool)
     first = 0
     for delta in weights.deltas:
-        assert isinstance(delta, PackedPool)
-        deltas.append(packed_matrix(delta, name, first, dtype))
+        if isinstance(delta, PackedPool):
+            deltas.append(packed_matrix(delta, name, first, dtype))
+        else:
+            deltas.append(exact_matrix(delta, name, bases[0].inputs, first, dtype))
         first += len(delta)
-    return bases, deltas
+    return bases, sorted(deltas, key=lambda matrix: matrix.format != "exact")  # theirs is the pass with the base
 
 
 def _num_stored(stored: Weights) -> int:

@@ -23,6 +23,7 @@ INT8 = tl.constexpr(2)
 ONE_BIT = tl.constexpr(3)
 TWO_BITS = tl.constexpr(4)
 TABLE = tl.constexpr(5)
+EXACT = tl.constexpr(6)
 
 
 @triton.jit

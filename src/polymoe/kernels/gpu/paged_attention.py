@@ -178,7 +178,7 @@ def _configs(block_m: int, widest: int) -> tuple[Config, ...]:
     return (Config(64, 0, 8, 3), Config(64, 0, 4, 3), Config(128, 0, 8, 2), Config(64, 0, 8, 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens"])
 def _attention_kernel(
     query_ptr, key_ptr, value_ptr, sink_ptr, block_table_ptr, query_start_ptr, seq_len_ptr,
     out_ptr, largest_ptr, total_ptr, batch, tokens, scaling, softcap,
@@ -288,7 +288,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _join_kernel(
     part_ptr, largest_ptr, total_ptr, sink_ptr, out_ptr, tokens, sink_t, sink_h,
     SINKS: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from polymoe.kernels.gpu.packed_asm import assembly
-from polymoe.kernels.gpu.packed_product import FP8, INT8, ONE_BIT, STORED, TABLE, TWO_BITS
-from polymoe.kernels.packed_pool import PackedPool
+from polymoe.kernels.gpu.packed_product import EXACT, FP8, INT8, ONE_BIT, STORED, TABLE, TWO_BITS
+from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.codec import decode
+from polymoe.quant.exact import decode_exact_torch
 from polymoe.quant.formats import PLANES, Format, get_format, group_size
 
 CONSTANTS = ("KIND", "WIDE", "NARROW", "GROUP", "LOW", "HIGH", "STEP0", "STEP1", "STEP2", "STEP3")
@@ -25,6 +26,8 @@ class PoolMatrix:
 
     values: `[P, O, I]` stored or `[P, O, bytes]` codes. scales: `[P, O, groups]` or None. bias: `[P, O]` or None.
     levels: the code's values in the dtype of the activations, for formats that are looked up.
+    Of lossless deltas, values are the bits, levels the new values of all, and scales where each row's begin in them,
+    int64 `[P, O, 1]`.
     inputs: I. constants: the kernel's compile-time arguments, without their prefix.
     """
 
@@ -51,6 +54,7 @@ class PoolMatrix:
     def product(self, index: int, x: Tensor) -> Tensor:
         """float32 `[..., O]` of expert `index` in the layer's numbering: the reference of the kernels."""
         here = index - self.first
+        assert self.format != "exact", "of a lossless delta there is a product only with its base"
         if self.scales is None:
             weight = self.values[here].float()
         else:
@@ -59,6 +63,14 @@ class PoolMatrix:
             weight = decode(parts, get_format(self.format), (self.outputs, self.inputs), torch.float32)
         out = x.float() @ weight.T
         return out if self.bias is None else out + self.bias[here].float()
+
+    def changes(self, index: int, base: "PoolMatrix", base_index: int) -> Tensor:
+        """float32 `[O, I]`: what the lossless delta `index` changes of a stored base: the reference of the kernels."""
+        assert self.scales is not None
+        assert self.levels is not None
+        here, old = index - self.first, base.values[base_index - base.first]
+        entry = {"bitmap": self.values[here], "values": self.levels[int(self.scales[here, 0, 0]) :]}
+        return decode_exact_torch(entry, old).float() - old.float()
 
     @property
     def expert_bytes(self) -> int:
@@ -85,6 +97,18 @@ def packed_matrix(pool: PackedPool, name: str, first: int, dtype: torch.dtype) -
     constants = _packed_constants(pool.fmt.name, inputs, dtype)
     levels = _levels(pool.fmt, dtype, values.device) if constants["KIND"] == TABLE.value else None
     return PoolMatrix(values, parts["scales"], own_bias, levels, first, inputs, pool.fmt.name, constants)
+
+
+def exact_matrix(pool: ExactPool, name: str, inputs: int, first: int, dtype: torch.dtype) -> PoolMatrix:
+    """Tensor `name` of lossless deltas whose ids begin at `first`, of weights with `inputs` columns in `dtype`."""
+    parts = pool.tensors[name]
+    bits = parts["bitmap"]
+    assert bits.is_contiguous()
+    ones = torch.tensor([number.bit_count() for number in range(256)], dtype=torch.uint8, device=bits.device)
+    counts = torch.stack([ones[own.int()].sum(-1, dtype=torch.int64) for own in bits])  # [D, O]
+    begins = counts.cumsum(-1) - counts + parts["starts"][:-1, None].to(bits.device)
+    values = parts["values"].to(dtype)
+    return PoolMatrix(bits, begins[..., None], None, values, first, inputs, "exact", _constants(EXACT.value))
 
 
 @cache

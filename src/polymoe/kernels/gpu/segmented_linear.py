@@ -84,7 +84,7 @@ def _check(x: Tensor, stack: Tensor, bias: Tensor | None, run_row: Tensor, run_s
     assert run_row.dtype == run_start_loc.dtype == torch.int32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "num_tiles"])
 def _kernel(
     x_ptr, stack_ptr, bias_ptr, run_row_ptr, run_start_ptr, out_ptr, num_runs, num_tiles, stride_x,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, TOGETHER: tl.constexpr,

@@ -225,7 +225,7 @@ def _clear_tiles(tile_base_ptr, tile_start_ptr, tile_stop_ptr, used, num_tiles, 
     tl.store(tile_stop_ptr + tile, zero, mask=empty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _whole_kernel(
     index_ptr, variant_ptr, table_ptr, delta_ptr, sign_ptr,
     order_ptr, row_delta_ptr, row_sign_ptr, segment_stop_ptr, tile_base_ptr, tile_start_ptr, tile_stop_ptr,
@@ -249,7 +249,7 @@ def _whole_kernel(
     _clear_tiles(tile_base_ptr, tile_start_ptr, tile_stop_ptr, tl.sum(first.to(tl.int32), 0), num_tiles, BLOCK_T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rank_kernel(
     index_ptr, variant_ptr, table_ptr, delta_ptr, sign_ptr,
     order_ptr, row_delta_ptr, row_sign_ptr, segment_stop_ptr, base_ptr, base_start_ptr, base_stop_ptr,
@@ -268,7 +268,7 @@ def _rank_kernel(
     tl.store(base_stop_ptr + rank, base_stop, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _tile_kernel(
     base_ptr, base_start_ptr, base_stop_ptr, tile_base_ptr, tile_start_ptr, tile_stop_ptr,
     num_rows, num_tiles, block_m, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
