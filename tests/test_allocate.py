@@ -12,6 +12,7 @@ from encoded import served_experts
 from families import make_family
 from polymoe.errors import PlanError
 from polymoe.offline.allocate import auto_plan, position_options, uniform_answers
+from polymoe.offline.budget import build_plan
 from polymoe.offline.calibrate import Calibration
 from polymoe.offline.calibrated_damage import energies_on_text
 from polymoe.offline.damage import Energies, partitions_of
@@ -155,8 +156,15 @@ def test_without_text_a_plan_is_no_worse_than_any_uniform_one(family: Family) ->
 
 
 def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) -> None:
-    with pytest.raises(PlanError, match=r"the minimum is .* \(0\.\d+x\), which is predicted to cost .* nats a token"):
+    with pytest.raises(
+        PlanError, match=r"the minimum is .* \(0\.\d+x of one model.s\), which is predicted to cost .* nats a token"
+    ):
         auto_plan(family, family.scan(), budget_bytes=one_model(family) // 20)
+    scan = family.scan()
+    cost = r"below the minimum of .*: .* non-experts and tables, and .*x of one model's\) of experts, .* cost .* nats"
+    for memory in ("1KiB", str(scan.nonexpert_bytes_total + 9 * scan.expert_version.size + one_model(family) // 20)):
+        with pytest.raises(PlanError, match=cost):
+            build_plan(scan, "auto", memory, None, family)
 
 
 @pytest.mark.parametrize("with_text", [False, True])

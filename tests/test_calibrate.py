@@ -99,7 +99,7 @@ def routed_error(family: Family, plan: Plan, texts: tuple[torch.Tensor, ...], ca
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize(("base", "delta"), [("int4", "d1"), ("int4", "d2"), ("int3", "none")])
+@pytest.mark.parametrize(("base", "delta"), [("int4", "d1"), ("int4", "d2"), ("int3", "none"), ("stored", "±d4")])
 def test_calibrated_experts_are_nearer_on_unseen_text(arch: str, base: str, delta: str, tmp_path: Path) -> None:
     torch.manual_seed(0)  # of the fine-tunes
     family = Family.open(make_family(arch, tmp_path, 2, perturb=0.3))

@@ -7,6 +7,8 @@ import httpx
 import openai
 import pytest
 
+from polymoe.offline.bundle import record_fidelity
+from polymoe.offline.manifest import MANIFEST, Fidelity
 from servers import CONTEXT, ThreadServer, engine_config, events, make_bundle
 
 PROMPT = "the quick brown fox"
@@ -16,6 +18,19 @@ USER = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
     with ThreadServer(engine_config(make_bundle(tmp_path_factory.mktemp("server")))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]:
+    """Of v1 a bundle says what was predicted and measured, of base nothing."""
+    bundle = make_bundle(tmp_path_factory.mktemp("measured"))
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["variants"][1]["predicted_damage"] = 0.02
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    figures = Fidelity(text="t.txt", tokens=900, kl=0.01, top1=0.97, perplexity_original=5.5, perplexity_served=5.75)
+    record_fidelity(bundle, {"v1": figures})
+    with ThreadServer(engine_config(bundle)) as server:
         yield server
 
 
@@ -208,6 +223,22 @@ def test_models(client: openai.OpenAI, server: ThreadServer) -> None:
     assert card["parent"] is None
     assert len(card["version"]) >= 12
     assert card["residency"]["experts_absent"] == 0
+
+
+def test_fidelity_is_shown_to_clients_and_operators(measured: ThreadServer) -> None:
+    base, v1 = httpx.get(f"{measured.url}/v1/models").json()["data"]
+    assert (base["predicted_damage"], base["fidelity"]) == (None, None)
+    assert v1["predicted_damage"] == v1["fidelity"]["predicted_damage"] == 0.02
+    assert (v1["fidelity"]["kl"], v1["fidelity"]["top1"], v1["fidelity"]["text"]) == (0.01, 0.97, "t.txt")
+    lines = httpx.get(f"{measured.url}/metrics").text.splitlines()
+    shown = dict(line.rsplit(" ", 1) for line in lines if line.startswith(("polymoe:fidelity", "polymoe:predicted")))
+    assert {name: float(value) for name, value in shown.items()} == {
+        'polymoe:predicted_damage{model_name="v1"}': 0.02,
+        'polymoe:fidelity_kl{model_name="v1"}': 0.01,
+        'polymoe:fidelity_top1{model_name="v1"}': 0.97,
+        'polymoe:fidelity_perplexity_original{model_name="v1"}': 5.5,
+        'polymoe:fidelity_perplexity_served{model_name="v1"}': 5.75,
+    }
 
 
 def test_operators_endpoints(server: ThreadServer) -> None:

@@ -17,6 +17,7 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str | None
     eos_token_ids: list[int]
     generation: dict[str, float]  # sampling defaults of its generation config
+    predicted_damage: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
     decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
 

@@ -26,6 +26,7 @@ def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:
         tokenizer_dir=None if folder is None else str(folder),
         eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [int(eos)],
         generation=defaults if generation.get("do_sample", bool(defaults)) else {},
+        predicted_damage=record.predicted_damage,
         fidelity=record.fidelity,
         decoder_start_token_id=_decoder_start(bundle.variant_config(index), generation),
     )

@@ -39,12 +39,13 @@ def auto_plan(
     options: PlanOptions | None = None,
     calibration: Calibration | None = None,
     console: Console | None = None,
+    beside: int = 0,
 ) -> Plan:
     """The plan with the least predicted damage for `budget_bytes` of bases and deltas or, without a budget, the fewest
     bytes for which every variant is predicted to agree with its original on a share `options.min_top1` of tokens.
 
-    Everything is resident but what `options.host_share` allows. Raises `PlanError` for a budget below the minimum, with
-    what that would cost.
+    Everything is resident but what `options.host_share` allows. `beside`: bytes of what else is on the device, where
+    the budget was asked for as a whole. Raises `PlanError` for a budget below the minimum, with what that would cost.
     """
     options = options or PlanOptions()
     assert (budget_bytes is None) != (options.min_top1 is None)
@@ -64,7 +65,7 @@ def auto_plan(
         chosen = fewest_bytes(choices, limit, trusted=on_text)
     else:
         assert budget_bytes is not None
-        _check_minimum(choices, budget_bytes, scan)
+        _check_minimum(choices, budget_bytes, beside, scan)
         chosen = choices.best(budget_bytes, trusted=on_text)
     return _plan(choices, chosen, scan, "mean" if calibration is None else "regmean")
 
@@ -152,17 +153,23 @@ def _find(row: list[Option], base: str, delta: str, together: bool) -> int | Non
     return None
 
 
-def _check_minimum(choices: Choices, budget: int, scan: FamilyScan) -> None:
+def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan) -> None:
     least = choices.least_bytes
     if budget >= least:
         return
     damage = choices.total(choices.solve(least, np.ones(choices.damage.shape[2])))[1]
     one_model = scan.expert_bytes * scan.expert_version[0].size
+    experts = f"{format_bytes(least)} ({least / one_model:.3g}x of one model's)"
+    if beside:
+        said = (
+            f"--memory {format_bytes(budget + beside)} is below the minimum of {format_bytes(least + beside)}: "
+            f"{format_bytes(beside)} of non-experts and tables, and {experts} of experts"
+        )
+    else:
+        said = f"the experts are left {format_bytes(budget)} ({budget / one_model:.3g}x); the minimum is {experts}"
     raise PlanError(
-        f"the experts are left {format_bytes(budget)} ({max(budget, 0) / one_model:.3g}x of one model's); the minimum "
-        f"is {format_bytes(least)} ({least / one_model:.3g}x), which is predicted to cost {damage.mean():.2g} nats a "
-        f"token (worst variant {damage.max():.2g}). Give more --memory, or fetch experts from the host tier with "
-        "--host-share 0.1 or --policy separate."
+        f"{said}, which is predicted to cost {damage.mean():.2g} nats a token (worst variant {damage.max():.2g}). Give "
+        "more --memory, or fetch experts from the host tier with --host-share 0.1 or --policy separate."
     )
 
 

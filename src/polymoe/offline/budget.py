@@ -163,6 +163,10 @@ def _auto_plan(
     if options.min_top1 is not None:
         return auto_plan(family, scan, None, options, calibration, console)
     budget = parse_memory("1.0x" if memory is None else memory)
-    table_bytes = 9 * scan.expert_version.size  # bases and deltas int32, signs int8
-    plan = auto_plan(family, scan, expert_budget(budget, scan, table_bytes), options, calibration, console)
+    beside = 0
+    if budget.num_bytes is not None:  # for all weights: non-experts, and tables of bases and deltas int32, signs int8
+        beside = scan.nonexpert_bytes_total + 9 * scan.expert_version.size
+    # May be below zero: what the minimum is, and what it costs, is said where that is known.
+    num_bytes = expert_budget(budget, scan) if budget.num_bytes is None else budget.num_bytes - beside
+    plan = auto_plan(family, scan, num_bytes, options, calibration, console, beside)
     return replace(plan, memory=budget.text)

@@ -44,37 +44,38 @@ DISTORTION = {
     **{f"int{bits}": left for bits, left in ((3, 0.0345), (4, 0.0095), (5, 0.0025), (6, 0.00064))},
     **{f"d{bits}": left for bits, left in enumerate((0.363, 0.1175, 0.0345, 0.0095, 0.0025), start=1)},
 }
-# Share of a base's rounding error that is left below a delta, measured on three families of fine-tunes. It is more than
-# D_d: where a base clips a large weight, the delta, whose values are small, clips what is missing again.
+# Share of a base's rounding error that is left below a delta, by the KL that bases with and without rounding left on
+# three families of fine-tunes. It is more than D_d, and falls little from d3 on: where a base clips a large weight, the
+# delta, whose values are small, clips what is missing again.
 REPAIR = {
     base: dict(zip(("d1", "d2", "d3", "d4", "d5"), left, strict=True))
     for base, left in {
         "int8": (0.25, 0.060, 0.010, 0.0030, 0.0010),
-        "int6": (0.36, 0.128, 0.044, 0.0165, 0.0080),
-        "int5": (0.36, 0.139, 0.054, 0.0230, 0.0120),
-        "int4": (0.36, 0.148, 0.061, 0.0285, 0.0155),
-        "int3": (0.36, 0.158, 0.069, 0.0325, 0.0165),
+        "int6": (0.38, 0.200, 0.100, 0.0700, 0.0450),
+        "int5": (0.36, 0.160, 0.085, 0.0620, 0.0450),
+        "int4": (0.34, 0.120, 0.061, 0.0400, 0.0270),
+        "int3": (0.34, 0.130, 0.069, 0.0420, 0.0250),
     }.items()
 }
 # From the weights alone: KL of a model for each unit of its experts' relative error as rounding noise. 0.8 to 5 were
 # measured on the three families; it scales all predictions alike and decides no plan.
 NATS_PER_ERROR = 1.5
-# How much more leaving out what training changed counts than noise in the shape of it (1 to 6 were measured).
-COHERENCE = 5.0
+# How much more a delta's rounding, noise in the shape of what training changed, counts than noise in the shape of the
+# weights (1.5, 1.9 and 2.2 were measured).
+RELEVANCE = 1.8
 # Agreement was as promised on three families with so many times the damage that the weights alone predict.
-CAUTION = 2.5
+CAUTION = 2.0
 # 1 − top-1 agreement ≈ this · √KL, from the same measurements.
 TOP1_PER_ROOT_KL = 0.75
 
 
-def relevance(distance: float) -> float:
-    """How much more noise in the shape of what training changed counts than rounding noise of the same energy.
+def coherence(distance: float) -> float:
+    """How much more leaving out what training changed counts than rounding noise of the same energy.
 
-    `distance`: mean distance of a pair of variants relative to the norm of their weights. Training changes the rows
-    that matter, and the more so the less it changes: 1.1, 1.6 and 5 were measured (uniform 2- and 3-bit deltas on bases
-    with and without rounding) at distances of 0.19, 0.078 and 0.03; not extrapolated far below.
+    `distance`: mean distance of a pair of variants relative to the norm of their weights. 10, 2 and 26 were measured
+    (without deltas and with 1-bit ones) at distances of 0.19, 0.078 and 0.03; not extrapolated far below.
     """
-    return min(1 + 0.0036 / max(distance, 1e-9) ** 2, 8.0)
+    return min(5 + 0.018 / max(distance, 1e-9) ** 2, 40.0)
 
 
 def importance(norm_square: FloatArray) -> FloatArray:
@@ -133,7 +134,7 @@ class Energies:
         version = scan.expert_version
         num_variants, num_layers, num_experts = version.shape
         square = scan.pair_square
-        relevant = relevance(float(scan.relative_distance.mean()))
+        coherent = coherence(float(scan.relative_distance.mean()))
         partitions = tuple(
             tuple(partitions_of(square[layer, expert]) for expert in range(num_experts)) for layer in range(num_layers)
         )
@@ -149,8 +150,8 @@ class Energies:
                     for v in group:
                         # ‖W_v − mean‖² = mean over the group of ‖W_v − W_w‖² less the spread's mean
                         away = max(0.0, sum(square[layer, expert, v, w] for w in group if w != v) / len(group) - inside)
-                        filled.spread[layer, expert, n, v] = factor[v] * away * relevant
-                        filled.coherent[layer, expert, n, v] = factor[v] * away * relevant * COHERENCE
+                        filled.spread[layer, expert, n, v] = factor[v] * away * RELEVANCE
+                        filled.coherent[layer, expert, n, v] = factor[v] * away * coherent
                         filled.base[layer, expert, n, v] = factor[v] * merged
         alike = np.full((num_layers, num_experts), 1 / num_experts)
         return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, REPAIR)

@@ -120,8 +120,8 @@ def merge_weights(group: Group, own: Mapping[int, Tensor], moments: Mapping[int,
     weights = list(own.values())
     if group.merge == "own":
         return own[group.leader].float()
-    if group.merge == "mean" or moments is None or weights[0].ndim == 1:
-        return mean(weights)
+    if group.merge == "mean" or moments is None or weights[0].ndim == 1 or group.delta.startswith(SIGNED):
+        return mean(weights)  # two variants that add and subtract one delta lie opposite the midpoint
     known = [moments[v] for v in own]
     if _known(_sum(moments)) is None:
         return mean(weights)

@@ -39,7 +39,8 @@ def check_related(scan: FamilyScan, policy: str, accept: bool, console: Console 
     )
     if not accept:
         raise PlanError(
-            f"{message} Serve them as they are with --policy separate, or share experts anyway with --force."
+            f"{message} Serve them as they are with --policy separate, or share experts anyway with "
+            "`polymoe plan … --force`."
         )
     if console is not None:
         console.print(f"[yellow]warning:[/] {message} They will share experts all the same.", soft_wrap=True)

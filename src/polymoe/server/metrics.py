@@ -150,18 +150,32 @@ class _EngineCollector(Collector):
             ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
         ):
             yield CounterMetricFamily(name, text, value=value)
-        for name, text, figure in (
-            ("polymoe:fidelity_kl", "KL(original || served), nats a token, measured when planned.", "kl"),
-            ("polymoe:fidelity_top1", "Share of tokens with the original's first choice, likewise.", "top1"),
-        ):
-            fidelity = GaugeMetricFamily(name, text, labels=["model_name"])
-            for variant in info.variants:
-                if variant.fidelity is not None:
-                    fidelity.add_metric([variant.name], getattr(variant.fidelity, figure))
-            yield fidelity
+        yield from _fidelity(info)
         resident = GaugeMetricFamily(
             "polymoe:resident_bytes", "Bytes on the device; host_pinned: on the host.", labels=["kind"]
         )
         for kind, count in stats.resident_bytes.items():
             resident.add_metric([kind], count)
         yield resident
+
+
+def _fidelity(info: EngineInfo) -> Iterator[Metric]:
+    """How close each variant is to its original, where it was predicted or measured."""
+    predicted = GaugeMetricFamily(
+        "polymoe:predicted_damage", "KL to the original that the planner expected.", labels=["model_name"]
+    )
+    for variant in info.variants:
+        if variant.predicted_damage is not None:
+            predicted.add_metric([variant.name], variant.predicted_damage)
+    yield predicted
+    for name, text, figure in (
+        ("polymoe:fidelity_kl", "KL(original || served), nats a token, measured when planned.", "kl"),
+        ("polymoe:fidelity_top1", "Share of tokens with the original's first choice, likewise.", "top1"),
+        ("polymoe:fidelity_perplexity_original", "Perplexity of the original on that text.", "perplexity_original"),
+        ("polymoe:fidelity_perplexity_served", "Perplexity as served on that text.", "perplexity_served"),
+    ):
+        fidelity = GaugeMetricFamily(name, text, labels=["model_name"])
+        for variant in info.variants:
+            if variant.fidelity is not None:
+                fidelity.add_metric([variant.name], getattr(variant.fidelity, figure))
+        yield fidelity
