@@ -268,7 +268,9 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     parallel_for(num_tiles, 2, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
     });
-    parallel_for(p.num_groups * pieces, 2, num_threads, [&](int64_t begin, int64_t end) {
+    // A thread fetches weights ahead of itself, so it should have neighbouring pieces, but not too many of the last ones.
+    const int64_t chunk = std::clamp<int64_t>(p.num_groups * pieces / (16 * num_threads), 2, 16);
+    parallel_for(p.num_groups * pieces, chunk, num_threads, [&](int64_t begin, int64_t end) {
         static thread_local std::vector<uint32_t> buffer;
         if (num_tiles) buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
         uint32_t* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
