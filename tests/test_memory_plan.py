@@ -11,6 +11,7 @@ from polymoe.engine.engine import EngineCore
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.device_facts import DeviceFacts, choose_device
 from polymoe.model.memory_plan import MemoryRequest, WeightBytes, plan_memory, workspace_bytes
+from polymoe.model.staging import Staging
 from references import ReferenceFamily
 
 GIB = 1 << 30
@@ -141,3 +142,12 @@ def test_engine_refuses_before_it_allocates(family: ReferenceFamily) -> None:
         engine(family, tiny)
     with pytest.raises(ConfigError, match=r"another process|too small"):
         engine(family, replace(H100, free_bytes=GIB))
+
+
+def test_memory_taken_while_weights_are_loaded(family: ReferenceFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_staging: Staging, _target: torch.Tensor, _source: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Staging, "copy", full)
+    with pytest.raises(ConfigError, match=r"taken by another process while .* --device cuda:N\. Planned: experts"):
+        engine(family, H100)

@@ -47,9 +47,11 @@ def parts(device: str, shape: str, out: Path) -> list[Part]:
         result = str(out / f"{name}.json")
         return Part(name, [sys.executable, str(HERE / file), *more, *options, "--out", result], seconds)
 
-    tests = ["tests/test_exactness.py", "tests/test_gpu_experts.py", "tests/test_gpu_segmented_linear.py"]
-    # Not the CPU's variants, and of the architectures those that differ most.
-    pick = ["-n", "8", "-k", "not cpu and not qwen2 and not olmoe and not granite and not glm4 and not phimoe"]
+    names = ("exactness", "gpu_experts", "gpu_exact_deltas", "gpu_segmented_linear")
+    tests = [f"tests/test_{name}.py" for name in names]
+    # Of the architectures those that differ most, and nothing that runs on the CPU alone.
+    left_out = ("cpu", "launched_before", "switch", "qwen2", "olmoe", "granite", "glm4", "phimoe")
+    pick = ["-n", "12", "-k", " and ".join(f"not {name}" for name in left_out)]
     if device == "cpu":
         tests, pick = ["tests/test_device_path.py"], ["-k", "mixed_batch and mixtral"]
     exactness = [sys.executable, "-m", "pytest", "-q", *tests, *pick, "-p", "no:cacheprovider"]
@@ -57,7 +59,7 @@ def parts(device: str, shape: str, out: Path) -> list[Part]:
         script("warm_up.py", "warm_up", 100),
         script("kernel_checks.py", "kernels", 80),
         # Tiny models in float32, whose kernels nothing else uses: no time to compile every candidate.
-        Part("exactness", exactness, 70, (("POLYMOE_NO_AUTOTUNE", "1"),)),
+        Part("exactness", exactness, 90, (("POLYMOE_NO_AUTOTUNE", "1"),)),
         script("model_parts.py", "qwen3_shared", 55, "qwen3_shared"),
         script("model_parts.py", "mixtral_two", 50, "mixtral_two"),
         script("model_parts.py", "mixtral_four", 50, "mixtral_four"),

@@ -87,10 +87,16 @@ class EngineCore:
         encoder_decoder = bundle.config.is_encoder_decoder
         if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
-        self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
-            bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch, kernels,
-            plan,
-        )  # fmt: skip
+        try:
+            self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
+                kernels, plan,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
+            raise ConfigError(
+                "the GPU's memory was taken by another process while weights were loaded; end it (nvidia-smi lists who "
+                f"it is), or use another GPU with --device cuda:N. Planned: {self.memory_plan}. ({error})"
+            ) from error
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
         # What an encoder makes of a prompt depends on all of it.

@@ -92,11 +92,13 @@ class ServedModel:
         # With one slot less than variants a staging row would make a slot for everyone.
         spare = int(staging and slots < num_variants)
         copier = StreamCopier(device) if device.type == "cuda" else ThreadCopier()
-        self.slots = Slots(slots, spare, self._row_map([-1] * num_variants), self._read, copier=copier)
+        self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read, copier=copier)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
         if before_loading is not None:
             before_loading(self)
+        if self.context.kernels is not None:
+            self.slots.row_map.keep_on(device)
         self._staging = Staging(device)
         names = bundle.nonexpert_names
         for done, name in enumerate(names):
