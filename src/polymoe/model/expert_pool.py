@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, route
+from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
@@ -65,8 +65,9 @@ class LayerExperts:
                 self._announce(physical)
             delta = None if self.delta is None else self.delta[entry]
             sign = None if self.sign is None else self.sign[entry]
-            routing = route(physical, token_variant, delta, sign)
-            return experts_compressed(module, hidden, routing, top_k_weights, self.compressed, self.weights_of)
+            return experts_compressed(
+                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, self.weights_of
+            )
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:  # no kernel for this module
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
         if (
