@@ -127,9 +127,7 @@ def experts_compressed(
     fused = packed_experts(module, hidden, physical, delta, sign, gate, layer, host_expert)
     if fused is not None:
         return fused
-    return experts_compressed_torch(
-        module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert
-    )
+    return experts_compressed_torch(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert)
 
 
 def experts_compressed_torch(
@@ -143,7 +141,7 @@ def experts_compressed_torch(
     layer: CompressedLayer,
     host_expert: Callable[[int], Weights],
 ) -> Tensor:
-    """The reference, for any device, dtype and module: a matrix decoded at a time. Arguments as `experts_compressed`."""
+    """The reference for any device, dtype and module: one matrix at a time. Arguments as `experts_compressed`."""
     if not len(hidden):
         return torch.empty_like(hidden)
     routing = route(physical, token_variant, delta, sign)

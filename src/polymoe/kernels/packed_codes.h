@@ -22,7 +22,7 @@ struct Stack {
     const uint16_t* scales;  // [count, outputs, groups]
     int64_t row_bytes;       // of data
     int64_t group;           // values that share a scale, a multiple of 64
-    const float* levels;     // [64], the format's over and over
+    const float* levels;     // [64], the format's over and over; [128] of FP8, without sign; none of INT8
     const uint16_t* values;  // EXACT: the changed values of all deltas,
     const int64_t* starts;   //   where each delta's begin,
     const int32_t* marks;    //   and how many of them precede rows 0, MARK_ROWS, 2 MARK_ROWS, … [count, marks]
@@ -64,43 +64,44 @@ struct Tail {
 template <int KIND>
 struct Codes {
     using P = Planes<KIND>;
+    static constexpr int WIDE = P::WIDE, NARROW = P::NARROW;
     const uint8_t *wide, *narrow;
+    __m512i low[WIDE], high[NARROW + 1];  // the blocks of 256 values
 
-    Codes(const uint8_t* row, int64_t in) : wide(row), narrow(row + (in * P::WIDE + 7) / 8) {}
+    Codes(const uint8_t* row, int64_t in) : wide(row), narrow(row + (in * WIDE + 7) / 8) {}
 
-    static __m512i join(__m512i low, __m512i high) {  // high is where it belongs
-        return _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << P::WIDE) - 1), low, high, 0xca);
+    // The blocks of values 256 b … 256 b + 255, and into the cache what lies `ahead` bytes further.
+    void load(int64_t b, int64_t ahead) {
+        for (int i = 0; i < WIDE; ++i) low[i] = block(wide + (b * WIDE + i) * 32, i % 2 == 0, ahead);
+        for (int i = 0; i < NARROW; ++i) high[i] = block(narrow + (b * NARROW + i) * 32, i % 2 == 0, ahead);
     }
 
-    // Step t of the 256 values from 256 b on.
-    __m512i at(int64_t b, int t) const {
-        const __m512i low = _mm512_srli_epi16(block(wide + b * 32 * P::WIDE, P::WIDE, t), t % (8 / P::WIDE) * P::WIDE);
-        if constexpr (P::NARROW == 0) return low;
-        else {
-            constexpr int WIDTH = P::NARROW;
-            const __m512i bytes = block(narrow + b * 32 * WIDTH, WIDTH, t);
-            const int shift = t % (8 / WIDTH) * WIDTH - P::WIDE;
-            return join(low, shift < 0 ? _mm512_slli_epi16(bytes, -shift) : _mm512_srli_epi16(bytes, shift));
-        }
+    // Step t of the 256 values that were loaded.
+    __m512i at(int t) const {
+        const __m512i bits = _mm512_srli_epi16(low[t * WIDE / 8], t * WIDE % 8);
+        if constexpr (NARROW == 0) return bits;
+        const int shift = t * NARROW % 8 - WIDE;
+        const __m512i above = high[t * NARROW / 8];
+        return join(bits, shift < 0 ? _mm512_slli_epi16(above, -shift) : _mm512_srli_epi16(above, shift));
     }
 
+    // Step t of what is left of the row.
     __m512i at(const Tail& tail, int t) const {
-        const __m512i low = place(wide, tail.steps[log2_of(P::WIDE)][t]);
-        if constexpr (P::NARROW == 0) return low;
-        else return join(low, _mm512_slli_epi16(place(narrow, tail.steps[log2_of(P::NARROW)][t]), P::WIDE));
-    }
-
-    void prefetch(int64_t b, int64_t ahead) const {
-        for (int line = 0; line < 32 * P::WIDE; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(wide + b * 32 * P::WIDE + line + ahead), _MM_HINT_T0);
-        if (P::NARROW) _mm_prefetch(reinterpret_cast<const char*>(narrow + b * 32 * P::NARROW + ahead), _MM_HINT_T0);
+        const __m512i bits = place(wide, tail.steps[log2_of(WIDE)][t]);
+        if constexpr (NARROW == 0) return bits;
+        return join(bits, _mm512_slli_epi16(place(narrow, tail.steps[log2_of(NARROW)][t]), WIDE));
     }
 
 private:
     static constexpr int log2_of(int width) { return width == 8 ? 3 : width == 4 ? 2 : width == 2 ? 1 : 0; }
 
-    static __m512i block(const uint8_t* plane, int width, int t) {
-        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + t / (8 / width) * 32)));
+    static __m512i join(__m512i bits, __m512i above) {  // `above` is where it belongs
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi16((1 << WIDE) - 1), bits, above, 0xca);
+    }
+
+    static __m512i block(const uint8_t* at, bool line, int64_t ahead) {
+        if (line) _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
     }
 
     static __m512i place(const uint8_t* plane, const Tail::Step& step) {
@@ -118,11 +119,10 @@ inline __m512i round_bf16(const Floats& values) { return (__m512i)_mm512_cvtne2p
 // Codes -> scaled levels. Tables of 16 float32 or 32 bfloat16 levels; the compiler drops what a loop does not use.
 template <int KIND>
 struct Values {
-    static constexpr bool ARITHMETIC = KIND == INT8 || KIND == FP8;
-    static constexpr int TABLES = ARITHMETIC ? 0 : KIND == 6 ? 4 : 2;
+    static constexpr int TABLES = KIND == INT8 ? 0 : KIND == FP8 ? 8 : KIND == 6 ? 4 : 2;
     const float* levels;
     __m512 scale, table[TABLES + 1];
-    __m512i rounded[2];
+    __m512i rounded[4];
 
     explicit Values(const float* levels) : levels(levels) {}
 
@@ -145,8 +145,14 @@ struct Values {
     }
 
     __m512i bf16(__m512i codes) const {
-        if constexpr (ARITHMETIC) return round_bf16(floats(codes));
-        else if constexpr (KIND == 6) return _mm512_permutex2var_epi16(rounded[0], codes, rounded[1]);
+        if constexpr (KIND == INT8) return round_bf16(floats(codes));
+        else if constexpr (KIND == FP8) {
+            const __m512i size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(64)),
+                                                         _mm512_permutex2var_epi16(rounded[0], codes, rounded[1]),
+                                                         _mm512_permutex2var_epi16(rounded[2], codes, rounded[3]));
+            const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+            return _mm512_xor_si512(size, sign);
+        } else if constexpr (KIND == 6) return _mm512_permutex2var_epi16(rounded[0], codes, rounded[1]);
         else return _mm512_permutexvar_epi16(codes, rounded[0]);
     }
 
@@ -173,25 +179,25 @@ private:
 template <int KIND, class Put>
 inline void decode_row(const Stack& s, const Tail& tail, const uint8_t* row, const uint16_t* scales, int64_t in, float sign,
                        int64_t ahead, Put put) {
-    const Codes<KIND> codes(row, in);
+    Codes<KIND> codes(row, in);
     Values<KIND> values(s.levels);
     const int64_t whole = in / 256;
     if (s.group == 256) {
         for (int64_t b = 0; b < whole; ++b) {
-            codes.prefetch(b, ahead);
+            codes.load(b, ahead);
             values.set_scale(sign * from_bf16(scales[b]));
 #pragma GCC unroll 8
-            for (int t = 0; t < 8; ++t) put(256 * b + 32 * t, values, codes.at(b, t));
+            for (int t = 0; t < 8; ++t) put(256 * b + 32 * t, values, codes.at(t));
         }
     } else {
         int64_t next = 0;  // where the next group starts
         for (int64_t b = 0; b < whole; ++b) {
-            codes.prefetch(b, ahead);
+            codes.load(b, ahead);
 #pragma GCC unroll 8
             for (int t = 0; t < 8; ++t) {
                 const int64_t k = 256 * b + 32 * t;
                 if (t % 2 == 0 && k == next) values.set_scale(sign * from_bf16(*scales++)), next += s.group;
-                put(k, values, codes.at(b, t));
+                put(k, values, codes.at(t));
             }
         }
         scales -= next / s.group;

@@ -102,9 +102,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _absent_outputs(
-    module: Any, hidden: Tensor, physical: Tensor, host_expert: Callable[[int], Weights]
-) -> Tensor:
+def _absent_outputs(module: Any, hidden: Tensor, physical: Tensor, host_expert: Callable[[int], Weights]) -> Tensor:
     """`[A, H]`: the outputs of the A (token, k) pairs with an absent expert, in the order of the pairs."""
     pairs = (physical.reshape(-1) < 0).nonzero().squeeze(1)
     ids = physical.reshape(-1)[pairs]
@@ -174,10 +172,10 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> _Stack | N
 
 @cache
 def _levels(fmt: Format) -> Tensor | None:
-    """float32 [64]: the levels over and over, so that bits above a code's do not matter."""
-    if fmt.bits == 8:
-        return None
-    return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels))
+    """float32 [64]: the levels over and over, so that bits above a code's do not matter. fp8: [128], without sign."""
+    if fmt.name == "fp8":
+        return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels)) if fmt.bits < 8 else None
 
 
 def _marks(bitmap: Tensor) -> Tensor:
