@@ -110,11 +110,31 @@ private:
     }
 };
 
+// 32 values in float32, apart so that a step's codes need no widening: those at even places, those at odd ones.
 struct Floats {
-    __m512 low, high;  // of 32 values
-};
+    __m512 even, odd;
 
-inline __m512i round_bf16(const Floats& values) { return (__m512i)_mm512_cvtne2ps_pbh(values.high, values.low); }
+    Floats operator+(const Floats& other) const { return {_mm512_add_ps(even, other.even), _mm512_add_ps(odd, other.odd)}; }
+    static Floats load(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; }
+
+    static Floats of_bf16(const uint16_t* from) {
+        const __m512i both = _mm512_loadu_si512(from);
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    }
+
+    void store(float* to) const {
+        _mm512_storeu_ps(to, even);
+        _mm512_storeu_ps(to + 16, odd);
+    }
+
+    // 32 bfloat16 in order.
+    __m512i rounded() const {
+        alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+    }
+};
 
 // Codes -> scaled levels. Tables of 16 float32 or 32 bfloat16 levels; the compiler drops what a loop does not use.
 template <int KIND>
@@ -129,23 +149,13 @@ struct Values {
     void set_scale(float value) {
         scale = _mm512_set1_ps(value);
         for (int i = 0; i < TABLES; ++i) table[i] = _mm512_mul_ps(scale, _mm512_loadu_ps(levels + 16 * i));
-        for (int i = 0; i < TABLES / 2; ++i) rounded[i] = round_bf16({table[2 * i], table[2 * i + 1]});
+        for (int i = 0; i < TABLES / 2; ++i) rounded[i] = (__m512i)_mm512_cvtne2ps_pbh(table[2 * i + 1], table[2 * i]);
     }
 
-    Floats floats(__m512i codes) const {
-        if constexpr (KIND == INT8) {
-            const __m512i words = _mm512_sub_epi16(codes, _mm512_set1_epi16(128));
-            return {_mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(words)))),
-                    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(words, 1))))};
-        } else {
-            const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
-            const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-            return {look_up(low), look_up(high)};
-        }
-    }
+    Floats floats(__m512i codes) const { return {look_up(codes), look_up(_mm512_srli_epi32(codes, 16))}; }
 
     __m512i bf16(__m512i codes) const {
-        if constexpr (KIND == INT8) return round_bf16(floats(codes));
+        if constexpr (KIND == INT8) return floats(codes).rounded();
         else if constexpr (KIND == FP8) {
             const __m512i size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(64)),
                                                          _mm512_permutex2var_epi16(rounded[0], codes, rounded[1]),
@@ -157,8 +167,11 @@ struct Values {
     }
 
 private:
-    __m512 look_up(__m512i codes) const {
-        if constexpr (KIND == FP8) {  // sign, exponent and fraction of e4m3 where float32 has them are the value / 2^120
+    __m512 look_up(__m512i codes) const {  // what lies above the lower 16 bits is rubbish
+        if constexpr (KIND == INT8) {
+            const __m512i code = _mm512_and_si512(codes, _mm512_set1_epi32(0xff));
+            return _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128))));
+        } else if constexpr (KIND == FP8) {  // sign, exponent and fraction of e4m3 where float32 has them are the value / 2^120
             const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)), 24);
             const __m512i rest = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)), 20);
             const __m512 small = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
@@ -243,22 +256,34 @@ inline void decode_bf16(const Stack& s, const Tail& tail, int64_t index, int64_t
     });
 }
 
-// The same in float32; `add`: to what is there.
-inline void decode_floats(const Stack& s, const Tail& tail, int64_t index, int64_t outputs, int64_t in, int64_t row,
-                          float sign, bool add, float* to) {
+// The same in float32, 32 values apart as `Floats` has them.
+inline void decode_floats(const Stack& s, const Tail& tail, int64_t index, int64_t outputs, int64_t in, int64_t first,
+                          int64_t count, float* to) {
     const int64_t groups = (in + s.group - 1) / s.group;
-    row += index * outputs;
     with_kind(s.kind, [&](auto kind) {
-        decode_row<decltype(kind)::value>(s, tail, s.data + row * s.row_bytes, s.scales + row * groups, in, sign, s.row_bytes,
-                                          [to, add](int64_t k, const auto& values, __m512i codes) {
-                                              Floats found = values.floats(codes);
-                                              if (add) {
-                                                  found.low = _mm512_add_ps(found.low, _mm512_loadu_ps(to + k));
-                                                  found.high = _mm512_add_ps(found.high, _mm512_loadu_ps(to + k + 16));
-                                              }
-                                              _mm512_storeu_ps(to + k, found.low);
-                                              _mm512_storeu_ps(to + k + 16, found.high);
-                                          });
+        for (int64_t r = 0; r < count; ++r, to += in) {
+            const int64_t row = index * outputs + first + r;
+            decode_row<decltype(kind)::value>(s, tail, s.data + row * s.row_bytes, s.scales + row * groups, in, 1,
+                                              count * s.row_bytes, [to](int64_t k, const auto& values, __m512i codes) {
+                                                  values.floats(codes).store(to + k);
+                                              });
+        }
+    });
+}
+
+// base + sign · the same of a delta, rounded once -> bfloat16 [count, in]. base: [count, in] from decode_floats.
+inline void add_to_base(const Stack& s, const Tail& tail, int64_t index, int64_t outputs, int64_t in, int64_t first,
+                        int64_t count, float sign, const float* base, uint16_t* to) {
+    const int64_t groups = (in + s.group - 1) / s.group;
+    with_kind(s.kind, [&](auto kind) {
+        for (int64_t r = 0; r < count; ++r, base += in, to += in) {
+            const int64_t row = index * outputs + first + r;
+            decode_row<decltype(kind)::value>(
+                s, tail, s.data + row * s.row_bytes, s.scales + row * groups, in, sign, count * s.row_bytes,
+                [base, to](int64_t k, const auto& values, __m512i codes) {
+                    _mm512_storeu_si512(to + k, (values.floats(codes) + Floats::load(base + k)).rounded());
+                });
+        }
     });
 }
 

@@ -17,7 +17,7 @@ extern "C" void polymoe_combine_bf16(const uint16_t* out, const int64_t* place, 
 namespace polymoe {
 namespace {
 
-constexpr int64_t APART_ROWS = 8;  // of a segment: up to here a delta has a product of its own
+constexpr int64_t APART_ROWS = 6;  // of a segment: up to here a delta has a product of its own
 constexpr int64_t SUB_ROWS = 8;    // weight rows decoded at once for few rows: 2 x 8 x 1024 bfloat16 stay in L1
 
 struct Entry {
@@ -34,14 +34,15 @@ struct Stacks {
     const Stack *bases, *deltas;
 };
 
+template <class T = uint16_t>
 struct Rows {
-    const uint16_t *first, *second;  // the halves, when paired
+    const T *first, *second;  // the halves, when paired; else all lie behind the first
 };
 
 // What one thread decodes into.
 struct Buffers {
     std::vector<uint16_t> base, own;
-    std::vector<float> line;
+    std::vector<float> floats;
     std::vector<uint32_t> packed;
 };
 
@@ -54,14 +55,14 @@ struct Product {
 
     int64_t outputs() const { return p.paired ? 2 * p.out : p.out; }
 
-    template <class F>  // f(first row of the matrix, rows, where they go)
-    Rows halves(int64_t o, int64_t count, uint16_t* to, F f) const {
+    template <class T, class F>  // f(first row of the matrix, rows, where they go)
+    Rows<T> halves(int64_t o, int64_t count, T* to, F f) const {
         f(o, count, to);
         if (p.paired) f(p.out + o, count, to + count * p.in);
         return {to, to + count * p.in};
     }
 
-    Rows base(const Segment& s, int64_t o, int64_t count, std::vector<uint16_t>& buffer) const {
+    Rows<> base(const Segment& s, int64_t o, int64_t count, std::vector<uint16_t>& buffer) const {
         const Stack& stack = stacks.bases[s.base.stack];
         if (stack.kind == STORED) {
             const uint16_t* first = stored(s, o);
@@ -72,33 +73,40 @@ struct Product {
         });
     }
 
-    Rows delta(const Segment& s, int64_t o, int64_t count, std::vector<uint16_t>& buffer) const {
+    Rows<> delta(const Segment& s, int64_t o, int64_t count, std::vector<uint16_t>& buffer) const {
         return halves(o, count, aligned(buffer, 2 * count * p.in), [&](int64_t row, int64_t rows, uint16_t* to) {
             decode_bf16(stacks.deltas[s.delta.stack], tail, s.delta.index, outputs(), p.in, row, rows, s.sign, to);
         });
     }
 
+    // The base in float32, what `own` adds to: [count, in] of each half.
+    const float* floats(const Segment& s, int64_t o, int64_t count, std::vector<float>& buffer) const {
+        const Stack& stack = stacks.bases[s.base.stack];
+        float* to = aligned(buffer, 2 * count * p.in);
+        halves(o, count, to, [&](int64_t row, int64_t rows, float* to) {
+            if (stack.kind != STORED) return decode_floats(stack, tail, s.base.index, outputs(), p.in, row, rows, to);
+            const uint16_t* from = stored(s, row);
+            for (int64_t k = 0; k < rows * p.in; k += 32) Floats::of_bf16(from + k).store(to + k);
+        });
+        return to;
+    }
+
     // base + sign · delta, or what a lossless delta makes of the base.
-    Rows own(const Segment& s, int64_t o, int64_t count, Buffers& buffers) const {
+    Rows<> own(const Segment& s, int64_t o, int64_t count, const float* base, std::vector<uint16_t>& buffer) const {
         const Stack& stack = stacks.deltas[s.delta.stack];
-        float* line = aligned(buffers.line, p.in);
-        return halves(o, count, aligned(buffers.own, 2 * count * p.in), [&](int64_t row, int64_t rows, uint16_t* to) {
+        return halves(o, count, aligned(buffer, 2 * count * p.in), [&](int64_t row, int64_t rows, uint16_t* to) {
             if (stack.kind == EXACT) return replace_rows(stack, s.delta.index, outputs(), p.in, row, rows, stored(s, row), to);
-            for (int64_t r = row; r < row + rows; ++r, to += p.in) {
-                const Stack& under = stacks.bases[s.base.stack];
-                if (under.kind == STORED)
-                    for (int64_t k = 0; k < p.in; k += 16) _mm512_store_ps(line + k, load_bf16(stored(s, r) + k));
-                else
-                    decode_floats(under, tail, s.base.index, outputs(), p.in, r, 1, false, line);
-                decode_floats(stack, tail, s.delta.index, outputs(), p.in, r, s.sign, true, line);
-                for (int64_t k = 0; k < p.in; k += 32)
-                    _mm512_storeu_si512(to + k, round_bf16(Floats{_mm512_load_ps(line + k), _mm512_load_ps(line + k + 16)}));
-            }
+            const float* under = base + (row >= p.out && p.paired ? rows * p.in : 0);
+            add_to_base(stack, tail, s.delta.index, outputs(), p.in, row, rows, s.sign, under, to);
         });
     }
 
     bool is_apart(int64_t g) const {
-        return segments[g].delta.stack >= 0 && stacks.deltas[segments[g].delta.stack].kind != EXACT && p.rows(g) <= APART_ROWS;
+        return segments[g].delta.stack >= 0 && !is_exact(g) && p.rows(g) <= APART_ROWS;
+    }
+
+    bool is_exact(int64_t g) const {
+        return segments[g].delta.stack >= 0 && stacks.deltas[segments[g].delta.stack].kind == EXACT;
     }
 
     bool has_own(int64_t g) const { return segments[g].delta.stack >= 0 && !is_apart(g); }
@@ -112,7 +120,7 @@ private:
 
 // MR rows of x against SUB_ROWS weight rows, and against as many of a delta where there is one.
 template <int MR, bool PAIRED>
-void dots_of(const Problem& p, const uint16_t* const* x, const Rows& base, const Rows* delta, uint16_t* y) {
+void dots_of(const Problem& p, const uint16_t* const* x, const Rows<>& base, const Rows<>* delta, uint16_t* y) {
     constexpr int NR = MR <= 2 ? 8 : MR <= 4 ? 4 : 2;
     for (int64_t i = 0; i < SUB_ROWS; i += NR) {
         const int64_t at = PAIRED ? i / 2 : i;
@@ -131,7 +139,7 @@ void dots_of(const Problem& p, const uint16_t* const* x, const Rows& base, const
 }
 
 template <bool PAIRED>
-void dots_of_segment(const Problem& p, int64_t g, const Rows& base, const Rows* delta, int64_t o) {
+void dots_of_segment(const Problem& p, int64_t g, const Rows<>& base, const Rows<>* delta, int64_t o) {
     for (int64_t r = p.starts[g]; r < p.starts[g + 1]; r += 8) {
         const int64_t rows = std::min<int64_t>(8, p.starts[g + 1] - r);
         const uint16_t* x[8];
@@ -150,6 +158,26 @@ void dots_of_segment(const Problem& p, int64_t g, const Rows& base, const Rows* 
     }
 }
 
+// What a base gives to the segments on it, `count` weight rows from o on: each made once, when it is asked for.
+struct Shared {
+    const Product& product;
+    const int64_t o, count;
+    Buffers& buffers;
+    Rows<> base{nullptr, nullptr};
+    const float* floats = nullptr;
+
+    // The rows that segment g is multiplied by, its delta in them unless that stays apart.
+    Rows<> rows(int64_t g) {
+        const Segment& segment = product.segments[g];
+        if (product.has_own(g)) {
+            if (!floats && !product.is_exact(g)) floats = product.floats(segment, o, count, buffers.floats);
+            return product.own(segment, o, count, floats, buffers.own);
+        }
+        if (!base.first) base = product.base(segment, o, count, buffers.base);
+        return base;
+    }
+};
+
 // Outputs o .. o + count of segments first .. last, all on one base.
 void run_piece(const Product& product, const Scratch& scratch, int64_t first, int64_t last, int64_t o, int64_t count,
                Buffers& buffers) {
@@ -158,28 +186,20 @@ void run_piece(const Product& product, const Scratch& scratch, int64_t first, in
     bool few = false;
     for (int64_t g = first; g < last; ++g) few |= p.rows(g) <= FEW_ROWS;
     for (int64_t at = o; few && at < o + count; at += step) {
-        Rows base{nullptr, nullptr};
+        Shared shared{product, at, step, buffers};
         for (int64_t g = first; g < last; ++g) {
             if (p.rows(g) > FEW_ROWS) continue;
-            const Segment& segment = product.segments[g];
-            Rows rows, delta;
-            if (product.has_own(g)) {
-                rows = product.own(segment, at, step, buffers);
-            } else {
-                if (!base.first) base = product.base(segment, at, step, buffers.base);
-                rows = base;
-            }
+            const Rows<> rows = shared.rows(g);
             const bool apart = product.is_apart(g);
-            if (apart) delta = product.delta(segment, at, step, buffers.own);
+            const Rows<> delta = apart ? product.delta(product.segments[g], at, step, buffers.own) : rows;
             if (p.paired) dots_of_segment<true>(p, g, rows, apart ? &delta : nullptr, at);
             else dots_of_segment<false>(p, g, rows, apart ? &delta : nullptr, at);
         }
     }
+    Shared shared{product, o, count, buffers};
     for (int64_t g = first; g < last; ++g) {
         if (p.rows(g) <= FEW_ROWS) continue;
-        const Segment& segment = product.segments[g];
-        const Rows rows = product.has_own(g) ? product.own(segment, o, count, buffers)
-                                             : product.base(segment, o, count, buffers.base);
+        const Rows<> rows = shared.rows(g);
         matmul_group(p, scratch, g, rows.first, rows.second, nullptr, o, count, aligned(buffers.packed, p.in / 2 * WEIGHT_ROWS));
     }
 }
