@@ -132,8 +132,9 @@ def _described(layer: "CompressedLayer") -> _Layer | None:
     stacks = []
     for name in _NAMES:
         for pools in (bases, deltas):
-            found = [_stack(pool, name, width if name == "gate_up_proj" else inner, made) for pool in pools]
-            if None in found:
+            inputs = width if name == "gate_up_proj" else inner
+            found = [stack for pool in pools if (stack := _stack(pool, name, inputs, made)) is not None]
+            if len(found) < len(pools):
                 return None
             stacks.append((_Stack * len(found))(*found))
     return _Layer(stacks, width, inner, made)
