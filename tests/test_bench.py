@@ -326,6 +326,9 @@ def test_qos_at_two_rates(cache: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["throughput", "--systems", "mixed,magic"], "unknown system magic"),
+        (["throughput", "--systems", "mixed:magic"], "unknown policy 'magic'"),
+        (["throughput", "--systems", "mixed:auto@little"], "not a memory budget"),
+        (["throughput", "--systems", "swap:auto"], "bundles of its own"),
         (["throughput", "--requests", "0"], "--requests"),
         (["throughput", "--input-tokens", "500", "--output-tokens", "20"], "context of 512"),
         (["qos", "--rates", "1,0"], "positive"),
@@ -341,3 +344,4 @@ def test_wrong_options_are_one_message(arguments: list[str], message: str, cache
 
 def test_systems_are_named_once() -> None:
     assert check_systems(["mixed", "single", "mixed"]) == ["mixed", "single"]
+    assert check_systems(["mixed:auto@0.55x", "single:delta"]) == ["mixed:auto@0.55x", "single:delta"]

@@ -123,14 +123,16 @@ def test_against_one_token_at_a_time(layout: tuple[bool, bool, bool], routing: s
     gate = torch.rand(num_tokens, K, generator=generator)
 
     entry = variant[:, None], index
-    made = route(case.table[entry], variant, case.delta[entry], case.sign[entry])
     fetched: list[int] = []
 
     def host_expert(physical: int) -> dict[str, torch.Tensor]:
         fetched.append(physical)
         return case.host[physical]
 
-    out = experts_compressed(case.module, hidden, made, gate, case.layer, host_expert)
+    out = experts_compressed(
+        case.module, hidden, case.table[entry], variant, case.delta[entry], case.sign[entry], gate, case.layer,
+        host_expert,
+    )  # fmt: skip
     assert out.dtype == dtype
     expected = one_by_one(case.module, hidden, variant[:, None] * E + index, gate, case.weights(torch.float32))
     if dtype == torch.float32:

@@ -11,13 +11,15 @@ from rich.console import Console
 from polymoe.bench.partition import PartitionSystem
 from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
-from polymoe.bench.systems import SYSTEMS, EngineSystem, System
+from polymoe.bench.systems import ON_ONE_BUNDLE, SYSTEMS, EngineSystem, System
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, available_memory, split_cores
 from polymoe.model.device_facts import choose_device
+from polymoe.offline.budget import parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.cache import plan_cached
+from polymoe.offline.options import PlanOptions
 
 # What a process holds beside weights and KV cache (interpreter, torch, transformers, activations), in bytes.
 _PROCESS_BYTES = 700 << 20
@@ -43,12 +45,14 @@ class Builder:
     def variants(self) -> list[str]:
         return list(self.checkpoints)
 
-    def shared_bundle(self) -> Bundle:
-        """The bundle of all variants, policy `paper`."""
-        return self._bundle(self.variants, "paper", self.memory)
+    def shared_bundle(self, plan: str = "") -> Bundle:
+        """The bundle of all variants: policy `paper`, or what `plan` (POLICY[@MEMORY]) says."""
+        policy, _, memory = plan.partition("@")
+        return self._bundle(self.variants, policy or "paper", memory or self.memory)
 
     def system(self, name: str) -> System:
-        """A system of `SYSTEMS`, not started yet."""
+        """A system that `check_systems` knows, not started yet."""
+        name, _, plan = name.partition(":")
         if name == "swap":
             bundles = {v: self._bundle([v], "separate", None) for v in self.variants}
             sizes = {v: sum(b.resident_bytes.values()) for v, b in bundles.items()}
@@ -58,7 +62,7 @@ class Builder:
         if name == "transformers":
             device = choose_device(self.device)
             return StockSystem(self.checkpoints, device, self.dtype, self.max_num_seqs, self.threads)
-        config = self._config(self.shared_bundle())
+        config = self._config(self.shared_bundle(plan))
         if name == "per-variant":
             config = msgspec.structs.replace(config, max_variants_per_step=1)
         elif name == "reconfigure":
@@ -85,7 +89,8 @@ class Builder:
             return share + self.kv_cache_bytes + len(self.variants) * _PROCESS_BYTES
         if name == "transformers":
             return sum(file.stat().st_size for path in self.checkpoints.values() for file in path.glob("*.safetensors"))
-        bundle = self._bundle(self.variants[:1], "separate", None) if name == "swap" else self.shared_bundle()
+        plan = name.partition(":")[2]
+        bundle = self._bundle(self.variants[:1], "separate", None) if name == "swap" else self.shared_bundle(plan)
         return sum(bundle.resident_bytes.values()) + self.kv_cache_bytes + _PROCESS_BYTES
 
     def _partition(self) -> PartitionSystem:
@@ -119,11 +124,23 @@ class Builder:
 
 
 def check_systems(names: Sequence[str]) -> list[str]:
-    """The names, each once. Raises `PolymoeError` for one that does not exist."""
+    """The names, each once. Raises `PolymoeError` for a system, policy or budget that does not exist."""
     chosen = list(dict.fromkeys(names))
-    unknown = [name for name in chosen if name not in SYSTEMS]
+    kinds = {name: name.partition(":")[0] for name in chosen}
+    unknown = [name for name, kind in kinds.items() if kind not in SYSTEMS]
     if unknown or not chosen:
         raise PolymoeError(f"unknown system {', '.join(unknown) or '(none)'}; there are {', '.join(SYSTEMS)}.")
+    for name, kind in kinds.items():
+        _, colon, plan = name.partition(":")
+        if colon and kind not in ON_ONE_BUNDLE:
+            raise PolymoeError(
+                f"{name!r}: {kind} has bundles of its own; only {', '.join(ON_ONE_BUNDLE)} take a policy."
+            )
+        policy, at, memory = plan.partition("@")
+        if colon:
+            PlanOptions().check(policy)
+        if at:
+            parse_memory(memory)
     return chosen
 
 

@@ -35,7 +35,7 @@ Systems = Annotated[
     str | None,
     typer.Option(
         help="comma-separated, of: mixed, single, per-variant, reconfigure, paper, swap, partition (default: all "
-        "these), transformers"
+        "these), transformers; mixed:auto or mixed:auto@0.55x has a bundle with that policy (and --memory)"
     ),
 ]
 Memory = Annotated[str, typer.Option(help="expert bytes of the bundle of all variants, as for `polymoe plan`")]

@@ -23,6 +23,13 @@ _COLOURS = {
     "transformers": "#a16207",
 }
 _MARKERS = dict(zip(_COLOURS, "osD^vPX*", strict=True))
+
+
+def _colour(system: str) -> str:
+    """Of its kind, whatever its bundle."""
+    return _COLOURS[system.partition(":")[0]]
+
+
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -93,14 +100,15 @@ def rate_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             for name in group[0]["systems"]:
                 found = [p["systems"][name] for p in group]
                 axes.plot(
-                    rates, [f["output_tokens_per_s"] for f in found], label=name, color=_COLOURS[name],
-                    marker=_MARKERS[name], markersize=5, linewidth=2.4 if name == "mixed" else 1.5,
-                    linestyle="--" if name == "single" else "-", zorder={"mixed": 3, "single": 4}.get(name, 2),
-                    markerfacecolor="white" if name == "single" else _COLOURS[name],
+                    rates, [f["output_tokens_per_s"] for f in found], label=name, color=_colour(name),
+                    marker=_MARKERS[name.partition(":")[0]], markersize=5, linewidth=2.4 if name == "mixed" else 1.5,
+                    linestyle="--" if name == "single" else ":" if ":" in name else "-",
+                    zorder={"mixed": 3, "single": 4}.get(name, 2),
+                    markerfacecolor="white" if name == "single" else _colour(name),
                 )  # fmt: skip
                 axes.fill_between(
                     rates, [f["output_tokens_per_s_min"] for f in found], [f["output_tokens_per_s_max"] for f in found],
-                    color=_COLOURS[name], alpha=0.12, linewidth=0,
+                    color=_colour(name), alpha=0.12, linewidth=0,
                 )  # fmt: skip
             axes.set_title(f"{lengths.replace(':', ' tokens in, ')} out")
             axes.set_xlabel("arrival rate, requests per second and variant")
@@ -144,7 +152,7 @@ def _bars(
     """Horizontal bars, the first on top, each with its figure beside it."""
     places = range(len(names))
     axes.barh(
-        places, values, color=[_COLOURS[n] for n in names], height=0.68,
+        places, values, color=[_colour(n) for n in names], height=0.68,
         xerr=spread, error_kw={"ecolor": "0.35", "elinewidth": 1, "capsize": 2},
     )  # fmt: skip
     axes.set_yticks(places, names)
@@ -164,7 +172,7 @@ def _grouped_bars(axes: Any, group: Sequence[Mapping[str, Any]], kind: str) -> N
     for index, name in enumerate(names):
         found = [p["systems"][name][kind] for p in group]
         places = [g + (index - (len(names) - 1) / 2) * width for g in range(len(group))]
-        axes.bar(places, [f["mean"] or 0.0 for f in found], width * 0.9, color=_COLOURS[name], label=name)
+        axes.bar(places, [f["mean"] or 0.0 for f in found], width * 0.9, color=_colour(name), label=name)
         axes.plot(places, [f["p95"] for f in found], linestyle="", marker="_", markersize=7, color="0.25", zorder=3)
     rates = ["trace" if p["rate_per_variant"] is None else f"{p['rate_per_variant']:.3g}" for p in group]
     axes.set_xticks(range(len(group)), rates)

@@ -10,6 +10,8 @@
 | `swap`        | 1       | whole models in turn, see `polymoe.bench.swap` |
 | `partition`   | N       | 1/N of the cores and the memory each, see `polymoe.bench.partition` |
 | `transformers`| none    | stock models, one variant's batch at a time, see `polymoe.bench.stock` |
+
+The first five may have a bundle of their own: `mixed:auto`, `mixed:auto@0.55x` (policy, then its `--memory`).
 """
 
 from collections.abc import AsyncIterator
@@ -23,6 +25,7 @@ from polymoe.machine import peak_rss
 
 DEFAULT_SYSTEMS = ("mixed", "single", "per-variant", "reconfigure", "paper", "swap", "partition")
 SYSTEMS = (*DEFAULT_SYSTEMS, "transformers")
+ON_ONE_BUNDLE = DEFAULT_SYSTEMS[:5]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from polymoe.kernels.grouped_experts import combine, mlp, project
 from polymoe.kernels.grouped_linear import grouped_linear
+from polymoe.kernels.packed_experts import packed_experts
 from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
@@ -104,20 +105,46 @@ class CompressedLayer:
 def experts_compressed(
     module: Any,
     hidden: Tensor,
-    routing: Routing,
+    physical: Tensor,
+    token_variant: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
     gate: Tensor,
     layer: CompressedLayer,
     host_expert: Callable[[int], Weights],
 ) -> Tensor:
-    """One layer's experts for a batch that mixes variants.
+    """One layer's experts for a batch that mixes variants: by the compiled kernel where it applies, else by torch.
 
     Args:
         module: the stock experts module; its `_apply_gate` (or `act_fn`) and layout flags are used.
-        hidden: `[T, H]`. gate: `[T, K]` routing weights.
-        host_expert: id < 0 -> the tensors of an absent expert, fetched.
+        hidden: `[T, H]`. physical: `[T, K]` base ids, < 0 for absent experts. token_variant: `[T]`.
+        delta, sign: `[T, K]`, or None where there are none; delta −1 is none.
+        gate: `[T, K]` routing weights.
+        host_expert: id < 0 -> the tensors of an absent expert, fetched; asked once for each.
 
     Returns: `[T, H]` in `hidden`'s dtype.
     """
+    fused = packed_experts(module, hidden, physical, delta, sign, gate, layer, host_expert)
+    if fused is not None:
+        return fused
+    return experts_compressed_torch(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert)
+
+
+def experts_compressed_torch(
+    module: Any,
+    hidden: Tensor,
+    physical: Tensor,
+    token_variant: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
+    gate: Tensor,
+    layer: CompressedLayer,
+    host_expert: Callable[[int], Weights],
+) -> Tensor:
+    """The reference for any device, dtype and module: one matrix at a time. Arguments as `experts_compressed`."""
+    if not len(hidden):
+        return torch.empty_like(hidden)
+    routing = route(physical, token_variant, delta, sign)
     inputs = hidden[routing.order // gate.shape[1]]
     pieces = []
     first = 0  # segments of host experts come first

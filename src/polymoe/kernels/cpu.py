@@ -70,6 +70,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     attention.argtypes = [*[_POINTER] * 4, _NUMBER, *[_POINTER] * 4, *[_NUMBER] * 8, _FLOAT, _POINTER, _INT]
     combine.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _POINTER, _INT]
     experts.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 5, *[_POINTER] * 3, _INT]
+    packed = library.polymoe_packed_experts_bf16
+    packed.argtypes = [*[_POINTER] * 5, *[_NUMBER] * 4, *[_POINTER] * 6, _INT]
+    packed.restype = None
     norm = library.polymoe_rms_norm_bf16
     norm.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _FLOAT, _POINTER, _INT]
     norm.restype = None

@@ -47,19 +47,13 @@ inline __m512 gated(__m512 gate, __m512 up) {
 
 // --- few rows
 
-// MR rows against NR weight rows, at most 16 sums. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
-// ahead: how far behind `first` (and `second`) the weights lie that are fetched meanwhile. SEVERAL: other rows of x pass
-// over the same weights and fetch their share.
-template <int MR, int NR, bool PAIRED, bool SEVERAL>
-inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t* first, const uint16_t* second,
-                     const uint16_t* bias, uint16_t* y, int64_t ahead) {
+// sum[r * NR + o] += x[r] . w[o], lane by lane. ahead: how far behind the first FETCHED of w the weights lie that are
+// fetched meanwhile.
+template <int MR, int NR, int FETCHED = 0>
+inline __attribute__((always_inline)) void add_products(const uint16_t* const* x, const uint16_t* const* w, int64_t in,
+                                                        int64_t ahead, __m512* sum) {
     static_assert(MR * NR <= 16, "one sum a lane at the end");
-    __m512 sum[16];
-    for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
-    const uint16_t* w[NR];
-    for (int o = 0; o < NR; ++o) w[o] = PAIRED ? (o % 2 ? second : first) + o / 2 * p.in : first + o * p.in;
-    constexpr int FETCHED = PAIRED || !SEVERAL ? NR : (NR + 1) / 2;  // weight rows
-    for (int64_t k = 0; k < p.in; k += 32) {
+    for (int64_t k = 0; k < in; k += 32) {
         __m512bh weight[NR];
         for (int o = 0; o < NR; ++o) weight[o] = (__m512bh)_mm512_loadu_si512(w[o] + k);
         for (int o = 0; o < FETCHED; ++o) _mm_prefetch(reinterpret_cast<const char*>(w[o] + ahead + k), _MM_HINT_T0);
@@ -68,13 +62,19 @@ inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t*
             for (int o = 0; o < NR; ++o) sum[r * NR + o] = _mm512_dpbf16_ps(sum[r * NR + o], row, weight[o]);
         }
     }
+}
+
+// Sums of MR rows and NR weight rows -> y, `stride` apart. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
+template <int MR, int NR, bool PAIRED>
+inline __attribute__((always_inline)) void store_tile(const __m512* sum, const uint16_t* bias, uint16_t* y,
+                                                      int64_t stride) {
     __m512 lanes = add_lanes(sum);
     alignas(64) uint16_t rounded[16];
     if (PAIRED) {
         lanes = round_bf16(lanes);
         store_bf16(rounded, gated(lanes, _mm512_permute_ps(lanes, 0xb1)));  // 0xb1: each lane meets its neighbour
         for (int r = 0; r < MR; ++r)
-            for (int o = 0; o < NR / 2; ++o) y[r * p.out + o] = rounded[r * NR + 2 * o];
+            for (int o = 0; o < NR / 2; ++o) y[r * stride + o] = rounded[r * NR + 2 * o];
         return;
     }
     if (bias) {
@@ -86,7 +86,20 @@ inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t*
     }
     store_bf16(rounded, lanes);
     for (int r = 0; r < MR; ++r)
-        for (int o = 0; o < NR; ++o) y[r * p.out + o] = rounded[r * NR + o];
+        for (int o = 0; o < NR; ++o) y[r * stride + o] = rounded[r * NR + o];
+}
+
+// MR rows against NR weight rows, at most 16 sums. SEVERAL: other rows of x pass over the same weights and fetch their
+// share of those `ahead`.
+template <int MR, int NR, bool PAIRED, bool SEVERAL>
+inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t* first, const uint16_t* second,
+                     const uint16_t* bias, uint16_t* y, int64_t ahead) {
+    __m512 sum[16];
+    for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
+    const uint16_t* w[NR];
+    for (int o = 0; o < NR; ++o) w[o] = PAIRED ? (o % 2 ? second : first) + o / 2 * p.in : first + o * p.in;
+    add_products<MR, NR, PAIRED || !SEVERAL ? NR : (NR + 1) / 2>(x, w, p.in, ahead, sum);
+    store_tile<MR, NR, PAIRED>(sum, bias, y, p.out);
 }
 
 // Whether a piece is so large that the next one would be gone from L2 before its turn: then the next tile is fetched.
@@ -220,13 +233,12 @@ void matmul_tile(const Problem& p, const Tile& tile, const uint32_t* x, const ui
     }
 }
 
-inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, int64_t g, int64_t o,
-                   int64_t count, uint32_t* packed) {
-    const uint16_t* first = p.weights[g] + o * p.in;
-    const uint16_t* second = first + (p.paired ? p.out : 16) * p.in;
+// `count` outputs from o on of the tiles' rows; their weights are rows of `first` and, when paired, of `second`.
+inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, const uint16_t* first,
+                   const uint16_t* second, const uint16_t* bias, int64_t o, int64_t count, uint32_t* packed) {
+    if (!p.paired) second = first + 16 * p.in;
     pack_weights(first, p.in, std::min<int64_t>(count, 16), packed, WEIGHT_ROWS);
     pack_weights(second, p.in, p.paired ? count : std::max<int64_t>(0, count - 16), packed + 16, WEIGHT_ROWS);
-    const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
     for (int64_t t = 0; t < num_tiles; ++t) {
         switch (tiles[t].height) {
 #define POLYMOE_HEIGHT(H) \
@@ -249,7 +261,8 @@ struct Scratch {
     std::vector<uint32_t> pairs;
 };
 
-inline void run(const Problem& p, Scratch& scratch, int num_threads) {
+// Cut the groups of many rows into tiles.
+inline void make_tiles(const Problem& p, Scratch& scratch) {
     scratch.tiles.clear();
     scratch.first_tile.assign(1, 0);
     scratch.tile_at.clear();
@@ -263,6 +276,25 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
         scratch.first_tile.push_back(static_cast<int64_t>(scratch.tiles.size()));
     }
     if (static_cast<int64_t>(scratch.pairs.size()) < pairs) scratch.pairs.resize(pairs);
+}
+
+// Of each thread: `size` elements that are kept, at a multiple of 64 bytes.
+template <class T>
+inline T* aligned(std::vector<T>& buffer, int64_t size) {
+    if (static_cast<int64_t>(buffer.size()) < size + 64) buffer.resize(size + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+}
+
+// A piece of a group of many rows, after make_tiles and pack_tile.
+inline void matmul_group(const Problem& p, const Scratch& scratch, int64_t g, const uint16_t* first,
+                         const uint16_t* second, const uint16_t* bias, int64_t o, int64_t count, uint32_t* packed) {
+    const int64_t tile = scratch.first_tile[g];
+    matmul(p, scratch.tiles.data() + tile, scratch.first_tile[g + 1] - tile, scratch.pairs.data() + scratch.tile_at[tile],
+           first, second, bias, o, count, packed);
+}
+
+inline void run(const Problem& p, Scratch& scratch, int num_threads) {
+    make_tiles(p, scratch);
     const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
     const int64_t step = p.outputs_a_piece(), pieces = (p.out + step - 1) / step;
     parallel_for(num_tiles, 2, num_threads, [&](int64_t begin, int64_t end) {
@@ -272,17 +304,17 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     const int64_t chunk = std::clamp<int64_t>(p.num_groups * pieces / (16 * num_threads), 2, 16);
     parallel_for(p.num_groups * pieces, chunk, num_threads, [&](int64_t begin, int64_t end) {
         static thread_local std::vector<uint32_t> buffer;
-        if (num_tiles) buffer.resize(std::max<size_t>(buffer.size(), p.in / 2 * WEIGHT_ROWS + 16));
-        uint32_t* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+        uint32_t* packed = num_tiles ? aligned(buffer, p.in / 2 * WEIGHT_ROWS) : nullptr;
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t g = piece / pieces, o = piece % pieces * step, count = std::min(step, p.out - o);
-            if (p.rows(g) > FEW_ROWS)
-                matmul(p, scratch.tiles.data() + scratch.first_tile[g], scratch.first_tile[g + 1] - scratch.first_tile[g],
-                       scratch.pairs.data() + scratch.tile_at[scratch.first_tile[g]], g, o, count, packed);
-            else if (p.paired)
+            if (p.rows(g) > FEW_ROWS) {
+                const uint16_t* first = p.weights[g] + o * p.in;
+                matmul_group(p, scratch, g, first, first + p.out * p.in, p.biases ? p.biases[g] + o : nullptr, o, count, packed);
+            } else if (p.paired) {
                 dots<true>(p, g, o, count);
-            else
+            } else {
                 dots<false>(p, g, o, count);
+            }
         }
     });
 }

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, route
+from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
+from polymoe.kernels.packed_experts import is_known
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
 from polymoe.model.expert_store import ExpertStore, load_packed, load_tensor
@@ -66,8 +67,9 @@ class LayerExperts:
                 self._announce(physical)
             delta = None if self.delta is None else self.delta[entry]
             sign = None if self.sign is None else self.sign[entry]
-            routing = route(physical, token_variant, delta, sign)
-            return experts_compressed(module, hidden, routing, top_k_weights, self.compressed, self.weights_of)
+            return experts_compressed(
+                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, self.weights_of
+            )
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:  # no kernel for this module
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
         if (
@@ -81,7 +83,9 @@ class LayerExperts:
 
     def by_kernels(self, module: torch.nn.Module) -> bool:
         """Whether the compiled kernels multiply by these experts, in bfloat16 on a CPU that has them."""
-        return self.compressed is None and self.all_resident and not module.is_transposed
+        if not self.all_resident or module.is_transposed:
+            return False
+        return self.compressed is None or is_known(module, self.compressed)
 
     def _on_device(self, module: torch.nn.Module) -> bool:
         """Whether a GPU's kernels compute this layer; asked once."""
