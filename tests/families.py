@@ -4,8 +4,10 @@
 go wrong (distinct head counts, a leading dense layer, biases and sinks that are not zero), so that a mistake shows.
 """
 
+import json
+import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,24 @@ TEXT = [
     "pack my box with five dozen liquor jugs, said the wizard",
     "0 1 2 3 4 5 6 7 8 9 + - * / ( ) [ ] { } = < > . , ; : ! ?",
 ]
+
+
+def write_pairs(
+    names: Iterable[str], folder: Path, seed: int = 0, count: int = 40, most_words: int = 20, between: str = "\n"
+) -> dict[str, Path]:
+    """Variant name -> file of `count` pairs for encoder–decoders, JSON lines with `between` between them."""
+    rng, words, found = random.Random(seed), " ".join(TEXT).split(), {}
+    for name in names:
+        lines = [
+            {
+                "input": " ".join(rng.choices(words, k=rng.randint(1, most_words))),
+                "target": " ".join(rng.choices(words, k=5)),
+            }
+            for _ in range(count)
+        ]
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text(between.join(map(json.dumps, lines)))
+    return found
 
 
 def make_tokenizer(

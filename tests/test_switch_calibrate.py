@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from encoded import flat, served_experts
-from families import TEXT, make_switch_family
+from families import make_switch_family, write_pairs
 from polymoe.cli import app
 from polymoe.errors import PlanError
 from polymoe.evaluate.fidelity import OriginalModel
@@ -216,23 +216,9 @@ def test_an_interrupted_run_goes_on_where_it_was(family: Family, tmp_path: Path)
     assert other_inputs.hash() != calibration(texts).hash(), "what the encoder reads decides too"
 
 
-def write_texts(names: list[str], folder: Path, seed: int) -> dict[str, Path]:
-    """variant -> file of pairs"""
-    rng, words = random.Random(seed), " ".join(TEXT).split()
-    found = {}
-    for name in names:
-        lines = [
-            {"input": " ".join(rng.choices(words, k=rng.randint(1, 20))), "target": " ".join(rng.choices(words, k=5))}
-            for _ in range(40)
-        ]
-        found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("\n".join(map(json.dumps, lines)))
-    return found
-
-
 @pytest.fixture(scope="module")
 def texts(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_texts(family.names, tmp_path_factory.mktemp("texts"), 0)
+    return write_pairs(family.names, tmp_path_factory.mktemp("texts"))
 
 
 def test_pairs_become_rows(family: Family, texts: dict[str, Path], tmp_path: Path) -> None:
@@ -268,7 +254,7 @@ def test_what_is_planned_on_text_is_served(
 
 def test_a_plan_on_text_is_nearer_at_the_same_bytes(texts: dict[str, Path], family: Family, tmp_path: Path) -> None:
     """Through the command, which measures on other pairs than it fits to."""
-    figures, held_out = [], write_texts(family.names, tmp_path, 1)
+    figures, held_out = [], write_pairs(family.names, tmp_path, seed=1)
     for number, extra in enumerate(([], [f"--calibrate={name}={path}" for name, path in texts.items()])):
         specs = [f"{checkpoint.name}={checkpoint.path}" for checkpoint in family.checkpoints]
         out = tmp_path / str(number)

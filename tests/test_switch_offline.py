@@ -5,7 +5,6 @@ That they are served right is in test_switch.py and test_exactness.py.
 
 import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from decoded import decoded_experts
-from families import TEXT, make_family, make_switch_family
+from families import make_family, make_switch_family, write_pairs
 from polymoe.cli import app
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import CheckpointError, FamilyError, PolymoeError
@@ -67,16 +66,7 @@ def bundle(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def texts(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder, rng, words = tmp_path_factory.mktemp("texts"), random.Random(0), " ".join(TEXT).split()
-    found = {}
-    for name in paths:
-        lines = [
-            {"input": " ".join(rng.choices(words, k=rng.randint(1, 8))), "target": " ".join(rng.choices(words, k=5))}
-            for _ in range(30)
-        ]
-        found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("\n\n".join(map(json.dumps, lines)))
-    return found
+    return write_pairs(paths, tmp_path_factory.mktemp("texts"), count=30, most_words=8, between="\n\n")
 
 
 def evaluate(bundle: Path, texts: dict[str, Path], *options: str) -> dict[str, Any]:

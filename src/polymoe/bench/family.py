@@ -5,14 +5,14 @@ Routing of random weights is near uniform, unlike a trained router's; every repo
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polymoe.bench.switch_family import SWITCH_BASE_8, TINY_SWITCH, write_switch
+from polymoe.errors import PlanError
+from polymoe.offline.atomic import new_folder
 
 # 430M parameters: what one batch on a few CPU cores can show of a Mixtral.
 SMALL_MIXTRAL: dict[str, Any] = {
@@ -60,8 +60,7 @@ def make_random_switches(folder: Path, num_variants: int, shape: dict[str, Any])
     paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
     for index, path in enumerate(paths.values()):
         if not (path / "config.json").exists():
-            with _made_whole(path) as folder:
-                write_switch(folder, index, shape)
+            _make_whole(path, partial(write_switch, index=index, shape=shape))
     return paths
 
 
@@ -86,21 +85,15 @@ def make_random_family(folder: Path, num_variants: int = 4, shape: dict[str, Any
         for target, source in zip(variant.parameters(), base.parameters(), strict=True):
             noise = torch.randn(source.shape, generator=generator) * 0.02 * source.detach().float().std()
             target.data.copy_(source.detach().float() + noise)
-        with _made_whole(path) as folder:
-            variant.save_pretrained(folder)
+        _make_whole(path, variant.save_pretrained)
     return paths
 
 
-@contextmanager
-def _made_whole(path: Path) -> Iterator[Path]:
-    """A folder that becomes `path` when it is finished. Of two benchmarks that make the same, the first one's stays."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+def _make_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A checkpoint that is there once it is finished. Of two benchmarks that make the same, the first one's stays."""
     try:
-        yield folder
-        if not path.exists():
-            folder.rename(path)
-    except OSError:
-        if not path.exists():
+        with new_folder(path, overwrite=False) as folder:
+            write(folder)
+    except PlanError:
+        if not (path / "config.json").exists():
             raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

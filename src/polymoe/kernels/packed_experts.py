@@ -10,13 +10,13 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from polymoe.kernels.cpu import cpu_kernels, kernel_threads
 from polymoe.kernels.grouped_experts import is_plain_silu, mlp, project
 from polymoe.kernels.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.quant.exact import changes_before_rows
 from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, row_bytes
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> _Stack | N
     if isinstance(pool, ExactPool):
         if parts["values"].dtype != torch.bfloat16:
             return None
-        marks = _marks(parts["bitmap"])
+        # int32 [D, ⌈O / 16⌉]
+        marks = changes_before_rows(parts["bitmap"])[:, ::_MARK_ROWS].to(torch.int32).contiguous()
         made.append(marks)
         return _Stack(
             kind=_EXACT, count=len(pool), data=parts["bitmap"].data_ptr(), row_bytes=parts["bitmap"].shape[-1],
@@ -186,10 +187,3 @@ def _levels(fmt: Format) -> Tensor | None:
     if fmt.name == "fp8":
         return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels)) if fmt.bits < 8 else None
-
-
-def _marks(bitmap: Tensor) -> Tensor:
-    """int32 `[D, ⌈O / 16⌉]`: how many values are changed before row 0, 16, … of each delta."""
-    counts = np.stack([np.bitwise_count(rows.numpy()).sum(-1, dtype=np.int64) for rows in bitmap])
-    before = counts.cumsum(-1) - counts
-    return torch.from_numpy(before[:, ::_MARK_ROWS].astype(np.int32))

@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # offline asks model/trial.py what can be served; at run time
 
 Progress = Callable[[str, float], None]
 
-_FEW_TOKENS = 64  # from here on torch's own operations are worth several threads
-_SMALL_SHARE = 0.01  # of a model's non-experts
+_FEW_TOKENS = 64  # beyond, torch's own operations are worth several threads
+_SMALL_SHARE = 0.01  # of the values of a model's linear maps
 
 
 class ServedModel:
@@ -126,17 +126,16 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, self.context.kernels)
-        self._by_kernels = self._products_by_kernels()
+        self._by_kernels = self._products_by_kernels([module for _, module in experts])
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
             raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")
 
-    def _products_by_kernels(self) -> bool:
+    def _products_by_kernels(self, experts: Sequence[torch.nn.Module]) -> bool:
         """Whether the compiled kernels compute a step's large products, so that torch has small operations left."""
         if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_kernels() is None:
             return False
-        experts = zip(self.pool.layers, expert_modules(self.model), strict=True)
-        if not all(layer.by_kernels(module) for layer, (_, module) in experts):
+        if not all(layer.by_kernels(module) for layer, module in zip(self.pool.layers, experts, strict=True)):
             return False
         weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
         plain = sum(w.numel() for w in weights if not isinstance(w, VariantStack))

@@ -33,6 +33,13 @@ def encode_exact(weight: Tensor, base: Tensor) -> dict[str, Tensor]:
     return {"bitmap": bitmap, "values": weight[mask]}
 
 
+def changes_before_rows(bitmaps: Tensor) -> Tensor:
+    """int64 [D, O]: how many values each delta changes before each of its rows. `bitmaps`: uint8 [D, O, ⌈I / 8⌉]."""
+    ones = torch.tensor([number.bit_count() for number in range(256)], dtype=torch.uint8, device=bitmaps.device)
+    counts = torch.stack([ones[bits.int()].sum(-1, dtype=torch.int64) for bits in bitmaps])
+    return counts.cumsum(-1) - counts
+
+
 def decode_exact(tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
     """The variant's weight, bit for bit, from the stored `base`; all on one device."""
     if base.device.type != "cpu":

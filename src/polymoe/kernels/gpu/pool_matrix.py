@@ -13,7 +13,7 @@ from polymoe.kernels.gpu.packed_asm import assembly
 from polymoe.kernels.gpu.packed_product import EXACT, FP8, INT8, ONE_BIT, STORED, TABLE, TWO_BITS
 from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.codec import decode
-from polymoe.quant.exact import decode_exact_torch
+from polymoe.quant.exact import changes_before_rows, decode_exact_torch
 from polymoe.quant.formats import PLANES, Format, get_format, group_size
 
 CONSTANTS = ("KIND", "WIDE", "NARROW", "GROUP", "LOW", "HIGH", "STEP0", "STEP1", "STEP2", "STEP3")
@@ -104,9 +104,7 @@ def exact_matrix(pool: ExactPool, name: str, inputs: int, first: int, dtype: tor
     parts = pool.tensors[name]
     bits = parts["bitmap"]
     assert bits.is_contiguous()
-    ones = torch.tensor([number.bit_count() for number in range(256)], dtype=torch.uint8, device=bits.device)
-    counts = torch.stack([ones[own.int()].sum(-1, dtype=torch.int64) for own in bits])  # [D, O]
-    begins = counts.cumsum(-1) - counts + parts["starts"][:-1, None].to(bits.device)
+    begins = changes_before_rows(bits) + parts["starts"][:-1, None].to(bits.device)
     values = parts["values"].to(dtype)
     return PoolMatrix(bits, begins[..., None], None, values, first, inputs, "exact", _constants(EXACT.value))
 
