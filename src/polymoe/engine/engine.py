@@ -141,6 +141,7 @@ class EngineCore:
             max_concurrency=num_blocks * config.block_size / max(lengths),
             device=str(self.device),
             dtype=name,
+            fast_paths=self.model.fast_paths,
         )
 
     def _max_model_len(self, variant: int) -> int:

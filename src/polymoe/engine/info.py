@@ -2,6 +2,7 @@
 
 import msgspec
 
+from polymoe.kernels.fast_path import FastPath
 from polymoe.offline.manifest import Fidelity
 
 
@@ -49,6 +50,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrency: float  # sequences of full length that the KV cache holds
     device: str
     dtype: str
+    fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
