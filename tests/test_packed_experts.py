@@ -221,7 +221,7 @@ def test_pools_and_absent_experts_in_one_batch() -> None:
 @pytest.mark.parametrize("base", ["int4", "stored"])
 def test_routing_weights_of_any_dtype(dtype: torch.dtype, base: str) -> None:
     """Most routers weigh in the model's dtype (Qwen, OLMoE, Granite, Phi …). Only float32 weights took the compiled
-    path: Granite fell to torch without a word, at a fiftieth of the speed."""
+    path: Granite fell to torch without a word, which gave 0.4 tokens a second where its original gives 7."""
     layer = make_layer(base, "d2", *SIZES[1])
     generator = torch.Generator().manual_seed(3)
     variant, expert = traffic("zipf", generator)

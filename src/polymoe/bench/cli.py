@@ -28,7 +28,10 @@ Specs = Annotated[
 ]
 Shape = Annotated[
     str,
-    typer.Option(help="the random family: 430m (Mixtral) or switch-base-8; tiny and switch-tiny: to try the command"),
+    typer.Option(
+        help="the random family: 430m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; tiny, "
+        "granite-tiny, qwen3-tiny and switch-tiny: to try the command"
+    ),
 ]
 Variants = Annotated[int, typer.Option(min=1, help="variants of the random family")]
 Systems = Annotated[

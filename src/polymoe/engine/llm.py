@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ class LLM:
         bundle: folder that `polymoe plan` wrote.
         options: fields of `EngineConfig` (dtype, device, slots, max_num_seqs, …).
 
-    Raises: `BundleError`, `ConfigError`.
+    Raises: `BundleError`, `ConfigError`. Warns of what runs more than twice as slow as it could.
     """
 
     def __init__(self, bundle: str | Path, **options: Any) -> None:
         self.engine = EngineCore(EngineConfig(bundle=str(bundle), **options))
+        for path in self.engine.info.fast_paths:
+            if path.slow:
+                warnings.warn(path.warning, stacklevel=2)
         self.processor = OutputProcessor(self.engine.info)
         self._ids = itertools.count()
 

@@ -21,6 +21,11 @@ class FastPath(msgspec.Struct, frozen=True, kw_only=True):
     def is_compiled(self) -> bool:
         return not self.runs_on.startswith("torch")
 
+    @property
+    def warning(self) -> str:
+        """What an operator should know where it is slow."""
+        return f"the {self.part} of {self.count} layers run on {self.runs_on}, more than twice as slow: {self.reason}"
+
     def __str__(self) -> str:
         return f"{self.count} on {self.runs_on}" + (f" ({self.reason})" if self.reason else "")
 

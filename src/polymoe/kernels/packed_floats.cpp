@@ -16,7 +16,9 @@
 namespace polymoe {
 namespace {
 
-constexpr int64_t ROWS = 16;  // 16 x 1024 float32 are 64 KiB: base and own stay in L2
+constexpr int64_t ROWS = 16;     // of a piece: 16 x 1024 float32 are 64 KiB, base and own stay in L2
+constexpr int64_t SUB_ROWS = 4;  // decoded at once for few rows of x: 16 KiB stay in L1
+constexpr int64_t FEW = 8;
 
 inline __mmask16 lanes(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
@@ -147,8 +149,8 @@ void multiply(const FloatProduct& p, int64_t g, const float* w, int64_t o, int64
     for (int64_t r = p.starts[g]; r < p.starts[g + 1];) {
         const int64_t left = p.starts[g + 1] - r;
         if (left >= 4) tiles<4, 4>(p, r, w, o, count, bias), r += 4;
-        else if (left >= 2) tiles<2, 8>(p, r, w, o, count, bias), r += 2;
-        else tiles<1, 16>(p, r, w, o, count, bias), r += 1;
+        else if (left >= 2) tiles<2, 4>(p, r, w, o, count, bias), r += 2;
+        else tiles<1, 4>(p, r, w, o, count, bias), r += 1;
     }
 }
 
@@ -191,11 +193,19 @@ extern "C" void polymoe_packed_linear_f32(const float* x, int64_t in, int64_t ou
         its_own.resize(ROWS * stride);
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t first = groups[piece / pieces], last = groups[piece / pieces + 1], o = piece % pieces * ROWS;
-            const int64_t count = std::min(ROWS, out - o);
-            p.base(segments[first], o, count, shared.data());
-            for (int64_t g = first; g < last; ++g) {
-                if (segments[g].delta.stack >= 0) p.own(segments[g], o, count, shared.data(), its_own.data());
-                multiply(p, g, segments[g].delta.stack >= 0 ? its_own.data() : shared.data(), o, count);
+            int64_t most = 0;
+            for (int64_t g = first; g < last; ++g) most = std::max(most, starts[g + 1] - starts[g]);
+            const int64_t step = most <= FEW ? SUB_ROWS : ROWS, end_of_piece = std::min(o + ROWS, out);
+            for (int64_t at = o; at < end_of_piece; at += step) {
+                const int64_t count = std::min(step, end_of_piece - at);
+                p.base(segments[first], at, count, shared.data());
+                for (int64_t g = first; g < last; ++g) {
+                    const bool alone = segments[g].delta.stack < 0;
+                    // The last to use the base may overwrite it.
+                    float* const weights = alone || g + 1 == last ? shared.data() : its_own.data();
+                    if (!alone) p.own(segments[g], at, count, shared.data(), weights);
+                    multiply(p, g, weights, at, count);
+                }
             }
         }
     });

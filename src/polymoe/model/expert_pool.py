@@ -112,7 +112,7 @@ class LayerExperts:
             reason = why_not_fused(module, dtype, self.compressed)
             return path("compiled packed", reason and f"each product by itself: {reason}")
         if reason := why_not_grouped(dtype, [stack.shape[-1] for stack in self.resident.values() if stack.ndim == 3]):
-            return path("torch stored", reason)
+            return path("torch stored", reason, slow=dtype == torch.bfloat16)  # 3 to 6 times; others have no kernel
         return path("compiled stored")
 
     def path_of_absent(self) -> FastPath | None:
@@ -120,7 +120,7 @@ class LayerExperts:
         if self.all_resident:
             return None
         reason = "fetched when they are needed, one at a time"
-        return FastPath(part="absent experts", runs_on="torch", count=self.num_absent, reason=reason)
+        return FastPath(part="absent experts", runs_on="torch", count=1, reason=reason)
 
     def _on_device(self, module: torch.nn.Module) -> bool:
         """Whether a GPU's kernels compute this layer; asked once."""

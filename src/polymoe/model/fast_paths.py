@@ -27,7 +27,7 @@ def fast_paths(model: "ServedModel") -> list[FastPath]:
 
 
 def _compiled(model: "ServedModel", part: str, reason: str) -> FastPath:
-    """A path that is compiled unless there is a reason against it; on a GPU there is none that we know of."""
+    """A path that is compiled unless there is a reason against it; on a GPU we know of none."""
     if model.context.kernels is not None:
         return FastPath(part=part, runs_on="GPU kernels", count=1)
     return FastPath(part=part, runs_on="torch" if reason else "compiled", count=1, reason=reason)

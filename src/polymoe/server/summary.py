@@ -7,6 +7,7 @@ from rich.console import Console
 from polymoe.config import format_bytes
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.info import VariantInfo
+from polymoe.kernels.fast_path import FastPath
 
 
 def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, api_key: bool) -> None:
@@ -22,6 +23,7 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     sizes = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in info.resident_bytes.items())
     lines += [
         f"experts   {info.experts_resident} resident, {info.experts_absent} absent",
+        *_fast_paths(info.fast_paths),
         f"slots     {info.slots} for {len(info.variants)} variants",
         f"memory    {sizes}",
         f"KV cache  {info.num_kv_blocks * info.block_size} tokens, "
@@ -30,9 +32,19 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
         "",
         curl_line(client, host, port, api_key),
     ]
+    for path in info.fast_paths:
+        if path.slow:
+            console.print(f"warning: {path.warning}", style="yellow", soft_wrap=True, markup=False)
     for line in lines:
         # Soft wrap: a line that the terminal broke could not be copied.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _fast_paths(paths: list[FastPath]) -> list[str]:
+    """One line a part: how many layers or modules run on what."""
+    parts = list(dict.fromkeys(path.part for path in paths))
+    lines = [(part, ", ".join(str(path) for path in paths if path.part == part)) for part in parts]
+    return [f"{'runs on' if i == 0 else '':<10}{part}: {text}" for i, (part, text) in enumerate(lines)]
 
 
 def _fidelity(variant: VariantInfo) -> str:
