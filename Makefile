@@ -61,9 +61,11 @@ family: dev
 switch-family: dev
 	$(BIN)/python tools/train_switch_family.py --corpus $(CORPUS) --out $(or $(OUT),switch-family)
 
-# Try every architecture of transformers' experts registry with tiny random checkpoints.
+# Try every architecture of transformers' experts registry with tiny random checkpoints, then time packed experts against
+# stored ones in small bfloat16 families of those that are served (docs/architectures.md).
 architectures: dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/try_architectures.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/time_architectures.py --out docs/architectures.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache
