@@ -153,7 +153,7 @@ def test_logprobs_in_vllms_form(processor: OutputProcessor) -> None:
         ("a", [-1], SamplingParams(), RequestError, "prompt"),
         ("b", "text", SamplingParams(), RequestError, "prompt"),
         ("b", [5], SamplingParams(stop=["x"]), RequestError, "stop"),
-        ("a", [5] * 17, SamplingParams(max_tokens=16), ContextLengthError, "messages"),
+        ("a", [5] * 17, SamplingParams(max_tokens=16), ContextLengthError, "prompt"),
         ("a", [5], SamplingParams(stop_token_ids=[112]), RequestError, "stop_token_ids"),
         ("a", [5], SamplingParams(logit_bias={112: 1.0}), RequestError, "logit_bias"),
     ],
