@@ -46,7 +46,7 @@ _VLLM: Inert = {
     "guided_whitespace_pattern": (None,),
     "include_reasoning": (None, True),
     "kv_transfer_params": (None,),
-    "length_penalty": (None, 1.0),
+    "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "logprob_token_ids": (None,),
     "media_io_kwargs": (None, {}),

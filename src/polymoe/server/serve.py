@@ -88,7 +88,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
             client.fail_all(UnavailableError("The server is shutting down.", code="draining"))
         stop.set()
 
-    signals = _stop_signals()
+    signals = stop_signals()
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)
     http = asyncio.create_task(server.serve(sockets=[sock]))
@@ -111,7 +111,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     return 0
 
 
-def _stop_signals() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """What asks the server to stop: a closed terminal too, unless it was started with `nohup`."""
     kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
