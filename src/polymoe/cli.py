@@ -13,6 +13,7 @@ from rich.table import Table
 from polymoe.bench.cli import app as bench
 from polymoe.cli_options import (
     AdmissionFactor,
+    AllowedOrigin,
     ApiKey,
     Base,
     Calibrate,
@@ -174,6 +175,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
+    allowed_origin: AllowedOrigin = None,
     policy: Policy = "auto",
     memory: Memory = None,
     dtype: DType = "auto",
@@ -203,14 +205,17 @@ def serve(
         target_itl=target_itl, num_threads=threads,
     )  # fmt: skip
     EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
-    check_address(host, port, api_key)
+    origins = tuple(allowed_origin or ())
+    check_address(host, port, api_key, origins)
     if policy == "auto" and memory is None and "=" in sources[0]:
         from polymoe.offline.device_memory import device_budget
 
         kv_bytes = DEFAULT_KV_BYTES if options["kv_cache_bytes"] is None else options["kv_cache_bytes"]
         memory = device_budget(device, reserved=kv_bytes + options["expert_cache_bytes"])
     config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
-    raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
+    raise typer.Exit(
+        run_server(config, host=host, port=port, api_key=api_key, allowed_origins=origins, grace=grace, console=console)
+    )
 
 
 @app.command()

@@ -80,7 +80,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's"
 Host = Annotated[str, typer.Option(help="address to listen on; another than 127.0.0.1 needs --api-key")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 ApiKey = Annotated[str | None, typer.Option(envvar="POLYMOE_API_KEY", help="clients must send this key")]
-Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM")]
+AllowedOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN", help="whose web pages may use the server, like http://localhost:3000; may be repeated"
+    ),
+]
+Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM or SIGHUP")]
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:

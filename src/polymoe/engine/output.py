@@ -177,7 +177,8 @@ def _sampling_of(sampling: SamplingParams, k: int) -> SamplingParams:
         return sampling
     seed = sampling.seed
     if seed is not None:
-        seed = (seed + k + 2**63) % 2**64 - 2**63
+        skipped = seed < -1 <= seed + k  # -1 is no seed
+        seed = (seed + k + skipped + 2**63) % 2**64 - 2**63
     return msgspec.structs.replace(
         sampling, n=1, seed=seed, prompt_logprobs=sampling.prompt_logprobs if k == 0 else None
     )

@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # -1 is None: every request draws anew
     stop: list[str] = []
     stop_token_ids: list[int] = []
     include_stop_str_in_output: bool = False
@@ -42,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
+
         def check(ok: bool, param: str, rule: str) -> None:
             if not ok:
                 given = repr(getattr(self, param))
