@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
-from typer.testing import CliRunner, Result
-
-from families import TEXT, make_family, make_tokenizer
 from polymoe.bench.consolidation import choices
 from polymoe.bench.exam import TextExam
 from polymoe.bench.rouge import Mean, kept_share, require_rouge, rouge
 from polymoe.bench.task_exam import StockCandidate, TaskExam
 from polymoe.bench.task_pairs import Pair, draw_pairs
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from typer.testing import CliRunner, Result
+
+from families import TEXT, make_family, make_tokenizer
 from polymoe.cli import app
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError

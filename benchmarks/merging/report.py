@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from polymoe.bench.contenders import ON_TEXT
+from benchmarks.baselines.methods import ON_TEXT
 from polymoe.bench.plots import STYLE
 from polymoe.bench.report import Document, machine_line
 from polymoe.config import format_bytes

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from typer.testing import CliRunner, Result
-
-from families import TEXT, make_family
 from polymoe.bench.contenders import GROUPS, contenders
 from polymoe.bench.quality_figures import Row, conclusions, spearman
 from polymoe.bench.rivals import make_rival, rounded_to_nearest
+from typer.testing import CliRunner, Result
+
+from families import TEXT, make_family
 from polymoe.cli import app
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.texts import spread_windows
