@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.baselines.methods import BUDGETS, GROUPS
-from benchmarks.baselines.options import Out, Specs, checkpoints_of, console, program
+from benchmarks.options import Out, Specs, checkpoints_of, console, program
 from polymoe.cli import main
 from polymoe.cli_options import file_lists, pairs
 from polymoe.demo import text_paths

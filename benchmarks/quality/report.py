@@ -9,6 +9,8 @@ from polymoe.bench.plots import STYLE
 from polymoe.bench.report import Column, Document, machine_line
 from polymoe.config import format_bytes
 
+FIDELITY, AS_GOOD = "Fidelity", "What it takes to be as good as auto"  # titles of tables
+NOTHING = "nothing"
 _COLOURS = {
     "average": "#64748b",
     "merge": "#4f86c6",
@@ -49,7 +51,7 @@ def quality_report(results: dict[str, Any]) -> Document:
         files = ", ".join(f"{name} {' + '.join(names)}" for name, names in settings["calibrate"].items())
         document.say(f"Rows “on text” are fitted to other text: {files}.")
     if systems:
-        document.table("Fidelity", _FIGURES, systems)
+        document.table(FIDELITY, _FIGURES, systems)
         names = list(next(iter(systems.values()))["variants"])
         document.rows(
             "Perplexity, served (original)",
@@ -70,12 +72,12 @@ def _say_auto(document: Document, results: dict[str, Any]) -> None:
     rows = []
     for name, found in results["cheapest_as_good"].items():
         auto = results["systems"][name]
-        beaten = ", ".join(results["beaten_by"][name]) or "nothing"
+        beaten = ", ".join(results["beaten_by"][name]) or NOTHING
         best = "nothing in the table" if found is None else f"{found['name']}, {found['expert_multiple']:.2f}x"
         rows.append([name, f"{auto['expert_multiple']:.3f}x", _nats(auto["kl_mean"]), best, beaten])
     if rows:
         document.rows(
-            "What it takes to be as good as auto",
+            AS_GOOD,
             ["auto", "experts", "KL mean", "the smallest that is as good", "better in the same memory or less"],
             rows,
         )
