@@ -30,7 +30,7 @@ from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, describe_machine, split_cores
 from polymoe.offline.cache import default_root
 from polymoe.offline.family import parse_variant_specs
-from rivals import Rival, RivalError, install_vllm
+from workers import WorkerError, Workers, install_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -58,20 +58,20 @@ class Comparison:
         check_context(self.arrivals(), min(v.max_model_len for v in bundle.variants))
         self.venv: Path = arguments.venv
         self.log: Path = arguments.out / "compare.log"
-        self.missing: dict[str, str] = {}  # rival -> why it is not there
+        self.missing: dict[str, str] = {}  # system -> why it is not there
 
     def arrivals(self) -> list[Arrival]:
         return saturating_arrivals(self.names, self.in_flight, self.lengths)
 
-    def offline(self, ours: str, per_variant: bool) -> dict[str, Rival]:
-        """polymoe first, then its rivals; not started yet."""
+    def offline(self, ours: str, per_variant: bool) -> dict[str, Workers]:
+        """polymoe first, then the others; not started yet."""
         paths = list(self.checkpoints.values())
         options = {
             "max_model_len": self.lengths.input_tokens + self.lengths.output_tokens,
             "max_num_seqs": self.in_flight,
         }
         models = [[self.bundle.path]]
-        found = {ours: Rival(Path(sys.executable), "worker_polymoe.py", models, [{}], options, self.log)}
+        found = {ours: Workers(Path(sys.executable), "worker_polymoe.py", models, [{}], options, self.log)}
         try:
             with console.status(f"installing vLLM in {self.venv.name} (some minutes, once)"):
                 python = install_vllm(self.venv, ROOT)
@@ -87,14 +87,14 @@ class Comparison:
                 for cores in parts
             ]
             models = [[path] for path in paths[: len(parts)]]
-            found[f"vLLM, {len(parts)} processes" if per_variant else "vLLM, one process"] = Rival(
+            found[f"vLLM, {len(parts)} processes" if per_variant else "vLLM, one process"] = Workers(
                 python, "worker_vllm.py", models, environments, options, self.log
             )
-        except RivalError as error:
+        except WorkerError as error:
             self.missing["vLLM"] = str(error)
         models = [paths] if per_variant else [paths[:1]]
         name = "transformers, variant after variant" if per_variant else "transformers, one batch"
-        found[name] = Rival(Path(sys.executable), "worker_transformers.py", models, [{}], options, self.log)
+        found[name] = Workers(Path(sys.executable), "worker_transformers.py", models, [{}], options, self.log)
         return found
 
     async def group(self, name: str, per_variant: bool) -> dict[str, list[float]]:
@@ -103,16 +103,16 @@ class Comparison:
         offline = self.offline(ours, per_variant)
         measures: dict[str, Measure] = {}
         try:
-            for name, rival in offline.items():
+            for name, workers in offline.items():
                 with console.status(f"loading {name}"):
                     try:
-                        seconds = rival.start()
-                    except RivalError as error:
+                        seconds = workers.start()
+                    except WorkerError as error:
                         self.missing[name] = str(error)
-                        rival.stop()
+                        workers.stop()
                     else:
                         console.print(f"{name}: loaded in {seconds:.0f} s", highlight=False)
-                        measures[name] = lambda repeat, rival=rival: self._offline(rival, repeat, per_variant)
+                        measures[name] = lambda repeat, workers=workers: self._offline(workers, repeat, per_variant)
             with console.status(f"loading {ours}, served"):
                 await system.start()
             measures[f"{ours}, served"] = lambda repeat: self._served(system, repeat)
@@ -122,19 +122,19 @@ class Comparison:
             return speeds
         finally:
             await system.stop()
-            for rival in offline.values():
-                rival.stop()
+            for workers in offline.values():
+                workers.stop()
 
     async def _interleave(self, measures: dict[str, Measure]) -> dict[str, list[float]]:
         speeds: dict[str, list[float]] = {}
-        for repeat in range(-1, self.repeats):  # the first is a warm-up: rivals compile at first use
+        for repeat in range(-1, self.repeats):  # the first is a warm-up: others compile at first use
             for name, measure in measures.items():
                 if name in self.missing:
                     continue
                 with console.status(f"{name}, {'warm-up' if repeat < 0 else f'run {repeat + 1}'}"):
                     try:
                         speed = await measure(repeat)
-                    except RivalError as error:
+                    except WorkerError as error:
                         self.missing[name] = str(error)
                         speeds.pop(name, None)
                         continue
@@ -150,11 +150,13 @@ class Comparison:
         run = await run_closed(system, arrivals, prompts, self.in_flight, lambda: None)
         return sum(len(record.token_times) for record in run.records) / run.seconds
 
-    async def _offline(self, rival: Rival, repeat: int, per_variant: bool) -> float:
+    async def _offline(self, workers: Workers, repeat: int, per_variant: bool) -> float:
         arrivals = self.arrivals()
         prompts = random_prompts(arrivals, self.vocab_size, repeat)
         variants = [self.names.index(a.variant) if per_variant else 0 for a in arrivals]
-        return await asyncio.to_thread(rival.run, list(zip(variants, prompts, strict=True)), self.lengths.output_tokens)
+        return await asyncio.to_thread(
+            workers.run, list(zip(variants, prompts, strict=True)), self.lengths.output_tokens
+        )
 
 
 def report(one: dict[str, list[float]], all_variants: dict[str, list[float]], comparison: Comparison) -> dict:
@@ -208,7 +210,7 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", type=Path, help="where families and bundles are kept; default ~/.cache/polymoe")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="the rivals' environment")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="vLLM's environment")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for compare.json, compare.md, compare.log")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -284,12 +284,15 @@ def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:
     return plan_cached(sources, policy=policy, memory=memory, root=default_root(), console=console)
 
 
-def main() -> None:
-    """Console entry point: deliberate errors are one line on stderr and exit status 1."""
+def main(commands: typer.Typer = app) -> None:
+    """Console entry point: deliberate errors are one line on stderr and exit status 1.
+
+    commands: other programs have their own.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        commands()
     except PolymoeError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
         sys.exit(1)

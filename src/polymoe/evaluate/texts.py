@@ -74,7 +74,7 @@ def encode_texts(
         if read_config(checkpoints[name]).is_encoder_decoder:
             raise PolymoeError(
                 f"{option} {name}: plain text measures decoder-only models; {checkpoints[name]} is an encoder–decoder, "
-                "which polymoe eval and polymoe bench merging measure on pairs of input and target."
+                "which polymoe eval measures on pairs of input and target."
             )
         text = read_text(f"{option} {name}", path)
         found[name] = VariantTokenizer(checkpoints[name]).encode(text, add_special_tokens=False)

@@ -1,7 +1,7 @@
 """What one could do without polymoe, as weights for stock transformers: averages, and quantised copies."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,11 @@ GROUP = 64  # values that share a scale in a quantised copy, as its users' tools
 _SCALE_BYTES = 2
 _STEPS = np.linspace(0.5, 1.0, 26)  # of the step at which nothing is clipped
 
-Weights = Iterator[tuple[str, Tensor]]
+Weights = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Rival:
+class Baseline:
     """`weights(v)`: (parameter, value) of all that differs from variant v's checkpoint. Bytes are on the device."""
 
     expert_bytes: int
@@ -33,9 +33,9 @@ class Rival:
     weights: Callable[[int], Weights]
 
 
-def make_rival(name: str, family: Family, scan: FamilyScan) -> Rival:
-    """The rival of that name in `RIVALS`. Raises `PolymoeError` where this family does not allow it."""
-    return RIVALS[name](family, scan)
+def make_baseline(name: str, family: Family, scan: FamilyScan) -> Baseline:
+    """The baseline of that name in `BASELINES`. Raises `PolymoeError` where this family does not allow it."""
+    return BASELINES[name](family, scan)
 
 
 def put_weights(model: Any, weights: Weights) -> None:
@@ -72,7 +72,7 @@ def _check_one_vocabulary(family: Family) -> None:
         raise PolymoeError(f"the variants' vocabularies differ in size: {', '.join(map(str, family.vocab_sizes))}.")
 
 
-def _average(family: Family, scan: FamilyScan) -> Rival:
+def _average(family: Family, scan: FamilyScan) -> Baseline:
     """One model whose every weight is the mean of the variants'."""
     _check_one_vocabulary(family)
 
@@ -82,10 +82,10 @@ def _average(family: Family, scan: FamilyScan) -> Rival:
             if tensors[0].is_floating_point():
                 yield name, torch.stack([t.float() for t in tensors]).mean(dim=0).to(tensors[0].dtype)
 
-    return Rival(*_one_model(scan), weights)
+    return Baseline(*_one_model(scan), weights)
 
 
-def _one_nonexperts(family: Family, scan: FamilyScan) -> Rival:
+def _one_nonexperts(family: Family, scan: FamilyScan) -> Baseline:
     """The paper without its reconfiguration: round-robin experts, and the first variant's non-experts for all."""
     _check_one_vocabulary(family)
     version = scan.expert_version
@@ -99,10 +99,10 @@ def _one_nonexperts(family: Family, scan: FamilyScan) -> Rival:
             stacks = {v: family.checkpoints[v].tensor(name) for v in set(owner[layer].tolist())}
             yield name, torch.stack([stacks[int(v)][e] for e, v in enumerate(owner[layer])])
 
-    return Rival(*_one_model(scan), weights)
+    return Baseline(*_one_model(scan), weights)
 
 
-def _copies(bits: int, family: Family, scan: FamilyScan) -> Rival:
+def _copies(bits: int, family: Family, scan: FamilyScan) -> Baseline:
     """Every variant's own experts, rounded to the nearest of 2^bits levels in groups with the best step."""
     transposed, info = is_transposed(family), family.architecture
 
@@ -115,7 +115,7 @@ def _copies(bits: int, family: Family, scan: FamilyScan) -> Rival:
             yield name, stack
 
     expert = sum(_copy_bytes(tuple(shape), bits, transposed) for shape in info.expert_shapes.values())
-    return Rival(expert * scan.expert_version.size, scan.nonexpert_bytes_total, weights)
+    return Baseline(expert * scan.expert_version.size, scan.nonexpert_bytes_total, weights)
 
 
 def _copy_bytes(shape: tuple[int, ...], bits: int, transposed: bool) -> int:
@@ -143,7 +143,7 @@ def rounded_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return best.view(outputs, -1)[:, :inputs]
 
 
-RIVALS: dict[str, Callable[[Family, FamilyScan], Rival]] = {
+BASELINES: dict[str, Callable[[Family, FamilyScan], Baseline]] = {
     "average": _average,
     "one-nonexperts": _one_nonexperts,
     **{f"int{bits}-copies": partial(_copies, bits) for bits in (8, 4, 3)},

@@ -1,4 +1,4 @@
-"""What `bench quality` compares: every way to hold a family in less memory, by name."""
+"""Every way to hold a family in less memory, by name: polymoe's own plans and what one could do without it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ ON_TEXT = ", on text"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A row of the table.
+class Method:
+    """A row of a table.
 
-    group: of `GROUPS`. rival: its name in `polymoe.bench.rivals.RIVALS`; None for a plan that polymoe serves, made of
+    group: of `GROUPS`. baseline: its name in `weights.BASELINES`; None for a plan that polymoe serves, made of
     `policy`, `memory`, `base` and `delta_bits` as `polymoe plan` takes them. on_text: fitted to the calibration text.
     """
 
     name: str
     group: str
-    rival: str | None = None
+    baseline: str | None = None
     policy: str = ""
     memory: str | None = None
     base: str = "stored"
@@ -35,7 +35,7 @@ class Contender:
     on_text: bool = False
 
 
-def contenders(num_variants: int, groups: Sequence[str], budgets: Sequence[str], with_text: bool) -> list[Contender]:
+def methods(num_variants: int, groups: Sequence[str], budgets: Sequence[str], with_text: bool) -> list[Method]:
     """All rows of the table, those that text helps twice when there is some. Raises `PolymoeError` for a group that
     does not exist."""
     unknown = [group for group in groups if group not in GROUPS]
@@ -43,27 +43,27 @@ def contenders(num_variants: int, groups: Sequence[str], budgets: Sequence[str],
         raise PolymoeError(f"unknown system {', '.join(unknown) or '(none)'}; there are {', '.join(GROUPS)}.")
     half, quarter = (_shared(share, num_variants) for share in (0.5, 0.75))
     found = [
-        Contender("average of everything", "average", rival="average"),
-        Contender("mean experts, own non-experts", "merge", policy="mean"),
-        Contender("paper, one variant's non-experts", "paper", rival="one-nonexperts"),
-        Contender("paper", "paper", policy="paper", memory="1.0x"),
-        Contender("paper, 75 % shared", "paper", policy="paper", memory=quarter),
-        Contender("paper, 50 % shared", "paper", policy="paper", memory=half),
-        Contender("int8 copies", "copies", rival="int8-copies"),
-        Contender("int4 copies", "copies", rival="int4-copies"),
-        Contender("int3 copies", "copies", rival="int3-copies"),
+        Method("average of everything", "average", baseline="average"),
+        Method("mean experts, own non-experts", "merge", policy="mean"),
+        Method("paper, one variant's non-experts", "paper", baseline="one-nonexperts"),
+        Method("paper", "paper", policy="paper", memory="1.0x"),
+        Method("paper, 75 % shared", "paper", policy="paper", memory=quarter),
+        Method("paper, 50 % shared", "paper", policy="paper", memory=half),
+        Method("int8 copies", "copies", baseline="int8-copies"),
+        Method("int4 copies", "copies", baseline="int4-copies"),
+        Method("int3 copies", "copies", baseline="int3-copies"),
         *(
-            Contender(f"{base} + {bits} bit", "delta", policy="delta", base=base, delta_bits=bits)
+            Method(f"{base} + {bits} bit", "delta", policy="delta", base=base, delta_bits=bits)
             for base in ("stored", "int8", "int4")
             for bits in (1, 2, 3, 4)
         ),
-        *(Contender(f"auto {budget}", "auto", policy="auto", memory=budget) for budget in budgets),
+        *(Method(f"auto {budget}", "auto", policy="auto", memory=budget) for budget in budgets),
     ]
     if with_text:
         found += [
-            Contender(f"regmean{ON_TEXT}", "merge", policy="regmean", on_text=True),
+            Method(f"regmean{ON_TEXT}", "merge", policy="regmean", on_text=True),
             *(
-                Contender(f"{base} copies{ON_TEXT}", "copies", policy="separate", base=base, on_text=True)
+                Method(f"{base} copies{ON_TEXT}", "copies", policy="separate", base=base, on_text=True)
                 for base in ("int8", "int4", "int3")
             ),
             *(

@@ -1,4 +1,4 @@
-"""`bench quality` on a tiny random family, the rivals' arithmetic, and fidelity from `plan --text` to the server."""
+"""`benchmarks.quality` on a tiny family, its baselines' arithmetic, and fidelity from `plan --text` to the server."""
 
 import importlib.util
 import json
@@ -12,10 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks.baselines.methods import GROUPS, methods
+from benchmarks.baselines.weights import make_baseline, rounded_to_nearest
+from benchmarks.quality.__main__ import app as quality_app
+from benchmarks.quality.conclusions import conclusions, spearman
+from benchmarks.quality.report import quality_report
+from benchmarks.quality.row import Row
+from benchmarks.quality.tables import DOCS, with_tables
 from families import TEXT, make_family
-from polymoe.bench.contenders import GROUPS, contenders
-from polymoe.bench.quality_figures import Row, conclusions, spearman
-from polymoe.bench.rivals import make_rival, rounded_to_nearest
 from polymoe.cli import app
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.texts import spread_windows
@@ -62,7 +66,11 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-# --- the rivals
+def quality(*arguments: str) -> Result:
+    return CliRunner().invoke(quality_app, list(arguments), catch_exceptions=False)
+
+
+# --- the baselines
 
 
 def test_rounding_has_the_best_step_of_the_grid() -> None:
@@ -78,9 +86,9 @@ def test_rounding_has_the_best_step_of_the_grid() -> None:
     assert float((rounded_to_nearest(weight, 8) - weight).abs().max()) < 0.02
 
 
-def test_rivals_count_their_bytes_and_change_what_they_say(family: Family, scan: FamilyScan) -> None:
+def test_baselines_count_their_bytes_and_change_what_they_say(family: Family, scan: FamilyScan) -> None:
     one_model = scan.expert_bytes * scan.expert_version[0].size
-    average = make_rival("average", family, scan)
+    average = make_baseline("average", family, scan)
     assert average.expert_bytes == one_model
     mean = dict(average.weights(1))
     name = "model.norm.weight"
@@ -88,7 +96,7 @@ def test_rivals_count_their_bytes_and_change_what_they_say(family: Family, scan:
     assert torch.equal(mean[name], expected)
     assert set(mean) == set(family.checkpoints[0].target_names)
 
-    one = dict(make_rival("one-nonexperts", family, scan).weights(2))
+    one = dict(make_baseline("one-nonexperts", family, scan).weights(2))
     assert torch.equal(one[name], family.checkpoints[0].tensor(name))
     experts = [n for n in one if ".experts." in n]
     owners = {
@@ -100,7 +108,7 @@ def test_rivals_count_their_bytes_and_change_what_they_say(family: Family, scan:
     }
     assert owners == {0, 1, 2}, "round-robin gives every variant some"
 
-    copies = make_rival("int4-copies", family, scan)
+    copies = make_baseline("int4-copies", family, scan)
     # 4 bits and a 16-bit scale for 64 values, of three variants.
     assert copies.expert_bytes == 3 * one_model * (4 + 16 / 64) / 16
     assert {n for n, _ in copies.weights(0)} == set(experts)
@@ -111,8 +119,8 @@ def test_rivals_count_their_bytes_and_change_what_they_say(family: Family, scan:
 
 
 def test_rows_with_and_without_text() -> None:
-    plain = contenders(4, list(GROUPS), ["1.0x"], with_text=False)
-    both = contenders(4, list(GROUPS), ["1.0x"], with_text=True)
+    plain = methods(4, list(GROUPS), ["1.0x"], with_text=False)
+    both = methods(4, list(GROUPS), ["1.0x"], with_text=True)
     assert len({row.name for row in both}) == len(both)
     assert not any(row.on_text for row in plain)
     assert {row.name for row in plain} <= {row.name for row in both}
@@ -120,7 +128,7 @@ def test_rows_with_and_without_text() -> None:
         "paper": "1.0x", "paper, 75 % shared": "1.75x", "paper, 50 % shared": "2.5x",
     }  # fmt: skip
     with pytest.raises(PolymoeError, match="unknown system magic"):
-        contenders(4, ["magic"], ["1.0x"], with_text=False)
+        methods(4, ["magic"], ["1.0x"], with_text=False)
 
 
 def test_ranks() -> None:
@@ -134,7 +142,7 @@ def _row(name: str, group: str, resident: int, kl: float, on_text: bool = False)
     return Row(name, group, on_text, resident, resident / 100, resident, kl, kl, 0.9, kl, {}, 1.0)
 
 
-def test_conclusions_name_the_rival_that_beats_auto() -> None:
+def test_conclusions_name_the_row_that_beats_auto() -> None:
     rows = [
         _row("auto 1.0x", "auto", 100, 0.01),
         _row("auto 1.0x, on text", "auto", 100, 0.001, on_text=True),
@@ -164,10 +172,10 @@ def test_windows_are_spread_over_the_text() -> None:
 def run(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     arguments = (
-        "bench", "quality", *specs(checkpoints), *texts(checkpoints, text), "--windows", "2", "--window", "32",
+        *specs(checkpoints), *texts(checkpoints, text), "--windows", "2", "--window", "32",
         "--budgets", "0.1x,1.0x", "--cache", str(folder / "cache"), "--out", str(folder / "out"),
     )  # fmt: skip
-    result = invoke(*arguments)
+    result = quality(*arguments)
     assert result.exit_code == 0, result.output
     return {"arguments": arguments, "folder": folder, "results": json.loads(result.stdout.strip().splitlines()[-1])}
 
@@ -198,16 +206,52 @@ def test_the_whole_table(run: dict[str, Any]) -> None:
 
 
 def test_a_second_run_finds_what_the_first_measured(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polymoe.bench.quality.Lab._planned", None)
-    monkeypatch.setattr("polymoe.bench.quality.Lab._rival", None)
-    result = invoke(*run["arguments"], "--systems", "paper,copies")
+    monkeypatch.setattr("benchmarks.baselines.comparison.Comparison._planned", None)
+    monkeypatch.setattr("benchmarks.baselines.comparison.Comparison._baseline", None)
+    result = quality(*run["arguments"], "--systems", "paper,copies")
     found = json.loads(result.stdout.strip().splitlines()[-1])["systems"]
     assert found == {n: row for n, row in run["results"]["systems"].items() if row["group"] in ("paper", "copies")}
 
 
+def test_rows_of_other_sources_are_measured_again(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PolymoeError("measured again")
+
+    monkeypatch.setattr("benchmarks.baselines.comparison.Comparison._planned", refuse)
+    monkeypatch.setattr("benchmarks.quality.lab.sources", lambda: "a kernel's sum changed")
+    found = json.loads(quality(*run["arguments"], "--systems", "paper").stdout.strip().splitlines()[-1])
+    assert found["skipped"]["paper"] == "measured again"
+
+
+def test_tables_of_the_page_are_those_of_the_reports(run: dict[str, Any], tmp_path: Path) -> None:
+    page = (DOCS / "quality.md").read_text()
+    assert page.count("<!-- end -->") == 9
+    assert with_tables(page, DOCS / "quality") == page, "run python -m benchmarks.quality.tables"
+
+    blank = "".join(
+        f"a\n<!-- {kind} of quality -->\nold\n<!-- end -->\nb\n" for kind in ("fidelity", "as good", "verdict")
+    )
+    (tmp_path / "quality.json").write_text(json.dumps(run["results"]))
+    made = with_tables(blank, tmp_path)
+    row = run["results"]["systems"]["int8 + 2 bit"]
+    assert f"| int8 + 2 bit | {row['expert_multiple']:.3f}x |" in made
+    assert f"| {row['top1_mean']:.4f} |  |  |  |\n" in made, "nothing was fitted to text"
+    assert "| **auto 1.0x** |" in made
+    assert f"Spearman {run['results']['rank_correlation']['weights']['spearman']:.3f} over" in made
+    assert "old" not in made
+    (tmp_path / "quality.json").unlink()
+    (tmp_path / "quality.md").write_text(quality_report(run["results"]).markdown())
+    assert with_tables(blank, tmp_path) == made, "the report alone is enough"
+    with pytest.raises(PolymoeError, match=r"neither .*quality.json nor .*quality.md is there"):
+        with_tables(blank, tmp_path / "elsewhere")
+    (tmp_path / "quality.md").write_text("# Another page\n")
+    with pytest.raises(PolymoeError, match="no table 'Fidelity'"):
+        with_tables(blank, tmp_path)
+
+
 def test_text_for_plans_makes_more_rows(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    result = invoke(
-        "bench", "quality", *specs(checkpoints), *texts(checkpoints, text), *texts(checkpoints, text, "--calibrate"),
+    result = quality(
+        *specs(checkpoints), *texts(checkpoints, text), *texts(checkpoints, text, "--calibrate"),
         "--windows", "2", "--window", "32", "--budgets", "1.0x", "--systems", "auto,copies",
         "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"),
     )  # fmt: skip
@@ -215,13 +259,17 @@ def test_text_for_plans_makes_more_rows(checkpoints: dict[str, Path], text: Path
     assert {"auto 1.0x", "auto 1.0x, on text", "int4 copies, on text"} <= set(systems)
     assert systems["auto 1.0x, on text"]["expert_multiple"] <= 1.0
     assert all(math.isfinite(row["kl_mean"]) for row in systems.values())
+    made = with_tables("<!-- fidelity of quality -->\n<!-- end -->", tmp_path / "out")
+    figures = [systems[name] for name in ("auto 1.0x", "auto 1.0x, on text")]
+    both = " | ".join(f"{r['kl_mean']:.5f} | {r['kl_worst']:.5f} | {r['top1_mean']:.4f}" for r in figures)
+    assert f" | {both} |\n" in made, "side by side"
     assert not list((tmp_path / "cache" / "quality").glob("calibration-*")), "what was fitted is removed at the end"
 
 
 def test_bad_input_names_the_fix(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the quick brown fox")
-    arguments = ("bench", "quality", *specs(checkpoints), "--cache", str(tmp_path), "--out", str(tmp_path))
+    arguments = (*specs(checkpoints), "--cache", str(tmp_path), "--out", str(tmp_path))
     for options, message in [
         ([], "--text VARIANT=FILE"),
         (["--text", f"v1={short}"], "at least 256"),
@@ -230,7 +278,7 @@ def test_bad_input_names_the_fix(checkpoints: dict[str, Path], text: Path, tmp_p
         (["--text", f"v1={text}", "--calibrate", f"poet={text}"], "poet"),
     ]:
         with pytest.raises(PolymoeError, match=message):
-            invoke(*arguments, *options)
+            quality(*arguments, *options)
 
 
 # --- fidelity in the bundle

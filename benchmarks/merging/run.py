@@ -1,29 +1,30 @@
-"""`polymoe bench merging`: a variant on its own task, alone and with ever more variants in the memory of one.
+"""`python -m benchmarks.merging`: a variant on its own task, alone and with ever more variants in the memory of one.
 
 The experiment of arXiv 2505.06481 on Switch Transformers (its table of ROUGE on SAMSum with 2, 3 and 4 variants), for
 every policy at the same bytes. Decoder-only families are asked for perplexity and KL instead.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from polymoe.bench.consolidation import MEMORY, Consolidation, Measured, choices
-from polymoe.bench.contenders import Contender
-from polymoe.bench.exam import Exam, Marks, TextExam
-from polymoe.bench.rouge import KINDS, Mean, kept_share, require_rouge
+from benchmarks.baselines.comparison import Comparison, DoesNotFitError, Measured, Say, check_names
+from benchmarks.baselines.evaluation import Advance, Evaluation, Marks, TextEvaluation
+from benchmarks.baselines.methods import GROUPS, ON_TEXT, Method, methods
+from benchmarks.merging.rouge import KINDS, Mean, kept_share, require_rouge
+from benchmarks.merging.task import TaskEvaluation, draw_pairs
 from polymoe.bench.session import run_progress
-from polymoe.bench.task_exam import TaskExam
-from polymoe.bench.task_pairs import draw_pairs
-from polymoe.errors import PolymoeError, UnknownVariantError
+from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
 from polymoe.offline.family import Family
 
-_ALONE = Contender("alone", "alone")
+MEMORY = "1.0x"
+_BASELINES_MAY = 1.1  # × one model's experts: quantised copies that need a little more than the budget are still shown
+_ALONE = Method("alone", "alone")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class MergingPlan:
 def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
     """Measure everything. Raises `PolymoeError` for input that is no good; a policy that a family or the budget does
     not allow is listed under "skipped" with the reason."""
-    for name in (*plan.variants, *plan.tasks, *plan.texts, *plan.calibrate):
-        if name not in plan.checkpoints:
-            raise UnknownVariantError(name, list(plan.checkpoints))
+    check_names(plan.checkpoints, plan.variants, plan.tasks, plan.texts, plan.calibrate)
     if len(plan.checkpoints) < 2:
         raise PolymoeError("there is nothing to consolidate with one variant; give two or more, NAME=PATH each.")
     family = Family.open(plan.checkpoints)
@@ -68,26 +67,29 @@ def run_merging(plan: MergingPlan, console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="polymoe-merging-") as folder, run_progress(console) as progress:
-        exams = [_exam(plan, family, name, Path(folder)) for name in asked]
-        task = progress.add_task("", total=len(exams) * (1 + sum(map(len, compared.values()))))
+        scratch = Path(folder)
+        evaluations = [_evaluation(plan, family, name, scratch) for name in asked]
+        task = progress.add_task("", total=len(evaluations) * (1 + sum(map(len, compared.values()))))
         inner = progress.add_task("", total=None)
-        for exam in exams:
+        for evaluation in evaluations:
+            name, num_samples = evaluation.variant, len(evaluation.samples.windows)
 
-            def say(what: str, exam: Exam = exam) -> Callable[[int], None]:
+            def say(what: str, kind: str = evaluation.kind, total: int = num_samples) -> Advance:
                 progress.update(task, description=what)
-                progress.reset(inner, description=exam.sample, total=exam.num_samples)
+                progress.reset(inner, description=kind, total=total)
                 return lambda done: progress.advance(inner, done)
 
-            alone = exam.alone(say(f"{exam.variant} alone"))
-            rows.append(_row(exam, 1, Measured(_ALONE, alone, 1.0, None), alone))
+            alone = evaluation.alone(say(f"{name} alone"))
+            rows.append(_row(name, 1, _ALONE, alone, alone))
             progress.advance(task)
             for count in counts:
-                consolidation = Consolidation(plan.checkpoints, exam.variant, count, console, plan.calibrate)
+                comparison = _consolidated(plan, evaluation, count, scratch, console)
                 for choice in compared[count]:
                     try:
-                        rows.append(_row(exam, count, consolidation.measure(choice, exam, Path(folder), say), alone))
+                        method, found = _first_that_fits(comparison, choice, say)
+                        rows.append(_row(name, count, method, found.marks[name], alone, found))
                     except PolymoeError as error:
-                        skipped[f"{exam.variant}, {count} variants: {choice[-1].name}"] = str(error)
+                        skipped[f"{name}, {count} variants: {choice[-1].name}"] = str(error)
                     progress.advance(task)
     return {
         "benchmark": "merging",
@@ -130,24 +132,60 @@ def _asked(plan: MergingPlan, family: Family) -> list[str]:
     return asked
 
 
-def _exam(plan: MergingPlan, family: Family, name: str, folder: Path) -> Exam:
+def _evaluation(plan: MergingPlan, family: Family, name: str, folder: Path) -> Evaluation:
     if plan.tasks:
         pairs = draw_pairs(name, plan.tasks[name], plan.samples, plan.seed)
-        return TaskExam(family, name, pairs, plan.max_new_tokens, folder)
-    return TextExam(family, name, plan.texts[name], plan.samples, folder)
+        return TaskEvaluation(family, name, pairs, plan.max_new_tokens, folder)
+    return TextEvaluation(family, name, plan.texts[name], plan.samples, folder)
 
 
-def _row(exam: Exam, count: int, found: Measured, alone: Marks) -> dict[str, Any]:
+def choices(count: int, with_text: bool) -> list[list[Method]]:
+    """The rows for `count` variants. A row is the first of its methods that fits the memory: quantised copies and
+    deltas in as many bits as there is room for. `with_text`: there is some to fit a plan to."""
+    every = {method.name: method for method in methods(count, list(GROUPS), [MEMORY], with_text)}
+    every |= {name: replace(method, memory=MEMORY) for name, method in every.items() if method.group == "delta"}
+    copies = [f"int{bits} copies" for bits in (8, 4, 3)]
+    deltas = [f"int4 + {bits} bit" for bits in (4, 3, 2, 1)]
+    names = [["average of everything"], ["mean experts, own non-experts"], ["paper, one variant's non-experts"],
+             ["paper"], copies, deltas, [f"auto {MEMORY}"]]  # fmt: skip
+    if with_text:
+        names += [[f"regmean{ON_TEXT}"], [f"{name}{ON_TEXT}" for name in deltas], [f"auto {MEMORY}{ON_TEXT}"]]
+    return [[every[name] for name in row] for row in names]
+
+
+def _consolidated(plan: MergingPlan, evaluation: Evaluation, count: int, scratch: Path, console: Console) -> Comparison:
+    """The first others and the variant that is asked, which joins last: the paper without reconfiguration serves it
+    with the first variant's non-experts."""
+    others = [name for name in plan.checkpoints if name != evaluation.variant][: count - 1]
+    family = Family.open({name: plan.checkpoints[name] for name in (*others, evaluation.variant)})
+    calibrate = {name: files for name, files in plan.calibrate.items() if name in family.names}
+    return Comparison(family, [evaluation], scratch, calibrate, console)
+
+
+def _first_that_fits(comparison: Comparison, choice: Sequence[Method], say: Say) -> tuple[Method, Measured]:
+    """Raises `PolymoeError` where none does."""
+    count = len(comparison.family.names)
+    for method in choice:
+        try:
+            return method, comparison.measure(method, lambda what: say(f"{count} variants: {what}"), _BASELINES_MAY)
+        except DoesNotFitError as error:
+            why = error
+    raise why
+
+
+def _row(
+    asked: str, count: int, method: Method, marks: Marks, alone: Marks, measured: Measured | None = None
+) -> dict[str, Any]:
     """A row as the JSON has it. `rouge1` … are {mean, error} and `rouge1_kept` … the same of the share of what the
-    variant reaches alone; None where nothing is answered, or alone is nothing."""
-    fidelity, rouge = found.marks.fidelity, found.marks.rouge
+    variant reaches alone; None where nothing is answered, or alone is nothing. measured: None of the variant alone."""
+    fidelity, rouge = marks.fidelity, marks.rouge
     row: dict[str, Any] = {
-        "asked": exam.variant,
+        "asked": asked,
         "count": count,
-        "name": found.contender.name,
-        "group": found.contender.group,
-        "expert_multiple": found.expert_multiple,
-        "resident_bytes": found.resident_bytes,
+        "name": method.name,
+        "group": method.group,
+        "expert_multiple": 1.0 if measured is None else measured.expert_multiple,
+        "resident_bytes": None if measured is None else measured.resident_bytes,
         "kl": fidelity.kl,
         "top1": fidelity.top1_agreement,
         "perplexity": fidelity.ppl_served,

@@ -6,7 +6,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from polymoe.bench.contenders import ON_TEXT
+from benchmarks.baselines.methods import ON_TEXT
+from benchmarks.quality.report import files_of, nats
 from polymoe.bench.plots import STYLE
 from polymoe.bench.report import Document, machine_line
 from polymoe.config import format_bytes
@@ -36,7 +37,7 @@ def merging_report(results: dict[str, Any]) -> Document:
         f"its own held-out {settings['kind']}, alone and with the others, which join in the order given. Experts: bytes"
         f" of bases and deltas over one model's, the budget is {settings['memory']}; in memory: non-experts too. "
         "KL(original ‖ served) in nats a token."
-        + (f" On text: fitted to {_files(settings['calibrate'])}." if settings["calibrate"] else "")
+        + (f" On text: fitted to {files_of(settings['calibrate'])}." if settings["calibrate"] else "")
         + (" ROUGE: mean F ± standard error; kept: share of ROUGE-1 alone, ± of paired samples." if answered else "")
     )
     for name in settings["asked"]:
@@ -49,10 +50,6 @@ def merging_report(results: dict[str, Any]) -> Document:
     for name, reason in results["skipped"].items():
         document.say(f"Not measured: {name}: {reason}")
     return document
-
-
-def _files(calibrate: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(f"{name} {' + '.join(files)}" for name, files in calibrate.items())
 
 
 def _score(value: Mapping[str, float]) -> str:
@@ -68,20 +65,16 @@ def _show_answered(row: Mapping[str, Any]) -> list[str]:
     kept = row["rouge1_kept"]
     return [
         *_common(row), _score(row["rouge1"]), "–" if kept is None else f"{kept['mean']:.3f} ± {kept['error']:.3f}",
-        f"{row['rouge2']['mean']:.4f}", f"{row['rougeL']['mean']:.4f}", _nats(row["kl"]), f"{row['top1']:.4f}",
+        f"{row['rouge2']['mean']:.4f}", f"{row['rougeL']['mean']:.4f}", nats(row["kl"]), f"{row['top1']:.4f}",
     ]  # fmt: skip
 
 
 def _show_continued(row: Mapping[str, Any]) -> list[str]:
-    return [*_common(row), f"{row['perplexity']:.3f}", _nats(row["kl"]), f"{row['top1']:.4f}"]
+    return [*_common(row), f"{row['perplexity']:.3f}", nats(row["kl"]), f"{row['top1']:.4f}"]
 
 
 _answered = (["policy", "experts", "in memory", "ROUGE-1", "kept", "ROUGE-2", "ROUGE-L", "KL", "top-1"], _show_answered)
 _continued = (["policy", "experts", "in memory", "perplexity", "KL", "top-1"], _show_continued)
-
-
-def _nats(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
 
 
 def merging_plot(results: dict[str, Any], path: Path) -> None:

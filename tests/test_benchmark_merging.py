@@ -1,4 +1,4 @@
-"""`bench merging` on tiny random families: what is asked, who answers, and what the table says of it."""
+"""`benchmarks.merging` on tiny random families: what is asked, who answers, and what the table says of it."""
 
 import json
 import statistics
@@ -11,17 +11,21 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from typer.testing import CliRunner, Result
 
+from benchmarks.baselines.evaluation import Evaluation, TextEvaluation
+from benchmarks.merging.__main__ import app
+from benchmarks.merging.rouge import Mean, kept_share, require_rouge, rouge
+from benchmarks.merging.run import choices
+from benchmarks.merging.task import TaskEvaluation, draw_pairs, greedy_answers
 from families import TEXT, make_family, make_tokenizer
-from polymoe.bench.consolidation import choices
-from polymoe.bench.exam import TextExam
-from polymoe.bench.rouge import Mean, kept_share, require_rouge, rouge
-from polymoe.bench.task_exam import StockCandidate, TaskExam
-from polymoe.bench.task_pairs import Pair, draw_pairs
-from polymoe.cli import app
+from polymoe.engine.llm import LLM
 from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError
+from polymoe.evaluate.fidelity import OriginalModel
+from polymoe.evaluate.record import float32_options
 from polymoe.offline.api import make_plan
+from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import Family
+from polymoe.offline.pairs import Pair
 
 
 def invoke(*arguments: str) -> Result:
@@ -127,7 +131,7 @@ def test_rows_for_any_number_of_variants() -> None:
         assert groups == ["average", "merge", "paper", "paper", "copies", "delta", "auto"]
         fitted = choices(count, with_text=True)[7:]
         assert [choice[0].group for choice in fitted] == ["merge", "delta", "auto"]
-        assert all(contender.on_text for choice in fitted for contender in choice)
+        assert all(method.on_text for choice in fitted for method in choice)
 
 
 # --- decoder-only families
@@ -137,23 +141,27 @@ def nothing(_: int) -> None:
     pass
 
 
-def test_the_exam_is_passed_by_the_variant_itself(decoders: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def served_by(bundle: Bundle, evaluation: Evaluation) -> LLM:
+    return LLM(bundle.path, **float32_options(evaluation.longest, evaluation.batch))
+
+
+def test_the_variant_itself_is_perfect(decoders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """Its own weights and a lossless bundle say what it says; another variant's weights do not."""
     family = Family.open(decoders)
-    exam = TextExam(family, "v1", text, samples=2, folder=tmp_path)
-    alone = exam.alone(nothing)
+    evaluation = TextEvaluation(family, "v1", text, samples=2, folder=tmp_path)
+    alone = evaluation.alone(nothing)
     assert alone.fidelity.kl == 0
     own, other = family.checkpoints[1], family.checkpoints[2]
     for weights in (iter([]), ((n, own.tensor(n)) for n in own.target_names)):
-        same = exam.of_weights(weights, nothing).fidelity
+        same = evaluation.of_weights(weights, nothing).fidelity
         assert same.kl < 1e-6
         assert same.ppl_served == pytest.approx(alone.fidelity.ppl_served)
-    swapped = exam.of_weights(((n, other.tensor(n)) for n in other.target_names), nothing)
+    swapped = evaluation.of_weights(((n, other.tensor(n)) for n in other.target_names), nothing)
     assert swapped.fidelity.kl > 0.01
     assert swapped.fidelity.ppl_original == alone.fidelity.ppl_original
     assert swapped.fidelity.ppl_served != alone.fidelity.ppl_served
     bundle = make_plan(decoders, "separate", None, tmp_path / "bundle")
-    served = exam.of_bundle(bundle, nothing).fidelity
+    served = evaluation.of_engine(served_by(bundle, evaluation), nothing).fidelity
     assert served.kl < 1e-6
     assert served.top1_agreement == 1
     assert served.ppl_served == pytest.approx(alone.fidelity.ppl_served, rel=1e-5)
@@ -161,7 +169,7 @@ def test_the_exam_is_passed_by_the_variant_itself(decoders: dict[str, Path], tex
 
 def test_the_whole_table_of_a_decoder_only_family(decoders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     result = invoke(
-        "bench", "merging", *specs(decoders), "--text", f"v1={text}", "--samples", "1", "--out", str(tmp_path),
+        *specs(decoders), "--text", f"v1={text}", "--samples", "1", "--out", str(tmp_path),
     )  # fmt: skip
     found = last_line(result)
     rows = found["rows"]
@@ -193,7 +201,7 @@ def test_the_whole_table_of_a_decoder_only_family(decoders: dict[str, Path], tex
 
 def test_bad_input_names_the_fix(decoders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     task = write_pairs(tmp_path / "task.jsonl", [json.dumps({"input": "a", "target": "b"})] * 20)
-    arguments = ("bench", "merging", "--out", str(tmp_path))
+    arguments = ("--out", str(tmp_path))
     for options, message in [
         ([*specs(decoders)], "--text NAME=FILE"),
         ([*specs(decoders), "--text", f"poet={text}"], "poet"),
@@ -233,20 +241,24 @@ def switches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+def original_of(path: Path) -> OriginalModel:
+    return OriginalModel(path, torch.float32, torch.device("cpu"))
+
+
 def stock(path: Path) -> SwitchTransformersForConditionalGeneration:
     return SwitchTransformersForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def test_a_batch_of_stock_answers_is_each_alone(switches: dict[str, Path]) -> None:
     """Padding changes nothing, neither in answers nor in logits."""
-    candidate, model = StockCandidate(switches["v1"]), stock(switches["v1"])
+    original, model = original_of(switches["v1"]), stock(switches["v1"])
     inputs = [[5, 9, 30, 31, 7], [4], [8, 50, 60, 2, 3, 90, 100, 20, 11]]
     windows = [[0, 7, 8], [0, 9, 22, 4, 5], [0, 3]]
-    answers = candidate.answers(inputs, 12)
+    answers = greedy_answers(original, "v1", inputs, 12)
     for row, ids in enumerate(inputs):
         alone = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, 1:].tolist()
         assert answers[row][: len(alone)] == alone
-    for ids, window, found in zip(inputs, windows, candidate.logits(inputs, windows), strict=True):
+    for ids, window, found in zip(inputs, windows, original.logits(windows, inputs), strict=True):
         expected = model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([window])).logits[0]
         assert torch.allclose(found, expected, atol=1e-4)
 
@@ -254,41 +266,41 @@ def test_a_batch_of_stock_answers_is_each_alone(switches: dict[str, Path]) -> No
 @pytest.fixture(scope="module")
 def task(switches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What v1 itself answers is what is wanted: alone it has everything right."""
-    tokenizer, candidate = VariantTokenizer(switches["v1"]), StockCandidate(switches["v1"])
+    tokenizer, original = VariantTokenizer(switches["v1"]), original_of(switches["v1"])
     words = " ".join(TEXT[:2]).split()
     inputs = [" ".join([*words[i:], *words[:i]][: 3 + i % 5]) for i in range(len(words))] * 2
     lines = []
     for i, text in enumerate(inputs):
-        ids = candidate.answers([tokenizer.encode(text)], 8)[0]
+        ids = greedy_answers(original, "v1", [tokenizer.encode(text)], 8)[0]
         target = tokenizer.decode(ids[: ids.index(1)] if 1 in ids else ids)
         if any(letter.isalpha() for letter in target):
             lines.append(json.dumps({"input": text, "target": target, "number": i}))
     return write_pairs(tmp_path_factory.mktemp("task") / "v1.jsonl", lines)
 
 
-def test_the_variant_passes_its_own_exam_in_the_engine(switches: dict[str, Path], task: Path, tmp_path: Path) -> None:
+def test_the_variant_is_perfect_on_its_own_task(switches: dict[str, Path], task: Path, tmp_path: Path) -> None:
     family = Family.open(switches)
-    exam = TaskExam(family, "v1", draw_pairs("v1", task, 24, seed=0), 8, tmp_path, batch=7)
-    alone = exam.alone(nothing)
+    evaluation = TaskEvaluation(family, "v1", draw_pairs("v1", task, 24, seed=0), 8, tmp_path, batch=7)
+    alone = evaluation.alone(nothing)
     assert statistics.fmean(alone.rouge["rouge1"]) == 1, "the targets are what it says"
     bundle = make_plan(switches, "separate", None, tmp_path / "bundle")
-    served = exam.of_bundle(bundle, nothing)
+    served = evaluation.of_engine(served_by(bundle, evaluation), nothing)
     assert served.rouge == alone.rouge
     assert served.fidelity.kl < 1e-6
     assert served.fidelity.top1_agreement == 1
     assert served.fidelity.tokens == alone.fidelity.tokens
     own, other = family.checkpoints[1], family.checkpoints[2]
-    same = exam.of_weights(((n, own.tensor(n)) for n in own.target_names), nothing)
+    same = evaluation.of_weights(((n, own.tensor(n)) for n in own.target_names), nothing)
     assert same.rouge == alone.rouge
     experts = [n for n in other.target_names if ".experts." in n]
     assert experts
-    swapped = exam.of_weights(((n, other.tensor(n)) for n in experts), nothing)
+    swapped = evaluation.of_weights(((n, other.tensor(n)) for n in experts), nothing)
     assert swapped.fidelity.kl > 1e-4
 
 
 def test_the_whole_table_of_a_switch_family(switches: dict[str, Path], task: Path, tmp_path: Path) -> None:
     result = invoke(
-        "bench", "merging", *specs(switches)[:2], "--task", f"v1={task}", "--samples", "20", "--max-new-tokens", "8",
+        *specs(switches)[:2], "--task", f"v1={task}", "--samples", "20", "--max-new-tokens", "8",
         "--calibrate", f"v1={task}", "--out", str(tmp_path),
     )  # fmt: skip
     found = last_line(result)
@@ -314,7 +326,7 @@ def test_the_whole_table_of_a_switch_family(switches: dict[str, Path], task: Pat
 
 def test_bad_tasks_name_the_fix(switches: dict[str, Path], task: Path, text: Path, tmp_path: Path) -> None:
     long = write_pairs(tmp_path / "long.jsonl", [json.dumps({"input": "the fox " * 400, "target": "b"})] * 20)
-    arguments = ("bench", "merging", *specs(switches), "--out", str(tmp_path))
+    arguments = (*specs(switches), "--out", str(tmp_path))
     for options, message in [
         (["--text", f"v1={text}"], "encoder–decoder family; give --task"),
         ([], "give --task NAME=FILE.jsonl"),

@@ -1,5 +1,6 @@
 """What `run_quality` returned, for people: tables and the plot of quality against memory."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from polymoe.bench.plots import STYLE
 from polymoe.bench.report import Column, Document, machine_line
 from polymoe.config import format_bytes
 
+FIDELITY, AS_GOOD = "Fidelity", "What it takes to be as good as auto"  # titles of tables
+NOTHING = "nothing"
 _COLOURS = {
     "average": "#64748b",
     "merge": "#4f86c6",
@@ -21,15 +24,21 @@ _MARKERS = dict(zip(_COLOURS, "sDv^oP", strict=True))
 _FIGURES: list[Column] = [
     ("experts", lambda r: f"{r['expert_multiple']:.3f}x"),
     ("in memory", lambda r: format_bytes(r["resident_bytes"])),
-    ("KL mean", lambda r: _nats(r["kl_mean"])),
-    ("KL worst", lambda r: _nats(r["kl_worst"])),
+    ("KL mean", lambda r: nats(r["kl_mean"])),
+    ("KL worst", lambda r: nats(r["kl_worst"])),
     ("top-1", lambda r: f"{r['top1_mean']:.4f}"),
-    ("predicted KL", lambda r: "–" if r["predicted_kl_mean"] is None else _nats(r["predicted_kl_mean"])),
+    ("predicted KL", lambda r: "–" if r["predicted_kl_mean"] is None else nats(r["predicted_kl_mean"])),
 ]
 
 
-def _nats(value: float) -> str:
+def nats(value: float) -> str:
+    """0.1234 -> '0.123', 0.01234 -> '0.01234'."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.5f}"
+
+
+def files_of(calibrate: Mapping[str, Sequence[str]]) -> str:
+    """What plans are fitted to, in a line."""
+    return ", ".join(f"{name} {' + '.join(files)}" for name, files in calibrate.items())
 
 
 def quality_report(results: dict[str, Any]) -> Document:
@@ -46,10 +55,9 @@ def quality_report(results: dict[str, Any]) -> Document:
         "non-experts and tables."
     )
     if settings["calibrate"]:
-        files = ", ".join(f"{name} {' + '.join(names)}" for name, names in settings["calibrate"].items())
-        document.say(f"Rows “on text” are fitted to other text: {files}.")
+        document.say(f"Rows “on text” are fitted to other text: {files_of(settings['calibrate'])}.")
     if systems:
-        document.table("Fidelity", _FIGURES, systems)
+        document.table(FIDELITY, _FIGURES, systems)
         names = list(next(iter(systems.values()))["variants"])
         document.rows(
             "Perplexity, served (original)",
@@ -70,12 +78,12 @@ def _say_auto(document: Document, results: dict[str, Any]) -> None:
     rows = []
     for name, found in results["cheapest_as_good"].items():
         auto = results["systems"][name]
-        beaten = ", ".join(results["beaten_by"][name]) or "nothing"
+        beaten = ", ".join(results["beaten_by"][name]) or NOTHING
         best = "nothing in the table" if found is None else f"{found['name']}, {found['expert_multiple']:.2f}x"
-        rows.append([name, f"{auto['expert_multiple']:.3f}x", _nats(auto["kl_mean"]), best, beaten])
+        rows.append([name, f"{auto['expert_multiple']:.3f}x", nats(auto["kl_mean"]), best, beaten])
     if rows:
         document.rows(
-            "What it takes to be as good as auto",
+            AS_GOOD,
             ["auto", "experts", "KL mean", "the smallest that is as good", "better in the same memory or less"],
             rows,
         )

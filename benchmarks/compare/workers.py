@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 Prompts = Sequence[tuple[int, list[int]]]  # (variant index, token ids)
 
 
-class RivalError(Exception):
-    """A rival could not be installed, started or run; the message says why. The others go on."""
+class WorkerError(Exception):
+    """A system could not be installed, started or run; the message says why. The others go on."""
 
 
 class Worker:
@@ -36,19 +36,19 @@ class Worker:
             self._process.stdin.write(json.dumps(fields) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise RivalError(f"the process ended; see {self._log}") from error
+            raise WorkerError(f"the process ended; see {self._log}") from error
 
     def answer(self, timeout: float) -> dict[str, Any]:
         """The next line, within `timeout` seconds."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
-            raise RivalError(f"no answer within {timeout:.0f} s; see {self._log}")
+            raise WorkerError(f"no answer within {timeout:.0f} s; see {self._log}")
         line = self._process.stdout.readline()
         if not line:
-            raise RivalError(f"the process ended; see {self._log}")
+            raise WorkerError(f"the process ended; see {self._log}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RivalError(f"{answer['error']}; see {self._log}")
+            raise WorkerError(f"{answer['error']}; see {self._log}")
         return answer
 
     def stop(self) -> None:
@@ -65,7 +65,7 @@ class Worker:
         self._process.stdout.close()
 
 
-class Rival:
+class Workers:
     """Some workers that share a load: with several, worker n gets the prompts of variant n.
 
     Args:
@@ -82,7 +82,7 @@ class Rival:
         self._workers: list[Worker] = []
 
     def start(self) -> float:
-        """Load in all processes at once. Returns the seconds it took; raises `RivalError`."""
+        """Load in all processes at once. Returns the seconds it took; raises `WorkerError`."""
         python, script, models, environments, options, log = self._how
         started = time.monotonic()
         self._workers = [Worker(python, script, environment, log) for environment in environments]
@@ -106,7 +106,7 @@ class Rival:
         made = sum(worker.answer(timeout=1800)["output_tokens"] for worker in self._workers)
         seconds = time.monotonic() - started
         if made != output_tokens * len(prompts):
-            raise RivalError(f"{made} tokens instead of {output_tokens * len(prompts)}")
+            raise WorkerError(f"{made} tokens instead of {output_tokens * len(prompts)}")
         return made / seconds
 
     def stop(self) -> None:
@@ -119,7 +119,7 @@ def install_vllm(folder: Path, root: Path) -> Path:
     """vLLM for CPUs in the virtual environment `folder`, made now unless it is there. Returns its python.
 
     torch comes first and pinned, without CUDA; torchvision and its like are built for another torch and not needed.
-    Raises `RivalError` when pip fails.
+    Raises `WorkerError` when pip fails.
     """
     python, marker = folder / "bin" / "python", folder / ".installed"
     if marker.exists():
@@ -135,6 +135,6 @@ def install_vllm(folder: Path, root: Path) -> Path:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-            raise RivalError(f"`{' '.join(step[:5])} …` failed: {reason[0]}")
+            raise WorkerError(f"`{' '.join(step[:5])} …` failed: {reason[0]}")
     marker.touch()
     return python
