@@ -2,8 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from polymoe.errors import CheckpointError, UnsupportedModelError
+from polymoe.errors import CheckpointError, UnsupportedModelError, named
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
 from polymoe.offline.cast import Rounding
 from polymoe.offline.names import NameMap
@@ -36,16 +35,6 @@ def read_config(path: Path) -> Any:
         raise UnsupportedModelError(
             f"{path / 'config.json'}: transformers cannot read it: {error} Correct it, or save the model again."
         ) from error
-
-
-@contextmanager
-def named(name: str, place: str | Path) -> Iterator[None]:
-    """Errors from within say whose they are: the variant, and its path where they do not name it themselves."""
-    try:
-        yield
-    except CheckpointError as error:
-        where = "" if str(place) in str(error) else f"{place}: "
-        raise type(error)(f"{name}: {where}{error}") from error
 
 
 class Checkpoint:
@@ -134,9 +123,9 @@ class Checkpoint:
         return other
 
     @property
-    def model_class(self) -> type:
-        """The stock model's class."""
-        return type(self._names.model)
+    def model(self) -> Any:
+        """The stock model, without its weights."""
+        return self._names.model
 
     def shape(self, target: str) -> tuple[int, ...]:
         return self._names.targets[self._source[target]].shape

@@ -30,6 +30,7 @@ _PLAIN = set(nn.Module().__dict__)  # what every module has; its submodules and 
 _READ_IN_SOURCE = re.compile(r"""self\.config\.(\w+)|getattr\(self\.config, ["'](\w+)""")
 _WINDOW = "sliding_window"
 _TOKENS = 8  # positions of a rotary table that are compared
+_GRID = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(1, 12, 100), -torch.logspace(1, 12, 100)])
 _DEPTH = 6  # of plain objects within plain objects
 
 
@@ -52,6 +53,9 @@ class Computation:
 
         def look(model: PreTrainedModel) -> None:
             for path, module in model.named_modules():
+                if _is_activation(module):
+                    modules[path] = ("activation", comparable(module(_GRID.clone())))
+                    continue
                 own = {name: value for name, value in vars(module).items() if name not in _PLAIN | _NO_PART}
                 modules[path] = (type(module).__qualname__, comparable(own))
             buffers.update((name, comparable(value)) for name, value in model.named_buffers())
@@ -82,9 +86,16 @@ class Computation:
             return {
                 path: {name: value for name, value in own.items() if not isinstance(value, int)}
                 for path, (_, own) in modules.items()
+                if isinstance(own, dict)
             }
 
         return self.buffers == other.buffers and factors(self.modules) == factors(other.modules)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """One that is nothing but a function: "silu" and "swish" are two classes and one function."""
+    known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not hasattr(module, "dim") and not any(True for _ in (*module.state_dict(), *module.children()))
 
 
 def _watch(model: PreTrainedModel, reads: set[str], tables: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def _shown(value: object) -> str:
 
 def unknown_keys(checkpoint: Checkpoint) -> list[str]:
     """Keys of config.json, by path, that its config class does not know and the stock model's source does not name."""
-    source = inspect.getsource(inspect.getmodule(checkpoint.model_class))  # type: ignore[arg-type]
+    source = inspect.getsource(inspect.getmodule(type(checkpoint.model)))  # type: ignore[arg-type]
     names = {path: path.rpartition(".")[2] for path in _unknown(checkpoint.config)}
     return sorted(
         p for p, name in names.items() if not _ignored(name) and not re.search(rf"\b{re.escape(name)}\b", source)

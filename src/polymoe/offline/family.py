@@ -9,11 +9,12 @@ from typing import Self
 import torch
 from rich.console import Console
 
-from polymoe.errors import FamilyError
+from polymoe.errors import FamilyError, named
+from polymoe.model.skeleton import keeps_float32
 from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
 from polymoe.offline.cast import short
-from polymoe.offline.checkpoint import Checkpoint, named
+from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.configs import check_same_model, max_model_len, unknown_keys
 from polymoe.offline.scan import FamilyScan, scan_family
 from polymoe.offline.source import some
@@ -117,8 +118,9 @@ class Family:
             name, rounding = checkpoint.name, checkpoint.rounding
             if rounding.share:
                 way_out = f"name it before {first}" if name != first else "save it in one dtype"
+                share = f"{rounding.share:.1%}" if rounding.share >= 0.001 else "less than 0.1%"
                 notes.append(
-                    f"{name}: the cast rounded {rounding.share:.1%} of the values; `separate` is exact for the rounded "
+                    f"{name}: the cast rounded {share} of the values; `separate` is exact for the rounded "
                     f"weights. To keep them, {way_out}, at the bytes of the wider dtype."
                 )
             elif rounding.counts:
@@ -181,7 +183,8 @@ def _casts(first: Checkpoint, other: Checkpoint) -> dict[str, torch.dtype]:
 
     Physical experts of all variants lie in one stack a layer, which has one dtype: the one in which the first variant
     stores most of its layers. A variant that has its experts in another dtype was saved in another dtype, and takes
-    that of the first for all its tensors; else its non-experts stay as they are.
+    that of the first for all its tensors but those that transformers computes in float32 all the same; else its
+    non-experts stay as they are.
     """
     info = first.architecture
     found: dict[str, torch.dtype] = {}
@@ -190,8 +193,10 @@ def _casts(first: Checkpoint, other: Checkpoint) -> dict[str, torch.dtype]:
         dtype = Counter(first.dtype(name) for name in names).most_common(1)[0][0]
         found |= {name: dtype for name in names if other.dtype(name) != dtype}
     if found and other is not first:
-        floating = [name for name in info.nonexperts if other.dtype(name).is_floating_point]
-        found |= {name: first.dtype(name) for name in floating if other.dtype(name) != first.dtype(name)}
+        for name in info.nonexperts:
+            own, dtype = other.dtype(name), first.dtype(name)
+            if own.is_floating_point and own != dtype and not keeps_float32(first.model, name, dtype):
+                found[name] = dtype
     return found
 
 

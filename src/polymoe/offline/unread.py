@@ -13,7 +13,7 @@ from polymoe.offline.tensorfile import TensorEntry
 # Old checkpoints store rotary tables and position ids, which are computed now; transformers skips these as well.
 _TABLES = re.compile(r"rotary_(pos_)?emb\.(original_)?(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
 # Layers that predict further tokens, by their names or by what only they have.
-_PREDICTION = re.compile(r"(^|\.)(mtp|nextn)\w*(\.|$)", re.IGNORECASE)
+_PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?(\.|$)", re.IGNORECASE)
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.+)$")
 
 
