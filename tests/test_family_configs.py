@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import make_family
+from families import make_family, make_switch_family
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.errors import CheckpointError, FamilyError
@@ -212,10 +212,36 @@ def test_every_refusal_names_variant_and_path(families: dict[str, dict[str, Path
     with pytest.raises(CheckpointError, match=f"^v1: {paths['v1'] / 'config.json'}: transformers cannot read it"):
         Family.open(paths)
     paths = edited(families["mixtral"], tmp_path / "again", {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(CheckpointError, match=f"^v1: {paths['v1']}: .*quantised \\(awq\\).*give the original"):
+    with pytest.raises(CheckpointError, match=f"^v1: {paths['v1']}: .*quantised \\(awq\\).*Give the original"):
         Family.open(paths)
     with pytest.raises(CheckpointError, match=r"^v1: nowhere is not a directory"):
         Family.open({"v1": "nowhere"})
     paths = edited(families["mixtral"], tmp_path / "third", {"pad_token_id": 4000})
     with pytest.raises(CheckpointError, match=f"^v1: {paths['v1']}: .*Padding_idx"):
         Family.open(paths)
+
+
+def test_encoder_decoders_are_compared_as_well(tmp_path: Path) -> None:
+    made = make_switch_family(tmp_path / "made", num_variants=2)
+    family = Family.open(edited(made, tmp_path / "same", {"lora_alpha": 16}))
+    assert family.notes == ["v1: config.json has keys that SwitchTransformersConfig does not know: lora_alpha."]
+    for field, value in {
+        "layer_norm_epsilon": 0.1,
+        "dense_act_fn": "gelu",
+        "n_positions": 99,
+    }.items():
+        with pytest.raises(FamilyError, match=f"{field} is .* in base and {value!r} in v1"):
+            Family.open(edited(made, tmp_path / field, {field: value}))
+
+
+def test_tokenizers_that_are_none(families: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    """A tokenizer.json of another shape was a traceback."""
+    for number, content in enumerate(
+        ({"model": {"vocab": {"a": [1]}}}, {"model": {"vocab": [1]}}, {"added_tokens": [1]})
+    ):
+        paths = edited(families["mixtral"], tmp_path / str(number))
+        (paths["v1"] / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(
+            CheckpointError, match=f"^v1: {paths['v1'] / 'tokenizer.json'}: not a tokenizer's vocabulary"
+        ):
+            Family.open(paths)

@@ -180,8 +180,10 @@ class Checkpoint:
             if not ends & set(have):
                 missing.append(target)
         if missing:
+            head = ' If the head is the embedding, set "tie_word_embeddings": true in config.json.'
             raise CheckpointError(
                 f"{self.path}: not stored: {some(missing, 6)}. Is a shard missing? Download it again."
+                + (head if "lm_head.weight" in missing else "")
             )
         self.contradicts_ties = False
         for target, source in tied.items():

@@ -18,7 +18,7 @@ from polymoe.offline.computation import Computation, plain_rope
 _IGNORED_FIELDS = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "vocab_size", "tokenizer_class"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-    "max_position_embeddings",
+    *("max_position_embeddings", "n_positions"),
     *("router_aux_loss_coef", "aux_loss_alpha", "output_router_logits", "seq_aux", "router_jitter_noise"),
     *("router_z_loss_coef", "add_router_probs"),
     *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
@@ -28,6 +28,7 @@ _IGNORED_FIELDS = {
 UNLIMITED_LENGTH = 1 << 20  # tokens; for the rare config that declares no maximum
 # Rotary tables of these kinds change with the length of a sequence, so their values at the start say too little.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_ONE_VALUE = "If both were trained with the same value, write it into both config.json"
 
 
 def max_model_len(config: Any) -> int:
@@ -108,14 +109,13 @@ def check_same_model(first: Checkpoint, other: Checkpoint) -> None:
     changes = _differing(first.config, other.config)
     if changes:
         _check_computation(first, other, changes, max(lengths))
-    if lengths[0] != lengths[1] and not _same_tables(first.config, lengths):
-        raise _differ(
-            first,
-            other,
-            "max_position_embeddings",
-            *lengths,
-            "The rotary tables depend on it; if both were trained with the same tables, write the same value into both",
-        )
+    if lengths[0] == lengths[1]:
+        return
+    if first.config.is_encoder_decoder:  # each of the two has half of the context
+        raise _differ(first, other, "n_positions", lengths[0] // 2, lengths[1] // 2, _ONE_VALUE)
+    if not _same_tables(first.config, lengths):
+        way_out = f"Its rotary tables depend on the length. {_ONE_VALUE}"
+        raise _differ(first, other, "max_position_embeddings", lengths[0], lengths[1], way_out)
 
 
 def _check_computation(first: Checkpoint, other: Checkpoint, changes: list[_Field], length: int) -> None:
@@ -131,9 +131,7 @@ def _check_computation(first: Checkpoint, other: Checkpoint, changes: list[_Fiel
     if matter(changes):
         field = next((change for change in changes if matter([change])), changes[0])
         a, b = _get(first.config, field.path), field.value
-        raise _differ(
-            first, other, field.path, a, b, "If both were trained with the same value, write it into both config.json"
-        )
+        raise _differ(first, other, field.path, a, b, _ONE_VALUE)
 
 
 def _same_tables(config: Any, lengths: tuple[int, int]) -> bool:

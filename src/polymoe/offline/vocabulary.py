@@ -63,5 +63,5 @@ def check_vocabularies(names: list[str], folders: list[Path], sizes: list[int]) 
                 raise FamilyError(
                     f"tokenizers differ: token {index} is {first[index]!r} in {first_name} and "
                     f"{vocabulary[index]!r} in {name} ({place[first_name]}, {place[name]}); these models do not come "
-                    "from one ancestor. Plan them as families of their own, or give each the tokenizer it was trained with."
+                    "from one ancestor. Plan them as families of their own, or give each its own tokenizer."
                 )
