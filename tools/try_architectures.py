@@ -284,7 +284,7 @@ def short_note(outcome: Outcome) -> str:
     """The reason of a refusal, without what only says that this is a tiny model."""
     if outcome.result == "exact":
         return f"logits within {outcome.error:.0e}"
-    note = re.sub(r"^.*?cannot be served: ", "", outcome.note).rstrip(".")
+    note = re.sub(r"^.*?cannot be served: ", "", outcome.note).partition(". ")[0].rstrip(".")
     note = re.sub(r"^\d+ of its \d+ layers are (.*) layers, whose", r"it has \1 layers, whose", note)
     return re.sub(r"^\S+ is an? (\w+), a state-space.*layer, whose", r"it has \1 layers, whose", note)
 

@@ -14,6 +14,10 @@ PolymoeError
 └── EngineDeadError               the engine process ended; the server answers 503
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PolymoeError(Exception):
     """Base of all deliberate errors."""
@@ -95,3 +99,13 @@ class OverloadedError(RequestError):
 
 class EngineDeadError(PolymoeError):
     """The engine stopped; nothing in flight can finish."""
+
+
+@contextmanager
+def named(name: str, place: str | Path) -> Iterator[None]:
+    """Errors from within say whose they are: the variant, and its path where they do not name it themselves."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = "" if str(place) in str(error) else f"{place}: "
+        raise type(error)(f"{name}: {where}{error}") from error

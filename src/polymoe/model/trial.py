@@ -148,8 +148,11 @@ class _TrialStack(VariantStack):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def trace(config: Any) -> Trial:
-    """Try the stock model of `config`. Raises `UnsupportedModelError` naming what cannot be served."""
+def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) -> Trial:
+    """Try the stock model of `config`. Raises `UnsupportedModelError` naming what cannot be served.
+
+    look: called with the model before it runs.
+    """
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS)
     if strange:
         raise UnsupportedModelError(
@@ -159,9 +162,14 @@ def trace(config: Any) -> Trial:
     name = type(config).__name__
     try:
         if config.is_encoder_decoder:  # one architecture, whose needs are known
-            return Trial(_decoder_layers(build_skeleton(config)), {})
+            model = build_skeleton(config)
+            if look is not None:
+                look(model)
+            return Trial(_decoder_layers(model), {})
         model = build_skeleton(config, _TRIAL)
         name = type(model).__name__
+        if look is not None:
+            look(model)
         return _run(model, config)
     except (UnsupportedModelError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} cannot be served: {error}") from error

@@ -47,7 +47,7 @@ def make_plan(
     target = Path(out).expanduser()
     check_target(target, overwrite)
     family = Family.open(specs)
-    _say_ignored(family, console)
+    _say(family.notes, console)
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:
@@ -55,6 +55,7 @@ def make_plan(
 
         check_family(family)
     scan = family.scan(console)
+    _say(family.rounding_notes, console)
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
@@ -97,8 +98,9 @@ def inspect(
     """
     console = console or Console()
     family = Family.open(specs)
-    _say_ignored(family, console)
+    _say(family.notes, console)
     scan = family.scan(console)
+    _say(family.rounding_notes, console)
     relative, same = scan.relative_distance, (scan.expert_version == 0).all(axis=0)
     grid = Table(title=f"{family.architecture.class_name}: {', '.join(scan.variant_names)}", title_justify="left")
     grid.add_column("layer", justify="right")
@@ -120,11 +122,7 @@ def inspect(
     return scan
 
 
-def _say_ignored(family: Family, console: Console | None) -> None:
-    for checkpoint in family.checkpoints:
-        if checkpoint.ignored and console is not None:
-            console.print(
-                f"{checkpoint.name}: {len(checkpoint.ignored)} stored tensors are not part of the served model "
-                f"({checkpoint.ignored[0]} …).",
-                soft_wrap=True,
-            )
+def _say(notes: Sequence[str], console: Console | None) -> None:
+    if console is not None:
+        for note in notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)

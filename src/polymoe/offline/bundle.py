@@ -120,9 +120,12 @@ class Bundle:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config to build the family's model from: room for the largest vocabulary and context."""
+        """The transformers config to build the family's model from: room for the largest vocabulary and context, and
+        an output head of its own where any variant has one."""
         config = self.variant_config(0)
         text = config.get_text_config()
+        if "lm_head.weight" in self.manifest.nonexperts:
+            config.tie_word_embeddings = text.tie_word_embeddings = False
         text.vocab_size = max(variant.vocab_size for variant in self.variants)
         if getattr(text, "max_position_embeddings", None) is not None:
             text.max_position_embeddings = max(variant.max_model_len for variant in self.variants)

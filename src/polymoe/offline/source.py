@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from polymoe.config import format_bytes
 from polymoe.errors import CheckpointError
 from polymoe.offline.tensorfile import TensorEntry, read_header
 
@@ -96,36 +98,85 @@ def refuse_remote_code(folder: Path) -> None:
             )
 
 
-def read_stored(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
-    """Every tensor stored in `folder`: stored name -> (file, entry). Headers are validated, no data is read.
+class Stored(NamedTuple):
+    """What lies in a checkpoint's files. `tensors`: stored name -> (file, entry). `notes`: what a user should know."""
 
-    `model.safetensors` wins over `model.safetensors.index.json`, as in transformers. Raises `CheckpointError`.
+    tensors: dict[str, tuple[Path, TensorEntry]]
+    notes: tuple[str, ...]
+
+
+def read_stored(folder: Path) -> Stored:
+    """Every tensor that transformers would read of `folder`. Headers are validated, no data is read.
+
+    `model.safetensors` wins over `model.safetensors.index.json`, as in transformers. Of a tensor that lies in two
+    shards the one that the index names is read. Raises `CheckpointError`.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return {name: (single, entry) for name, entry in read_header(single).items()}
+        tensors = {name: (single, entry) for name, entry in read_header(single).items()}
+        return Stored(
+            tensors, _left_out(folder, {single.name}, "model.safetensors is read alone, as transformers does")
+        )
     if not index.exists():
         raise CheckpointError(_why_no_weights(folder))
 
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map.")
-    files = sorted({str(file) for file in weight_map.values()})
-    stored: dict[str, tuple[Path, TensorEntry]] = {}
-    for file in files:
+        raise CheckpointError(f"{index}: has no weight_map; download it again or save the model again.")
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    for file in sorted({str(file) for file in weight_map.values()}):
         if Path(file).name != file:
             raise CheckpointError(f"{index}: {file!r} is not a plain file name.")
-        path = folder / file
-        if not path.exists():
+        if not (folder / file).exists():
             raise CheckpointError(f"{index} names {file}, which is missing; download it again.")
-        for name, entry in read_header(path).items():
-            if name in stored:
-                raise CheckpointError(f"{folder}: tensor {name} is stored twice, in {stored[name][0].name} and {file}.")
-            stored[name] = (path, entry)
-    for name, file in weight_map.items():
-        if name not in stored or stored[name][0].name != file:
-            raise CheckpointError(f"{index} says that {file} holds {name}, but it does not; download both again.")
-    return stored
+        headers[file] = read_header(folder / file)
+    notes: list[str] = []
+    tensors, holders = {}, _holders(headers)
+    for name, files in holders.items():
+        # A tensor that the index does not name is read too: transformers reads whole shards, in this order.
+        file = weight_map.get(name, files[-1])
+        if file not in files:
+            notes.append(f"{index.name} says that {file} holds {name}; it is read from {files[-1]}, which does")
+            file = files[-1]
+        elif len(files) > 1:
+            stale = ", ".join(f for f in files if f != file)
+            beware = f"; transformers itself takes the copy in {files[-1]}" if file != files[-1] else ""
+            notes.append(f"{name} is stored again in {stale}; the copy in {file} is read, as {index.name} says{beware}")
+        tensors[name] = (folder / file, headers[file][name])
+    if missing := sorted(set(weight_map) - set(holders)):
+        name = missing[0]
+        raise CheckpointError(
+            f"{index} says that {weight_map[name]} holds {name}, but it does not; download both again."
+            + (f" {len(missing) - 1} more are missing." if len(missing) > 1 else "")
+        )
+    return Stored(tensors, (*_shortened(notes), *_left_out(folder, set(headers), f"{index.name} names other files")))
+
+
+def _holders(headers: dict[str, dict[str, TensorEntry]]) -> dict[str, list[str]]:
+    """Tensor name -> the shards that hold it, in order."""
+    found: dict[str, list[str]] = {}
+    for file, entries in headers.items():
+        for name in entries:
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def _left_out(folder: Path, read: set[str], reason: str) -> tuple[str, ...]:
+    """A note on the safetensors files that nothing reads."""
+    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read)
+    if not extra:
+        return ()
+    size = format_bytes(sum((folder / file).stat().st_size for file in extra))
+    return (f"{reason}; left out: {some(extra)} ({size})",)
+
+
+def _shortened(notes: list[str]) -> list[str]:
+    return notes if len(notes) <= 4 else [*notes[:3], f"and {len(notes) - 3} more such tensors"]
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """["a", …] -> "a, b, c, d and 7 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _why_no_weights(folder: Path) -> str:
