@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +26,11 @@ from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, check_tok
 from polymoe.evaluate.record import float32_engine
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW, encode_texts, spread_windows
 from polymoe.machine import describe_machine
-from polymoe.offline.atomic import whole_file
+from polymoe.offline.atomic import remove_files, whole_file
 from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.calibrate import Calibration
+from polymoe.offline.calibrate import KEPT_LAYERS, Calibration
 from polymoe.offline.damage import Energies
 from polymoe.offline.family import Family, max_model_len
 from polymoe.offline.manifest import FORMAT_VERSION
@@ -93,7 +92,7 @@ def run_quality(plan: QualityPlan, console: Console) -> dict[str, Any]:
                 except PolymoeError as error:
                     skipped[contender.name] = str(error)
                 progress.advance(task)
-    shutil.rmtree(lab.calibration_folder, ignore_errors=True)
+    remove_files(lab.calibration_folder, KEPT_LAYERS)
     return {
         "benchmark": "quality",
         "machine": describe_machine(),

@@ -1,6 +1,5 @@
 """What `polymoe plan` and `polymoe inspect` do, from checkpoints to a printed summary."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from polymoe.offline.atomic import check_target
+from polymoe.offline.atomic import check_target, remove_files
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
@@ -39,6 +38,8 @@ def make_plan(
     Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was. With calibration text an
     interrupted run leaves its finished layers in `.NAME.calibration` beside `out`; the same call goes on from there.
     """
+    from polymoe.offline.calibrate import KEPT_LAYERS
+
     # What can be refused without reading gigabytes is refused first.
     options = options or PlanOptions()
     options.check(policy)
@@ -58,7 +59,7 @@ def make_plan(
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
-    shutil.rmtree(started, ignore_errors=True)
+    remove_files(started, KEPT_LAYERS)
     if options.distill is not None:
         from polymoe.offline.distill import distill
 

@@ -235,7 +235,7 @@ def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
     Raises `BundleError` for a name that no variant has or a bundle that cannot be written.
     """
     folder = Path(path).expanduser()
-    temporary = folder / f".{MANIFEST}.tmp"
+    temporary = folder / UNFINISHED_MANIFEST
     try:
         lock = os.open(folder, os.O_RDONLY)
         try:

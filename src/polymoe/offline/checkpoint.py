@@ -8,12 +8,11 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
-
 from polymoe.errors import CheckpointError, UnsupportedModelError
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
+from polymoe.offline.config_checks import load_config
 from polymoe.offline.names import NameMap
-from polymoe.offline.source import read_stored, refuse_remote_code, resolve
+from polymoe.offline.source import check_files, read_stored, resolve
 from polymoe.offline.tensorfile import TensorEntry
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,9 +23,10 @@ def read_config(path: Path) -> Any:
     if not (path / "config.json").exists():
         hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
         raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face checkpoint.{hint}")
-    refuse_remote_code(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return load_config(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # unknown model_type, wrong field types: transformers raises many kinds
         raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
 
@@ -72,6 +72,7 @@ class Checkpoint:
         Raises `CheckpointError` (the message names file and fix) or `UnsupportedModelError`.
         """
         path = resolve(spec)
+        check_files(path)
         config = read_config(path)
         check_supported_config(config)
         stored = read_stored(path)

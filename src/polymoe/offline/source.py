@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from polymoe.errors import CheckpointError
+from polymoe.offline.plain_files import why_not_to_read
 from polymoe.offline.tensorfile import TensorEntry, read_header
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # Some repositories hold a second copy of the weights in a folder (`original/`, `metal/`).
 _NO_DOWNLOAD = ["*/*.safetensors", "*/*.json"]
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a variant's folder in a bundle gets besides the weights.
@@ -77,8 +79,10 @@ def _download(spec: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises `CheckpointError`."""
+    if reason := why_not_to_read(path, path.parent):
+        raise CheckpointError(f"{path} {reason}.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(value, dict):
@@ -86,14 +90,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_remote_code(folder: Path) -> None:
-    """Raise `CheckpointError` when a config asks for Python code from the checkpoint (`auto_map`)."""
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and read_json(folder / name).get("auto_map"):
-            raise CheckpointError(
-                f"{folder / name} asks for custom code (auto_map); polymoe never runs code from a checkpoint. "
-                "If transformers has this model itself, remove the auto_map entry."
-            )
+def _constant(text: str) -> float:
+    """Infinity is a limit that configs of stock models have; NaN is damage."""
+    if text == "NaN":
+        raise ValueError("it has a value that is not a number, NaN")
+    return float(text)
 
 
 def read_stored(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
@@ -126,6 +127,14 @@ def read_stored(folder: Path) -> dict[str, tuple[Path, TensorEntry]]:
         if name not in stored or stored[name][0].name != file:
             raise CheckpointError(f"{index} says that {file} holds {name}, but it does not; download both again.")
     return stored
+
+
+def check_files(folder: Path) -> None:
+    """Raise `CheckpointError` for a file that would be read and must not be: a link out of the checkpoint (and the
+    Hub's cache), a FIFO, a device."""
+    for path in sorted({path for pattern in (*SIDE_FILES, *_WEIGHTS) for path in folder.glob(pattern)}):
+        if not path.is_dir() and (reason := why_not_to_read(path, folder)):
+            raise CheckpointError(f"{path} {reason}.")
 
 
 def _why_no_weights(folder: Path) -> str:

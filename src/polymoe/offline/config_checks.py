@@ -1,0 +1,135 @@
+"""What a config.json may not say, found out before transformers acts on it: requests for code, sizes that would keep
+it busy for minutes, values that would only fail when a request comes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from polymoe.errors import CheckpointError, UnsupportedModelError
+from polymoe.offline.source import read_json, read_stored
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# With another value transformers takes it for a repository of the Hub (`org/name[@revision]`) and loads its code.
+_IMPLEMENTATION = re.compile(r"_*(attn|attention|experts)_implementation(_internal)?")
+_STOCK = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "grouped_mm", "batched_mm")
+_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+_EXPERTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?experts")
+_MANY_LAYERS, _MANY_EXPERTS = 256, 4096  # up to here a model that does not fit its weights is built in seconds
+_LENGTHS = ("max_position_embeddings", "n_positions")
+_TOKEN_ID = re.compile(r"\w*_token_id")
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config in `folder`, which says nothing of an attention or experts implementation: polymoe has
+    its own. Raises `CheckpointError` for what `check_config` refuses, and anything that transformers raises."""
+    from transformers import AutoConfig  # here: it takes seconds
+
+    check_config(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None  # of its sub-configs too
+    return config
+
+
+def check_config(folder: Path) -> None:
+    """Raise `CheckpointError` for a config that asks for code, has values that no model can have, or more layers or
+    experts than the weights."""
+    raw = read_json(folder / CONFIG)
+    refuse_remote_code(folder)
+    _check_values(folder / CONFIG, raw)
+    if (folder / GENERATION_CONFIG).exists():
+        _check_values(folder / GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG))
+    _check_counts(folder, raw)
+
+
+def refuse_remote_code(folder: Path) -> None:
+    """Raise `CheckpointError` when a config asks for code of the checkpoint or of the Hub: `auto_map`, or an attention
+    or experts implementation that transformers does not have itself, at any depth."""
+    for name in (CONFIG, "tokenizer_config.json"):
+        path = folder / name
+        if not (path.exists() or path.is_symlink()):
+            continue
+        for key, value in _fields(read_json(path)):
+            if key == "auto_map" and value:
+                raise CheckpointError(
+                    f"{path} asks for custom code (auto_map); polymoe never runs code from a checkpoint. "
+                    "If transformers has this model itself, remove the auto_map entry."
+                )
+            if _IMPLEMENTATION.fullmatch(key) and not _is_stock(value):
+                raise CheckpointError(
+                    f"{path} asks for custom code ({key}: {_shown(value)}); polymoe never runs code from the Hub and "
+                    f"has its own attention and experts. Remove the {key} entry."
+                )
+
+
+def _is_stock(value: Any) -> bool:
+    if isinstance(value, dict):  # one for each sub-config
+        return all(_is_stock(item) for item in value.values())
+    return value is None or (isinstance(value, str) and value.removeprefix("paged|") in _STOCK)
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every JSON object inside `value`."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+
+
+def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
+    for key, value in _fields(raw):
+        if value is None:
+            continue
+        if key in _LENGTHS and not (_is_int(value) and value > 0):
+            raise CheckpointError(f"{path}: {key} is {_shown(value)}; it must be a whole number of tokens above 0.")
+        if _TOKEN_ID.fullmatch(key):
+            several = isinstance(value, list) and key == "eos_token_id"
+            if not all(_is_int(item) for item in (value if several else [value])):
+                what = "a token id or a list of them" if key == "eos_token_id" else "a token id"
+                raise CheckpointError(f"{path}: {key} is {_shown(value)}; it must be {what} (whole numbers), or null.")
+
+
+def _check_counts(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Compare large numbers of layers and experts with the weights, before a model of that size is built."""
+    layers = {k: v for k, v in _fields(raw) if _LAYERS.fullmatch(k) and _is_number(v) and v > _MANY_LAYERS}
+    experts = {k: v for k, v in _fields(raw) if _EXPERTS.fullmatch(k) and _is_number(v) and v > _MANY_EXPERTS}
+    if not layers and not experts:
+        return
+    stored = read_stored(folder)
+    numbered = _most_numbered(stored)
+    widest = max((size for _, entry in stored.values() for size in entry.shape), default=0)
+    for what, counts, most in (("layers", layers, numbered), ("experts", experts, max(numbered, widest))):
+        for key, value in counts.items():
+            if value > most:
+                raise UnsupportedModelError(
+                    f"{folder / CONFIG}: {key} is {value}, but the weights have room for {most} {what} at most. Is this "
+                    "the config of another checkpoint?"
+                )
+
+
+def _most_numbered(names: Mapping[str, Any]) -> int:
+    """The most different numbers that stand at one place of the names: of `layers.0.…`, `layers.1.…` two."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for index, part in enumerate(parts):
+            if part.isdecimal():
+                found.setdefault(".".join(parts[:index]), set()).add(part)
+    return max(map(len, found.values()), default=0)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"
