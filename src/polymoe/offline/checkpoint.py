@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
 from polymoe.errors import CheckpointError, UnsupportedModelError
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
 from polymoe.offline.config_checks import load_config

@@ -12,11 +12,12 @@ from polymoe.offline.source import read_json, read_stored
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # With another value transformers takes it for a repository of the Hub (`org/name[@revision]`) and loads its code.
 _IMPLEMENTATION = re.compile(r"_*(attn|attention|experts)_implementation(_internal)?")
-_STOCK = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "grouped_mm", "batched_mm")
+_STOCK = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", *(f"flash_attention_{i}" for i in (2, 3, 4)))
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 _EXPERTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?experts")
 _MANY_LAYERS, _MANY_EXPERTS = 256, 4096  # up to here a model that does not fit its weights is built in seconds
-_LENGTHS = ("max_position_embeddings", "n_positions")
+_AT_LEAST_1 = ("max_position_embeddings", "n_positions", "num_experts_per_tok")
+_MOST = 1 << 31
 _TOKEN_ID = re.compile(r"\w*_token_id")
 
 
@@ -84,8 +85,8 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
     for key, value in _fields(raw):
         if value is None:
             continue
-        if key in _LENGTHS and not (_is_int(value) and value > 0):
-            raise CheckpointError(f"{path}: {key} is {_shown(value)}; it must be a whole number of tokens above 0.")
+        if key in _AT_LEAST_1 and not (_is_int(value) and 0 < value < _MOST):
+            raise CheckpointError(f"{path}: {key} is {_shown(value)}; it must be a whole number from 1 to {_MOST - 1}.")
         if _TOKEN_ID.fullmatch(key):
             several = isinstance(value, list) and key == "eos_token_id"
             if not all(_is_int(item) for item in (value if several else [value])):
@@ -106,8 +107,8 @@ def _check_counts(folder: Path, raw: Mapping[str, Any]) -> None:
         for key, value in counts.items():
             if value > most:
                 raise UnsupportedModelError(
-                    f"{folder / CONFIG}: {key} is {value}, but the weights have room for {most} {what} at most. Is this "
-                    "the config of another checkpoint?"
+                    f"{folder / CONFIG}: {key} is {value}, but the weights have room for {most} {what} at most. Is "
+                    "this the config of another checkpoint?"
                 )
 
 

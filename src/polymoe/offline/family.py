@@ -1,6 +1,5 @@
 """Several checkpoints that can be served together: one architecture, one vocabulary, one way to compute."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,7 @@ from polymoe.model.skeleton import context_limit
 from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
 from polymoe.offline.checkpoint import Checkpoint
+from polymoe.offline.manifest import VARIANT_NAME
 from polymoe.offline.scan import FamilyScan, scan_family
 from polymoe.offline.vocabulary import check_vocabularies
 
@@ -33,7 +33,6 @@ _IGNORED_FIELDS = {
     *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
     *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
 }
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UNLIMITED_LENGTH = 1 << 20  # tokens; for the rare config that declares no maximum
 
 
@@ -56,7 +55,7 @@ def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not _NAME.fullmatch(name):
+        if not VARIANT_NAME.fullmatch(name):
             raise FamilyError(
                 f"{name!r} is not a variant name: 1 to 64 letters, digits, '.', '_', '-', and first a letter or digit."
             )

@@ -14,6 +14,7 @@ variants/NAME/                      config, generation config, tokenizer and cha
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ UNFINISHED_MANIFEST = ".manifest.json.tmp"  # while it is written anew
 FOLDERS = ("experts", "deltas", "host", "nonexperts", "variants")
 TABLES = "tables.safetensors"
 SHARED = "nonexperts/shared.safetensors"
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a file's name
 
 
 def resident_file(layer: int) -> str:
@@ -158,8 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
         parts = any((folder / name).exists() for name in ("experts", "nonexperts", "variants", TABLES))
         reason = "is an unfinished bundle (no manifest.json); plan it again" if parts else "is not a bundle"
         raise BundleError(f"{folder} {reason}.")
-    if reason := why_not_to_read(path, folder):
-        raise BundleError(f"{path} {reason}.")
+    if (unreadable := why_not_to_read(path, folder)) is not None:
+        raise BundleError(f"{path} {unreadable}.")
     try:
         text = path.read_bytes()
         version = msgspec.json.decode(text, type=_VersionOnly).format_version

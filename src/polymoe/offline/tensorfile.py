@@ -74,8 +74,8 @@ def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: Path, fix: str = "download it again or save the model again") -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file by name, after checking that the file is whole and consistent.
 
-    `fix`: what the message tells to do. Raises `CheckpointError`, naming the file, when it is truncated, too long, not safetensors, or when a tensor's
-    offsets do not match its shape.
+    `fix`: what the message tells to do. Raises `CheckpointError`, naming the file, when it is truncated, too long, not
+    safetensors, or when a tensor's offsets do not match its shape.
     """
 
     def broken(reason: str) -> CheckpointError:
