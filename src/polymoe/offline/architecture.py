@@ -93,10 +93,10 @@ def build_on_meta(config: Any) -> Any:
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
+        stack_switch_experts(model)
     except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise refusal(config, f"transformers cannot build a text model from its config ({reason})") from error
-    stack_switch_experts(model)
     return model
 
 

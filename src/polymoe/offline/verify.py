@@ -55,21 +55,20 @@ def hashed_beside(
 ) -> Iterator[None]:
     """Hash weights in threads of their own while the body loads them.
 
-    With `everything` the end waits until all files are hashed. Without, only those that are loaded are looked at, in
-    the order of loading, and the end waits for small bundles only: what is not hashed by then is left.
+    With `everything`, and for small bundles, the end waits until all files are hashed. Else only those that are loaded
+    are looked at, in the order of loading, and what is not hashed by the end is left.
 
     Raises `BundleError` at the end for a file that has changed. `progress`: called with ("verifying", fraction done).
     """
     records = {r.path: r for r in bundle.manifest.files if is_weights(r.path)}
-    loaded = [path for path in files_of(bundle.manifest) if path in records and not path.startswith("host/")]
-    paths = [*loaded, *(path for path in records if path not in loaded)] if everything else loaded
-    small = sum(records[path].size for path in paths) <= _AT_ONCE
+    everything = everything or sum(record.size for record in records.values()) <= _AT_ONCE
+    paths = [path for path in files_of(bundle.manifest) if path in records and (everything or not path.startswith("host/"))]
     stop = threading.Event()
     pool = ThreadPoolExecutor(_threads(), thread_name_prefix="polymoe-hashes")
     try:
         jobs = {pool.submit(_is_changed, bundle.path / p, records[p], stop.is_set): p for p in paths}
         yield
-        if not (everything or small):
+        if not everything:
             stop.set()
         for done, job in enumerate(as_completed(jobs)):
             if job.result() and read_manifest(bundle.path) == bundle.manifest:  # else it was replaced meanwhile
