@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymoe.offline.manifest import MANIFEST, FileRecord, _digest
+from polymoe.offline.manifest import MANIFEST, FileRecord, digest_of
 
 
 def damages(file: Path, other: Path) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -62,7 +62,7 @@ class Liar:
         path = self.folder / MANIFEST
         fields = json.loads(path.read_text())
         change(fields)
-        fields["digest"] = _digest(fields)
+        fields["digest"] = digest_of(fields)
         path.write_text(json.dumps(fields))
 
     def edit_tensors(self, file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -93,7 +93,10 @@ def test_files_of_others_beside_a_bundle_do_not_matter(folder: Path) -> None:
 def test_any_change_of_the_manifest_is_found(folder: Path) -> None:
     path = folder / MANIFEST
     text = path.read_text()
-    changed = [re.sub(r'("max_model_len": )\d+', r"\g<1>64", text), text.replace('"transposed": ', '"x": 1, "transposed": ')]
+    changed = [
+        re.sub(r'("max_model_len": )\d+', r"\g<1>64", text),
+        text.replace('"transposed": ', '"x": 1, "transposed": '),
+    ]
     for content in changed:
         assert content != text
         path.write_text(content)
@@ -103,16 +106,13 @@ def test_any_change_of_the_manifest_is_found(folder: Path) -> None:
     Bundle.open(folder)
 
 
-def test_bundles_from_before_the_digest_open(
-    liar: Liar, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bundles_from_before_the_digest_open(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields = json.loads((folder / MANIFEST).read_text())
     del fields["digest"]
     (folder / MANIFEST).write_text(json.dumps(fields))
     use(folder)
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{folder / MANIFEST} was planned before manifests had a hash of their own; plan it again to have it checked too."
-    ]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{folder / MANIFEST} was planned before manifests had a hash of their own; plan it again")
 
 
 def test_a_copy_and_a_link_to_a_bundle_are_the_same(folder: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_every_field_of_another_type(liar: Liar, whole: Path) -> None:
             liar.edit_manifest(lambda m, n=name, w=wrong: m.update({n: w}))  # type: ignore[misc]
             if name in ("digest", "tied", "memory", "host_bytes", "bytes_per_expert_parameter", "format_version"):
                 continue  # signed again, or a value that is allowed
-            with pytest.raises(BundleError, match="manifest|which is not planned"):
+            with pytest.raises(BundleError, match=r"manifest|which is not planned"):
                 Bundle.open(liar.folder)
             restore(liar.folder, whole / "packed")
     for text in ('{"format_version": 2, "files": NaN}', "[" * 100_000, '{"format_version": 1e999}', "null", "\ud800"):
@@ -226,7 +226,7 @@ def test_a_delta_on_a_host_expert_and_a_sign_of_nothing(whole: Path, tmp_path: P
     host = Bundle.open(tiers.folder).table < 0
     assert bool(host.any())
     tiers.edit_manifest(lambda m: m["host_experts"].__setitem__(1, 0))
-    with pytest.raises(BundleError, match="host/layer-001.safetensors holds"):
+    with pytest.raises(BundleError, match=r"host/layer-001\.safetensors holds"):
         Bundle.open(tiers.folder)
     packed = Liar(Path(shutil.copytree(whole / "packed", tmp_path / "packed")))
     packed.edit_tensors(TABLES, lambda t: t.update(sign=torch.zeros_like(t["table"], dtype=torch.int8)))
@@ -292,8 +292,16 @@ def test_exact_deltas_whose_bitmaps_count_other_values(whole: Path, tmp_path: Pa
         use(liar.folder)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"model_type": "evil"}, {"auto_map": {"AutoConfig": "evil.E"}},
-    {"_attn_implementation": "evil/repo"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 64},
+        {"num_hidden_layers": 3},
+        {"model_type": "evil"},
+        {"auto_map": {"AutoConfig": "evil.E"}},
+        {"_attn_implementation": "evil/repo"},
+    ],
+)
 def test_configs_of_another_model(liar: Liar, change: dict[str, Any]) -> None:
     file = "variants/base/config.json"
     config = json.loads((liar.folder / file).read_text()) | change

@@ -8,7 +8,7 @@ import pytest
 
 from polymoe.errors import PlanError
 from polymoe.offline import atomic
-from polymoe.offline.api import make_plan
+from polymoe.offline.api import inspect, make_plan
 from polymoe.offline.atomic import check_target, new_folder, remove_files, remove_leftovers
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.calibrate import KEPT_LAYERS
@@ -46,7 +46,9 @@ def test_a_folder_with_another_manifest_is_not_replaced(kind: str, specs: list[s
     folder.mkdir()
     (folder / "manifest.json").write_text(MANIFESTS[kind])
     (folder / "index.html").write_text("x")
-    with pytest.raises(PlanError, match=r"webapp is not a bundle.*so --force will not replace it; choose another --out"):
+    with pytest.raises(
+        PlanError, match=r"webapp is not a bundle.*so --force will not replace it; choose another --out"
+    ):
         replace(specs, folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["webapp"]
     assert (folder / "index.html").read_text() == "x"
@@ -145,3 +147,19 @@ def test_an_empty_folder_may_be_taken(specs: list[str], tmp_path: Path) -> None:
         check_target(tmp_path / "b", overwrite=False)
     replace(specs, tmp_path / "b")
     assert Bundle.open(tmp_path / "b", verify=True).manifest.policy == "paper"
+
+
+def test_pictures_overwrite_pictures_only(specs: list[str], tmp_path: Path) -> None:
+    """`inspect --png thesis.tex` overwrote it."""
+    (tmp_path / "thesis.tex").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    for name in ("thesis.tex", "link", "folder"):
+        with pytest.raises(PlanError, match=rf"{name} is not a PNG picture, so it is not overwritten"):
+            inspect(specs, tmp_path / name)
+    with pytest.raises(PlanError, match="none is not a folder"):
+        inspect(specs, tmp_path / "none" / "x.png")
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    for _ in range(2):
+        inspect(specs, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

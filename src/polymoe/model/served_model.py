@@ -163,8 +163,8 @@ class ServedModel:
         sources = self.bundle.nonexpert_sources(name)
         versions = sorted(set(sources))
         shape = self._read(versions[0], name).shape
-        rows = (*meta.shape[:1], self.bundle.variants[versions[0]].vocab_size)  # embeddings may have fewer
-        if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in rows):
+        lengths = (*meta.shape[:1], self.bundle.variants[versions[0]].vocab_size)  # embeddings may have fewer
+        if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in lengths):
             raise BundleError(
                 f"{self.bundle.path}: {name} has shape {list(shape)}, config.json asks for {list(meta.shape)}; plan it "
                 "again or copy it again."

@@ -16,7 +16,7 @@ from polymoe.offline.family import Family
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
-from polymoe.offline.similarity import heatmap
+from polymoe.offline.similarity import check_picture, heatmap
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
@@ -94,9 +94,11 @@ def inspect(
 ) -> FamilyScan:
     """Compare the experts of a family: a table by layer on `console` and a heat map in the file `png`.
 
-    Raises `CheckpointError` or `FamilyError`.
+    Raises `CheckpointError`, `FamilyError`, or `PlanError` where `png` is something else than a picture.
     """
     console = console or Console()
+    if png is not None:
+        check_picture(png)
     family = Family.open(specs)
     _say_ignored(family, console)
     scan = family.scan(console)

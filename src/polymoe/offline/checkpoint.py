@@ -13,7 +13,7 @@ from polymoe.errors import CheckpointError, UnsupportedModelError
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
 from polymoe.offline.config_checks import load_config
 from polymoe.offline.names import NameMap
-from polymoe.offline.source import check_files, read_stored, resolve
+from polymoe.offline.source import check_counts, check_files, read_stored, resolve
 from polymoe.offline.tensorfile import TensorEntry
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +24,7 @@ def read_config(path: Path) -> Any:
     if not (path / "config.json").exists():
         hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
         raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face checkpoint.{hint}")
+    check_counts(path)
     try:
         return load_config(path)
     except CheckpointError:

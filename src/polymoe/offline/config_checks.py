@@ -1,21 +1,18 @@
-"""What a config.json may not say, found out before transformers acts on it: requests for code, sizes that would keep
-it busy for minutes, values that would only fail when a request comes."""
+"""What a config.json may not say, found out before transformers acts on it: requests for code, and values that would
+only fail when a request comes."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from polymoe.errors import CheckpointError, UnsupportedModelError
-from polymoe.offline.source import read_json, read_stored
+from polymoe.errors import CheckpointError
+from polymoe.offline.plain_files import read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # With another value transformers takes it for a repository of the Hub (`org/name[@revision]`) and loads its code.
 _IMPLEMENTATION = re.compile(r"_*(attn|attention|experts)_implementation(_internal)?")
 _STOCK = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", *(f"flash_attention_{i}" for i in (2, 3, 4)))
-_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
-_EXPERTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?experts")
-_MANY_LAYERS, _MANY_EXPERTS = 256, 4096  # up to here a model that does not fit its weights is built in seconds
 _AT_LEAST_1 = ("max_position_embeddings", "n_positions", "num_experts_per_tok")
 _MOST = 1 << 31
 _TOKEN_ID = re.compile(r"\w*_token_id")
@@ -33,14 +30,12 @@ def load_config(folder: Path) -> Any:
 
 
 def check_config(folder: Path) -> None:
-    """Raise `CheckpointError` for a config that asks for code, has values that no model can have, or more layers or
-    experts than the weights."""
+    """Raise `CheckpointError` for a config that asks for code or has values that no model can have."""
     raw = read_json(folder / CONFIG)
     refuse_remote_code(folder)
     _check_values(folder / CONFIG, raw)
     if (folder / GENERATION_CONFIG).exists():
         _check_values(folder / GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG))
-    _check_counts(folder, raw)
 
 
 def refuse_remote_code(folder: Path) -> None:
@@ -50,7 +45,7 @@ def refuse_remote_code(folder: Path) -> None:
         path = folder / name
         if not (path.exists() or path.is_symlink()):
             continue
-        for key, value in _fields(read_json(path)):
+        for key, value in fields(read_json(path)):
             if key == "auto_map" and value:
                 raise CheckpointError(
                     f"{path} asks for custom code (auto_map); polymoe never runs code from a checkpoint. "
@@ -69,7 +64,7 @@ def _is_stock(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.removeprefix("paged|") in _STOCK)
 
 
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+def fields(value: Any) -> Iterator[tuple[str, Any]]:
     """(key, value) of every JSON object inside `value`."""
     left = [value]
     while left:
@@ -82,7 +77,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
-    for key, value in _fields(raw):
+    for key, value in fields(raw):
         if value is None:
             continue
         if key in _AT_LEAST_1 and not (_is_int(value) and 0 < value < _MOST):
@@ -94,40 +89,11 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
                 raise CheckpointError(f"{path}: {key} is {_shown(value)}; it must be {what} (whole numbers), or null.")
 
 
-def _check_counts(folder: Path, raw: Mapping[str, Any]) -> None:
-    """Compare large numbers of layers and experts with the weights, before a model of that size is built."""
-    layers = {k: v for k, v in _fields(raw) if _LAYERS.fullmatch(k) and _is_number(v) and v > _MANY_LAYERS}
-    experts = {k: v for k, v in _fields(raw) if _EXPERTS.fullmatch(k) and _is_number(v) and v > _MANY_EXPERTS}
-    if not layers and not experts:
-        return
-    stored = read_stored(folder)
-    numbered = _most_numbered(stored)
-    widest = max((size for _, entry in stored.values() for size in entry.shape), default=0)
-    for what, counts, most in (("layers", layers, numbered), ("experts", experts, max(numbered, widest))):
-        for key, value in counts.items():
-            if value > most:
-                raise UnsupportedModelError(
-                    f"{folder / CONFIG}: {key} is {value}, but the weights have room for {most} {what} at most. Is "
-                    "this the config of another checkpoint?"
-                )
-
-
-def _most_numbered(names: Mapping[str, Any]) -> int:
-    """The most different numbers that stand at one place of the names: of `layers.0.…`, `layers.1.…` two."""
-    found: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        for index, part in enumerate(parts):
-            if part.isdecimal():
-                found.setdefault(".".join(parts[:index]), set()).add(part)
-    return max(map(len, found.values()), default=0)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

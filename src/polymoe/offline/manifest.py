@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = msgspec.json.decode(text)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); plan the bundle again.") from error
-    if manifest.digest and manifest.digest != _digest(fields):
+    if manifest.digest and manifest.digest != digest_of(fields):
         raise BundleError(f"{path} is damaged: it has changed since it was written; plan or copy the bundle again.")
     return manifest
 
@@ -181,11 +181,11 @@ def read_manifest(folder: Path) -> Manifest:
 def encode_manifest(manifest: Manifest) -> bytes:
     """As it is written, with its digest."""
     fields = msgspec.json.decode(msgspec.json.encode(manifest))
-    fields["digest"] = _digest(fields)
+    fields["digest"] = digest_of(fields)
     return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
 
 
-def _digest(fields: dict[str, Any]) -> str:
+def digest_of(fields: dict[str, Any]) -> str:
     """Over the fields as they stand in the file, those of later versions included."""
     return hashlib.sha256(msgspec.json.encode({k: v for k, v in fields.items() if k != "digest"})).hexdigest()
 

@@ -6,9 +6,13 @@ waited for for ever. The Hub's cache is made of links, to `blobs` beside `snapsh
     models--org--name/snapshots/COMMIT/config.json -> ../../blobs/HASH
 """
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
+
+from polymoe.errors import CheckpointError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -43,3 +47,23 @@ def _in_hub_cache(real: Path, root: Path) -> bool:
     import huggingface_hub  # here, since most runs never need it
 
     return real.is_relative_to(Path(huggingface_hub.constants.HF_HUB_CACHE).expanduser().resolve())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises `CheckpointError`."""
+    if reason := why_not_to_read(path, path.parent):
+        raise CheckpointError(f"{path} {reason}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, this is a {type(value).__name__}.")
+    return value
+
+
+def _constant(text: str) -> float:
+    """Infinity is a limit that configs of stock models have; NaN is damage."""
+    if text == "NaN":
+        raise ValueError("it has a value that is not a number, NaN")
+    return float(text)

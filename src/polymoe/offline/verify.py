@@ -62,7 +62,9 @@ def hashed_beside(
     """
     records = {r.path: r for r in bundle.manifest.files if is_weights(r.path)}
     everything = everything or sum(record.size for record in records.values()) <= _AT_ONCE
-    paths = [path for path in files_of(bundle.manifest) if path in records and (everything or not path.startswith("host/"))]
+    paths = [
+        path for path in files_of(bundle.manifest) if path in records and (everything or not path.startswith("host/"))
+    ]
     stop = threading.Event()
     pool = ThreadPoolExecutor(_threads(), thread_name_prefix="polymoe-hashes")
     try:
