@@ -1,6 +1,5 @@
 """Every method on the same texts, in float32, against the same originals."""
 
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,8 @@ from benchmarks.quality.row import Row
 from polymoe.bench.session import run_progress
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
+from polymoe.offline.atomic import remove_files
+from polymoe.offline.calibrate import KEPT_LAYERS
 
 
 def run_quality(plan: QualityPlan, console: Console) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run_quality(plan: QualityPlan, console: Console) -> dict[str, Any]:
                 except PolymoeError as error:
                     skipped[method.name] = str(error)
                 progress.advance(task)
-    shutil.rmtree(lab.calibration_folder, ignore_errors=True)
+    remove_files(lab.calibration_folder, KEPT_LAYERS)
     return {
         "benchmark": "quality",
         "machine": describe_machine(),

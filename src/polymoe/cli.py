@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, generate, serve, demo, eval, bench. Heavy imports wait until they are needed."""
+"""The command line: inspect, plan, generate, serve, demo, eval, verify, bench. Heavy imports wait until needed."""
 
 import json
 import os
@@ -40,6 +40,7 @@ from polymoe.cli_options import (
     TargetItl,
     Text,
     Threads,
+    Verify,
     Weight,
     file_lists,
     pairs,
@@ -193,6 +194,7 @@ def serve(
     target_itl: TargetItl = None,
     threads: Threads = None,
     grace: Grace = 30.0,
+    verify: Verify = False,
 ) -> None:
     """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
     from polymoe.server.serve import check_address, run_server
@@ -202,7 +204,7 @@ def serve(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_waiting=max_waiting, weights=parse_numbers(weight or [], "--weight", "WEIGHT"),
         slo=parse_numbers(slo or [], "--slo", "SECONDS"), admission_factor=admission_factor or None,
-        target_itl=target_itl, num_threads=threads,
+        target_itl=target_itl, num_threads=threads, verify=verify,
     )  # fmt: skip
     EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
     origins = tuple(allowed_origin or ())
@@ -253,6 +255,14 @@ def evaluate(
                            enable_prefix_caching=False, max_num_seqs=batch)  # fmt: skip
     report = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
     print(json.dumps(report))
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")]) -> None:
+    """Compare every file of a bundle with the hash that was recorded when it was planned; name those that differ."""
+    from polymoe.offline.verify import verify_bundle
+
+    verify_bundle(bundle, console)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
 from polymoe.model.warm_up import prompt_lengths, warm_up
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.verify import hashed_beside
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
@@ -88,10 +89,11 @@ class EngineCore:
         if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         try:
-            self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
-                bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
-                kernels, plan,
-            )  # fmt: skip
+            with hashed_beside(bundle, config.verify, progress):
+                self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                    bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
+                    kernels, plan,
+                )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
                 "the GPU's memory was taken by another process while weights were loaded; end it (nvidia-smi lists who "

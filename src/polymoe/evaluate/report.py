@@ -17,6 +17,7 @@ from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
+from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW, read_text
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.pairs import read_pairs
@@ -49,6 +50,14 @@ def run_eval(
             raise UnknownVariantError(name, names)
     checkpoints = {name: _checkpoint(bundle, names.index(name), originals.get(name)) for name in texts}
     samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
+    for name, path in checkpoints.items():
+        if changed := changes_since_plan(bundle, names.index(name), path):
+            console.print(
+                f"warning: the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
+                f"changed): its figures compare with another model. Plan again, or give the one that was planned with "
+                f"--original {name}=PATH.",
+                soft_wrap=True, markup=False, highlight=False, style="yellow",
+            )  # fmt: skip
     longest = max(found.longest for found in samples.values())
     # The whole pass of `batch` windows must fit at once.
     blocks = batch * ((longest + config.block_size - 1) // config.block_size)

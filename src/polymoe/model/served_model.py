@@ -159,9 +159,20 @@ class ServedModel:
 
     def _place(self, name: str) -> None:
         """Put a non-expert where the stock model looks for it: one tensor if all variants share it, else a stack."""
-        meta = self.model.state_dict(keep_vars=True)[name]
+        meta = self.model.state_dict(keep_vars=True).get(name)
+        if meta is None:
+            raise BundleError(
+                f"{self.bundle.path}: the model has no place for {name}; plan it again with this version."
+            )
         sources = self.bundle.nonexpert_sources(name)
         versions = sorted(set(sources))
+        shape = self._read(versions[0], name).shape
+        lengths = (*meta.shape[:1], self.bundle.variants[versions[0]].vocab_size)  # embeddings may have fewer
+        if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in lengths):
+            raise BundleError(
+                f"{self.bundle.path}: {name} has shape {list(shape)}, config.json asks for {list(meta.shape)}; plan it "
+                "again or copy it again."
+            )
         dtype = self._weight_dtype(name)
         if len(versions) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)

@@ -1,6 +1,5 @@
 """What `polymoe plan` and `polymoe inspect` do, from checkpoints to a printed summary."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from polymoe.offline.atomic import check_target
+from polymoe.offline.atomic import check_target, remove_files
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
@@ -17,7 +16,7 @@ from polymoe.offline.family import Family
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
-from polymoe.offline.similarity import heatmap
+from polymoe.offline.similarity import check_picture, heatmap
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
@@ -39,6 +38,8 @@ def make_plan(
     Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was. With calibration text an
     interrupted run leaves its finished layers in `.NAME.calibration` beside `out`; the same call goes on from there.
     """
+    from polymoe.offline.calibrate import KEPT_LAYERS
+
     # What can be refused without reading gigabytes is refused first.
     options = options or PlanOptions()
     options.check(policy)
@@ -59,7 +60,7 @@ def make_plan(
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
-    shutil.rmtree(started, ignore_errors=True)
+    remove_files(started, KEPT_LAYERS)
     if options.distill is not None:
         from polymoe.offline.distill import distill
 
@@ -94,9 +95,11 @@ def inspect(
 ) -> FamilyScan:
     """Compare the experts of a family: a table by layer on `console` and a heat map in the file `png`.
 
-    Raises `CheckpointError` or `FamilyError`.
+    Raises `CheckpointError`, `FamilyError`, or `PlanError` where `png` is something else than a picture.
     """
     console = console or Console()
+    if png is not None:
+        check_picture(png)
     family = Family.open(specs)
     _say(family.notes, console)
     scan = family.scan(console)

@@ -97,11 +97,11 @@ def build_on_meta(config: Any) -> Any:
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
+        stack_switch_experts(model)
     except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = f"transformers cannot build a text model from its config ({reason})"
         raise refusal(config, reason, "Correct config.json.") from error
-    stack_switch_experts(model)
     return model
 
 

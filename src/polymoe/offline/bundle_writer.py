@@ -24,6 +24,7 @@ from polymoe.offline.family import Family, max_model_len
 from polymoe.offline.layer_writer import LayerWriter, open_tensors
 from polymoe.offline.layout import PhysicalLayout, lay_out
 from polymoe.offline.manifest import (
+    FOLDERS,
     FORMAT_VERSION,
     MANIFEST,
     SHARED,
@@ -118,7 +119,7 @@ class _Writer:
     def write(
         self, folder: Path, advance: Callable[[int], None], calibration: "Calibration | None", console: Console | None
     ) -> None:
-        for name in ("experts", "deltas", "host", "nonexperts", "variants"):
+        for name in FOLDERS:
             (folder / name).mkdir()
         self._tensors(folder, TABLES, self._tables(), advance)
         self.encoder = make_encoder(self.family, self.scan, self.plan, calibration, console) if self._packs else None

@@ -1,15 +1,17 @@
 """Bundles that `polymoe serve NAME=PATH…` planned on the fly, kept for the next start."""
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
 import polymoe
-from polymoe.errors import BundleError
+from polymoe.errors import BundleError, PlanError
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import parse_variant_specs
 from polymoe.offline.manifest import FORMAT_VERSION
@@ -31,17 +33,56 @@ def plan_cached(
     """
     named = parse_variant_specs(specs)
     folder = root / f"{'-'.join(named)[:80]}-{_key(named, policy, memory)}"
+    if _opens(folder):
+        _say(console, f"Planned before: {folder}")
+        return folder
+    with _alone(folder, console):
+        if _opens(folder):
+            _say(console, f"Planned meanwhile by another polymoe: {folder}")
+            return folder
+        from polymoe.offline.api import make_plan  # here, since it loads transformers
+
+        make_plan(specs, policy, memory, folder, overwrite=folder.exists(), console=console)
+    return folder
+
+
+def _opens(folder: Path) -> bool:
     try:
         Bundle.open(folder)
     except BundleError:
-        from polymoe.offline.api import make_plan  # here, since it loads transformers
+        return False
+    return True
 
-        root.mkdir(parents=True, exist_ok=True)
-        make_plan(specs, policy, memory, folder, overwrite=folder.exists(), console=console)
-    else:
-        if console is not None:
-            console.print(f"Planned before: {folder}", soft_wrap=True)
-    return folder
+
+@contextmanager
+def _alone(folder: Path, console: Console | None) -> Iterator[None]:
+    """Wait until no other process plans `folder`. Raises `PlanError` where nothing can be written."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise PlanError(
+            f"{folder.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can, or plan a "
+            "bundle with `polymoe plan … --out` and serve that."
+        ) from error
+    try:
+        _wait_for(lock, f"Another polymoe plans {folder}; waiting for it …", console)
+        yield
+    finally:
+        os.close(lock)  # the lock ends with it, however the process ends
+
+
+def _wait_for(lock: int, waiting: str, console: Console | None) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _say(console, waiting)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _key(named: dict[str, str], policy: str, memory: str | None) -> str:

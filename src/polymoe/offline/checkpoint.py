@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from polymoe.errors import CheckpointError, UnsupportedModelError, named
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
 from polymoe.offline.cast import Rounding
+from polymoe.offline.config_checks import load_config
 from polymoe.offline.names import NameMap
-from polymoe.offline.source import Stored, read_stored, refuse_remote_code, resolve, some
+from polymoe.offline.source import Stored, check_counts, check_files, read_stored, resolve, some
 from polymoe.offline.unread import sort_unread
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,9 +28,11 @@ def read_config(path: Path) -> Any:
         raise CheckpointError(
             f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that has one.{hint}"
         )
-    refuse_remote_code(path)
+    check_counts(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return load_config(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # unknown model_type, wrong field types: transformers raises many kinds
         raise UnsupportedModelError(
             f"{path / 'config.json'}: transformers cannot read it: {error} Correct it, or save the model again."
@@ -86,6 +88,7 @@ class Checkpoint:
         with named(name, spec):
             path = resolve(spec)
         with named(name, path):
+            check_files(path)
             config = read_config(path)
             check_supported_config(config)
             stored = read_stored(path)

@@ -1,6 +1,5 @@
 """Several checkpoints that can be served together: one architecture, one vocabulary, one way to compute."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from polymoe.offline.architecture import ArchitectureInfo
 from polymoe.offline.cast import short
 from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.configs import check_same_model, max_model_len, unknown_keys
+from polymoe.offline.manifest import VARIANT_NAME
 from polymoe.offline.scan import FamilyScan, scan_family
 from polymoe.offline.source import some
 from polymoe.offline.vocabulary import check_vocabularies
 
 __all__ = ["Family", "max_model_len", "parse_variant_specs"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
@@ -44,7 +42,7 @@ def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not _NAME.fullmatch(name):
+        if not VARIANT_NAME.fullmatch(name):
             raise FamilyError(
                 f"{name!r} is not a variant name: 1 to 64 letters, digits, '.', '_', '-', and first a letter or digit."
             )

@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from polymoe.errors import PlanError
 from polymoe.quant.exact import changed
 
 if TYPE_CHECKING:
     from polymoe.offline.scan import FamilyScan
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 _PIECE = 1 << 20  # values compared at once
 
 
@@ -69,6 +71,19 @@ class LayerDistances:
     def norms(self) -> NDArray[np.float64]:
         """[V, E], ‖W_v(e)‖₂."""
         return np.sqrt(self._norm_square)
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise `PlanError` when a picture must not be written to `path`: only another picture is overwritten."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise PlanError(f"{target.parent} is not a folder; choose another --png.")
+    if target.is_file() and target.stat().st_size:
+        with target.open("rb") as file:
+            if file.read(len(_PNG)) == _PNG:
+                return
+    if (target.exists() or target.is_symlink()) and not (target.is_file() and not target.stat().st_size):
+        raise PlanError(f"{target} is not a PNG picture, so it is not overwritten; choose another --png.")
 
 
 def heatmap(scan: FamilyScan, path_png: str | Path) -> None:

@@ -1,19 +1,24 @@
 """Where a checkpoint comes from: a folder, or a model of the Hugging Face Hub; and which files of it are read."""
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from polymoe.config import format_bytes
-from polymoe.errors import CheckpointError
+from polymoe.errors import CheckpointError, UnsupportedModelError
+from polymoe.offline.config_checks import CONFIG, fields, is_number
+from polymoe.offline.plain_files import read_json, why_not_to_read
 from polymoe.offline.tensorfile import TensorEntry, read_header
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # Some repositories hold a second copy of the weights in a folder (`original/`, `metal/`).
 _NO_DOWNLOAD = ["*/*.safetensors", "*/*.json"]
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+_EXPERTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?experts")
+_MANY_LAYERS, _MANY_EXPERTS = 256, 4096  # up to here a model that does not fit its weights is built in seconds
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a variant's folder in a bundle gets besides the weights.
@@ -75,27 +80,6 @@ def _download(spec: str) -> Path:
         raise CheckpointError(
             f"{spec} is not a directory here and cannot be downloaded from the Hugging Face Hub ({first_line})"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises `CheckpointError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, this is a {type(value).__name__}.")
-    return value
-
-
-def refuse_remote_code(folder: Path) -> None:
-    """Raise `CheckpointError` when a config asks for Python code from the checkpoint (`auto_map`)."""
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and read_json(folder / name).get("auto_map"):
-            raise CheckpointError(
-                f"{folder / name} asks for custom code (auto_map); polymoe never runs code from a checkpoint. "
-                "If transformers has this model itself, remove the auto_map entry."
-            )
 
 
 class Stored(NamedTuple):
@@ -177,6 +161,47 @@ def _shortened(notes: list[str]) -> list[str]:
 def some(names: Sequence[str], most: int = 4) -> str:
     """["a", …] -> "a, b, c, d and 7 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_counts(folder: Path) -> None:
+    """Compare large numbers of layers and experts in config.json with the weights, before such a model is built.
+
+    Raises `UnsupportedModelError`, and what `read_stored` does.
+    """
+    raw = read_json(folder / CONFIG)
+    layers = {k: v for k, v in fields(raw) if _LAYERS.fullmatch(k) and is_number(v) and v > _MANY_LAYERS}
+    experts = {k: v for k, v in fields(raw) if _EXPERTS.fullmatch(k) and is_number(v) and v > _MANY_EXPERTS}
+    if not layers and not experts:
+        return
+    stored = read_stored(folder).tensors
+    numbered = _most_numbered(stored)
+    widest = max((size for _, entry in stored.values() for size in entry.shape), default=0)
+    for what, counts, most in (("layers", layers, numbered), ("experts", experts, max(numbered, widest))):
+        for key, value in counts.items():
+            if value > most:
+                raise UnsupportedModelError(
+                    f"{folder / CONFIG}: {key} is {value}, but the weights have room for {most} {what} at most. Is "
+                    "this the config of another checkpoint?"
+                )
+
+
+def _most_numbered(names: Mapping[str, object]) -> int:
+    """The most different numbers that stand at one place of the names: of `layers.0.…`, `layers.1.…` two."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for index, part in enumerate(parts):
+            if part.isdecimal():
+                found.setdefault(".".join(parts[:index]), set()).add(part)
+    return max(map(len, found.values()), default=0)
+
+
+def check_files(folder: Path) -> None:
+    """Raise `CheckpointError` for a file that would be read and must not be: a link out of the checkpoint (and the
+    Hub's cache), a FIFO, a device."""
+    for path in sorted({path for pattern in (*SIDE_FILES, *_WEIGHTS) for path in folder.glob(pattern)}):
+        if not path.is_dir() and (reason := why_not_to_read(path, folder)):
+            raise CheckpointError(f"{path} {reason}.")
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from polymoe.errors import CheckpointError, FamilyError, named
-from polymoe.offline.source import read_json
+from polymoe.offline.plain_files import read_json
 
 MAX_ADDED_ROWS = 1024
 
