@@ -22,6 +22,7 @@ from polymoe.offline.manifest import (
     SHARED,
     TABLES,
     Fidelity,
+    FileRecord,
     Manifest,
     VariantRecord,
     delta_file,
@@ -43,11 +44,12 @@ class Bundle:
 
     `path`, `manifest`; `table` int32 [V, L, E]: >= 0 a physical base of the layer, −1 − h its host expert h.
     `delta` int32 [V, L, E]: a physical delta of the layer, −1 for none. `sign` int8 [V, L, E] of the deltas. Both are
-    None where no variant has any.
+    None where no variant has any. `faults`: variant name -> why its own small files cannot be used (see `open`).
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, faults: Mapping[str, str] | None = None) -> None:
         self.path, self.manifest = path, manifest
+        self.faults = dict(faults or {})
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
         tables = self._handles[TABLES].keys()
@@ -67,31 +69,41 @@ class Bundle:
         return table
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> Self:
+    def open(cls, path: str | Path, verify: bool = False, tolerant: bool = False) -> Self:
         """Open the bundle in folder `path`; with `verify` every file is read and its hash compared.
 
-        Raises `BundleError` for anything that is not a whole bundle of this format version.
+        With `tolerant` damage to one variant's config, tokenizer or template is noted in `faults`, so that the others
+        can be served. Raises `BundleError` for anything else that is not a whole bundle of this format version.
         """
         folder = Path(path).expanduser()
         manifest = read_manifest(folder)
+        owners = {variant_folder(variant.name): variant.name for variant in manifest.variants}
+        faults: dict[str, str] = {}
         for record in manifest.files:
-            file = folder / record.path
-            if not file.is_file():
-                raise BundleError(f"{folder} is damaged: {record.path} is missing; plan it again or copy it again.")
-            if (size := file.stat().st_size) != record.size:
-                raise BundleError(
-                    f"{folder} is damaged: {record.path} has {size} bytes, not {record.size}; plan or copy it again."
-                )
-            if verify:
-                with file.open("rb") as stream:
-                    if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
-                        raise BundleError(
-                            f"{folder} is damaged: {record.path} has changed; plan it again or copy it again."
-                        )
-        bundle = cls(folder.resolve(), manifest)
+            damage = _damage(folder, record, verify)
+            if damage is None:
+                continue
+            owner = owners.get("/".join(record.path.split("/")[:2]))
+            if owner is None or not tolerant:
+                raise BundleError(damage)
+            faults.setdefault(owner, damage)
+        bundle = cls(folder.resolve(), manifest, faults)
+        if tolerant:
+            bundle._try_configs()
         if read_manifest(folder) != manifest:
             raise BundleError(f"{folder} was replaced while it was being opened; open it again.")
         return bundle
+
+    def _try_configs(self) -> None:
+        """Note which variants' configs cannot be read. Raises `BundleError` when no variant is left."""
+        for index, variant in enumerate(self.manifest.variants):
+            if variant.name not in self.faults:
+                try:
+                    self.variant_config(index)
+                except BundleError as error:
+                    self.faults[variant.name] = str(error)
+        if len(self.faults) == len(self.manifest.variants):
+            raise BundleError(next(iter(self.faults.values())))
 
     @property
     def variants(self) -> tuple[VariantRecord, ...]:
@@ -113,15 +125,20 @@ class Bundle:
         return self.variant_folder(variant) if self.manifest.variants[variant].has_tokenizer else None
 
     def variant_config(self, variant: int) -> Any:
-        """The transformers config of one variant."""
+        """The transformers config of one variant. Raises `BundleError` when it cannot be read."""
         from transformers import AutoConfig  # here, since it takes seconds to load
 
-        return AutoConfig.from_pretrained(self.variant_folder(variant), local_files_only=True, trust_remote_code=False)
+        folder = self.variant_folder(variant)
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds
+            raise BundleError(f"{folder / 'config.json'} cannot be read ({error}); plan the bundle again.") from error
 
     @cached_property
     def config(self) -> Any:
         """The transformers config to build the family's model from: room for the largest vocabulary and context."""
-        config = self.variant_config(0)
+        readable = (v for v, variant in enumerate(self.variants) if variant.name not in self.faults)
+        config = self.variant_config(next(readable, 0))  # all that the model is built from is the same in each
         text = config.get_text_config()
         text.vocab_size = max(variant.vocab_size for variant in self.variants)
         if getattr(text, "max_position_embeddings", None) is not None:
@@ -226,6 +243,20 @@ class Bundle:
         except (KeyError, SafetensorError) as error:
             raise BundleError(f"{self.path / file} does not hold {name} ({error}); plan the bundle again.") from error
         return tensor
+
+
+def _damage(folder: Path, record: FileRecord, verify: bool) -> str | None:
+    """What is wrong with a file of a bundle, None when nothing is."""
+    file = folder / record.path
+    if not file.is_file():
+        return f"{folder} is damaged: {record.path} is missing; plan it again or copy it again."
+    if (size := file.stat().st_size) != record.size:
+        return f"{folder} is damaged: {record.path} has {size} bytes, not {record.size}; plan or copy it again."
+    if verify:
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
+                return f"{folder} is damaged: {record.path} has changed; plan it again or copy it again."
+    return None
 
 
 def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
