@@ -45,22 +45,24 @@ class ChatTemplate:
             parts = next(_loops_over_content(self._ast), None) is not None
         return "openai" if parts else "string"
 
-    def trial(self) -> str | None:
-        """Render conversations that every template of a chat model should know. Returns what is odd, for a warning.
+    def trial(self) -> tuple[str, str | None]:
+        """Render the first that works of conversations that a chat model should know.
 
-        Raises `BundleError` when it cannot render any of them.
+        Returns: (text, what is odd about it, for a warning). Raises `BundleError` when none can be rendered.
         """
-        failures = []
+        failures: list[str] = []
+        refusals = 0
         for roles in (["user"], ["system", "user"], ["user", "assistant", "user"]):
             try:
                 text = self._render([{"role": role, "content": _PROBE} for role in roles], {})
-            except TemplateError as error:  # a refusal by the template itself among them
-                failures.append(str(error))
             except Exception as error:
-                failures.append(f"{type(error).__name__}: {error}")
+                refusals += type(error) is TemplateError  # what a template's own raise_exception raises
+                failures.append(f"{type(error).__name__}: {error}"[:200])
             else:
-                return None if _PROBE in text else "its chat template leaves out what the user says"
-        raise BundleError(f"it cannot render a conversation ({failures[0][:200]})")
+                return text, None if _PROBE in text else "its chat template leaves out what the user says."
+        if refusals < len(failures):
+            raise BundleError(f"it cannot render a conversation, {failures[0]}")
+        return "", f"its chat template refuses plain conversations ({failures[0]})."
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """Args: messages: role, and content as a text, a list of text parts or None. variables: what the template may
@@ -156,12 +158,17 @@ def _loop_variables(tree: nodes.Template, matches: Callable[[nodes.Node], bool])
 
 def _plain(node: nodes.Node) -> nodes.Node:
     """Without filters, tests and slices around it: `messages[1:] | list` is `messages`."""
-    while True:
-        wrapped = isinstance(node, nodes.Filter | nodes.Test)
-        sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
-        if not (wrapped or sliced) or node.node is None:
-            return node
-        node = node.node
+    while (inner := _wrapped(node)) is not None:
+        node = inner
+    return node
+
+
+def _wrapped(node: nodes.Node) -> nodes.Node | None:
+    if isinstance(node, nodes.Filter | nodes.Test):
+        return node.node
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return node.node
+    return None
 
 
 def _is_name(node: nodes.Node, names: set[str]) -> bool:

@@ -17,6 +17,7 @@ from polymoe.offline.family import Family
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
+from polymoe.offline.serving_check import check_serving
 from polymoe.offline.similarity import heatmap
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def make_plan(
     check_target(target, overwrite)
     family = Family.open(specs)
     _say_ignored(family, console)
+    check_serving(family, console)
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:

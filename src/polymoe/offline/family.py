@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from rich.console import Console
 
-from polymoe.errors import FamilyError
+from polymoe.errors import CheckpointError, FamilyError
 from polymoe.model.skeleton import context_limit
 from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
@@ -94,7 +94,13 @@ class Family:
         """
         named = dict(specs) if isinstance(specs, Mapping) else dict(parse_variant_specs(specs))
         _check_names(list(named))
-        return cls([Checkpoint.open(spec, name) for name, spec in named.items()])
+        checkpoints = []
+        for name, spec in named.items():
+            try:
+                checkpoints.append(Checkpoint.open(spec, name))
+            except CheckpointError as error:
+                raise type(error)(f"{name}: {error}") from error
+        return cls(checkpoints)
 
     @property
     def architecture(self) -> ArchitectureInfo:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from polymoe.errors import FamilyError
+from polymoe.errors import CheckpointError, FamilyError
 from polymoe.offline.source import read_json
 
 MAX_ADDED_ROWS = 1024
@@ -13,8 +13,15 @@ def read_vocabulary(folder: Path) -> dict[int, str] | None:
     """{id: token} of a checkpoint's tokenizer, without its added tokens, which fine-tunes rename freely.
 
     None where there is nothing to compare: no tokenizer, or one in a format other than tokenizer.json and vocab.json.
-    Raises `CheckpointError` for a file that is not JSON.
+    Raises `CheckpointError` for a file that is not JSON, or no tokenizer.
     """
+    try:
+        return _read_vocabulary(folder)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error}); save it again.") from error
+
+
+def _read_vocabulary(folder: Path) -> dict[int, str] | None:
     if (folder / "tokenizer.json").exists():
         content = read_json(folder / "tokenizer.json")
         vocab: Any = content.get("model", {}).get("vocab")
@@ -44,7 +51,12 @@ def check_vocabularies(names: list[str], folders: list[Path], sizes: list[int]) 
             f"vocabularies differ: {small} has {smallest} rows, {large} has {largest}. "
             f"Fine-tunes that added at most {MAX_ADDED_ROWS} tokens can be served together."
         )
-    vocabularies = [(name, read_vocabulary(folder)) for name, folder in zip(names, folders, strict=True)]
+    vocabularies = []
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            vocabularies.append((name, read_vocabulary(folder)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
     known = [(name, vocabulary) for name, vocabulary in vocabularies if vocabulary is not None]
     for name, vocabulary in known[1:]:
         first_name, first = known[0]
