@@ -40,8 +40,6 @@ GREEDY: list[dict[str, Any]] = [
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e30])
 def test_the_greedy_answer(logits: torch.Tensor, sampling: dict[str, Any], scale: float) -> None:
     """At 1e-38 every logit became infinite, every probability NaN, and the answer `<s>`."""
-    if sampling.get("temperature") == 1e-5 and scale < 1:
-        pytest.skip("there the logits are close enough to be drawn from")
     best = int(logits.argmax())
     for seed in range(5):
         assert draw(logits[None] * scale, sequence(seed=seed, **sampling), seed=seed) == [best]
@@ -62,21 +60,17 @@ def test_equal_logits_are_cut_as_argmax_would(logits: torch.Tensor) -> None:
         assert draw(ties[None], sequence(**sampling)) == [int(ties.argmax())]
 
 
-@pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e-6, 1e6**0.3, 100.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e-6, 60.0, 100.0])
 def test_extreme_repetition_penalties_keep_the_order(logits: torch.Tensor, penalty: float) -> None:
     """A tiny penalty made every logit of the prompt infinite, and so equal."""
     logits[9], logits[4] = logits.abs().max() + 3, logits.abs().max() + 2
     repeated = [4, 9, 11]
-    others = [t for t in range(VOCAB) if t not in repeated]
-    want = (
-        9
-        if penalty < 1
-        else max((logits[t].item() if t in others else logits[t].item() / penalty, t) for t in range(VOCAB))[1]
-    )
+    others = logits.clone()
+    others[repeated] = float("-inf")
+    want = 9 if penalty < 1 else int(others.argmax())
     for temperature in (0.0, 1e-6, 1e-3):
-        assert draw(logits[None], sequence(prompt=repeated, repetition_penalty=penalty, temperature=temperature)) == [
-            want
-        ]
+        sampling = {"repetition_penalty": penalty, "temperature": temperature}
+        assert draw(logits[None], sequence(prompt=repeated, **sampling)) == [want]
 
 
 @pytest.mark.parametrize(("bias", "token"), [(100.0, 6), (-100.0, None)])

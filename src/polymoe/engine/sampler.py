@@ -172,6 +172,7 @@ def _truncate(logits: torch.Tensor, min_p: list[float], top_k: list[int], top_p:
     values = values.masked_fill(~keep, NEG_INF)
     probs = torch.softmax(values, dim=-1)
     before = probs.cumsum(dim=-1) - probs  # probability of the better tokens
-    least = torch.finfo(torch.float32).tiny  # a top_p that float32 rounds to zero would leave out the first as well
-    values = values.masked_fill(before >= upload(top_p, logits.device)[:, None].clamp(min=least), NEG_INF)
+    # A top_p that float32 rounds to zero would leave out the first as well.
+    limits = upload(top_p, logits.device)[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+    values = values.masked_fill(before >= limits, NEG_INF)
     return torch.empty_like(logits).scatter_(1, order, values)
