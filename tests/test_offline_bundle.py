@@ -369,7 +369,7 @@ elif moment == "before the manifest":
 elif moment == "before the exchange":
     atomic._publish = stop
 elif moment == "after the exchange":
-    atomic.shutil.rmtree = stop
+    atomic.shutil = type("shutil", (), {"rmtree": stop})  # not everybody's: planning clears temporary folders
 make_plan(specs, "separate", None, out, overwrite=True)
 """
 

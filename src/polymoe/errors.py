@@ -9,6 +9,8 @@ PolymoeError
 ├── ConfigError                   an option of the engine or the server is out of range
 ├── RequestError                  a request is wrong: `status`, `param` and `code` become the HTTP error body
 │   ├── UnknownVariantError       404 model_not_found
+│   ├── VariantUnusableError      503, its files in the bundle cannot be used; other variants are served
+│   ├── NoProbabilitiesError      500, the model computed NaN
 │   ├── ContextLengthError        400 context_length_exceeded
 │   └── OverloadedError           429, with the seconds to wait
 └── EngineDeadError               the engine process ended; the server answers 503
@@ -70,6 +72,35 @@ class UnknownVariantError(RequestError):
             f"The model `{shown}` does not exist. Available models: {', '.join(known)}.",
             param="model",
             code="model_not_found",
+        )
+
+
+class VariantUnusableError(RequestError):
+    """A variant cannot be served although others are. Its cause, a `BundleError`, has the details."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The model `{name}` is not served: {reason}. The server's log says more; other models are not affected.",
+            param="model",
+            code="model_unusable",
+        )
+
+
+class NoProbabilitiesError(RequestError):
+    """The model's output was NaN, so that no token can be chosen: the fault of its weights or of the dtype."""
+
+    status = 500
+    type = "internal_server_error"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The model `{name}` computed no probabilities (NaN) for this prompt, so there is no answer. "
+            "Its weights are damaged, or the server's --dtype is too narrow for them.",
+            param="model",
+            code="no_probabilities",
         )
 
 

@@ -88,8 +88,7 @@ class AsyncEngineClient:
             info = await self._ready
             await imported  # for the tokenizers; while the engine loaded
             processor = OutputProcessor(info)
-            for variant in info.variants:  # now rather than during the first request
-                await asyncio.to_thread(processor.tokenizer, variant.name)
+            await asyncio.to_thread(processor.load_tokenizers)
         except BaseException:
             await self.shutdown(0.0)
             raise

@@ -68,7 +68,7 @@ class EngineCore:
             check_capability(facts)
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)  # kernels are launched on the current one
-        bundle = bundle or Bundle.open(config.bundle)
+        bundle = bundle or Bundle.open(config.bundle, tolerant=True)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
@@ -147,12 +147,13 @@ class EngineCore:
         )
 
     def _max_model_len(self, variant: int) -> int:
-        limit = context_limit(self.bundle.variant_config(variant))
+        record = self.bundle.variants[variant]
+        unreadable = record.name in self.bundle.faults
+        limit = record.max_model_len if unreadable else context_limit(self.bundle.variant_config(variant))
         asked = self.config.max_model_len
         if asked is not None and asked > limit:
-            name = self.bundle.variants[variant].name
             raise ConfigError(
-                f"max_model_len {asked} is beyond the {limit} tokens that variant {name} was configured for."
+                f"max_model_len {asked} is beyond the {limit} tokens that variant {record.name} was configured for."
             )
         return asked or limit
 

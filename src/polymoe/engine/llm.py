@@ -11,7 +11,7 @@ from polymoe import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams
+from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams, sampling_params
 from polymoe.errors import RequestError
 
 Prompt = str | Sequence[int]
@@ -70,7 +70,9 @@ class LLM:
             for request_id, prompt, name, param in zip(request_ids, batch, names, params, strict=True):
                 variant = self._variant(name)
                 chosen = param or self.default_sampling_params(variant)
-                queue += self.processor.add_request(request_id, variant, prompt, chosen, arrival_time=time.monotonic())
+                queue += self.processor.add_request(
+                    request_id, variant, prompt, chosen, arrival_time=time.monotonic(), fit=param is None
+                )
             for output in self._run(queue):
                 finished[output.request_id] = output
                 if on_output is not None:
@@ -82,10 +84,7 @@ class LLM:
 
     def default_sampling_params(self, variant: str) -> SamplingParams:
         """What the variant's generation config recommends."""
-        generation: dict[str, Any] = dict(self.processor.variant(variant).generation)
-        if "top_k" in generation:
-            generation["top_k"] = int(generation["top_k"])
-        return SamplingParams(**generation)
+        return sampling_params(self.processor.variant(variant).generation, {})
 
     def _variant(self, name: str | None) -> str:
         if name is None:

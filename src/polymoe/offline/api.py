@@ -16,6 +16,7 @@ from polymoe.offline.family import Family
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
+from polymoe.offline.serving_check import check_serving
 from polymoe.offline.similarity import check_picture, heatmap
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def make_plan(
     check_target(target, overwrite)
     family = Family.open(specs)
     _say(family.notes, console)
+    check_serving(family, console)
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymoe.errors import BundleError
-from polymoe.offline.bundle_checks import FIX, check_files, check_headers, check_ids, damaged, file_damage
+from polymoe.offline.bundle_checks import FIX, check_headers, check_ids, damaged, damages
 from polymoe.offline.manifest import (
     MANIFEST,
     SHARED,
@@ -49,11 +49,12 @@ class Bundle:
 
     `path`, `manifest`; `table` int32 [V, L, E]: >= 0 a physical base of the layer, −1 − h its host expert h.
     `delta` int32 [V, L, E]: a physical delta of the layer, −1 for none. `sign` int8 [V, L, E] of the deltas. Both are
-    None where no variant has any.
+    None where no variant has any. `faults`: variant name -> why its own small files cannot be used (see `open`).
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, faults: Mapping[str, str] | None = None) -> None:
         self.path, self.manifest = path, manifest
+        self.faults = dict(faults or {})
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
         tables = self._handles[TABLES].keys()
@@ -62,23 +63,27 @@ class Bundle:
         self.sign = self._tensor(TABLES, "sign") if "sign" in tables else None
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> Self:
+    def open(cls, path: str | Path, verify: bool = False, tolerant: bool = False) -> Self:
         """Open the bundle in folder `path`. All but the weights is hashed and compared with what was planned; with
         `verify` the weights are too.
 
-        Raises `BundleError`, naming the file, for anything that is not a whole bundle of this format version.
+        With `tolerant` damage to one variant's config, tokenizer or template is noted in `faults`, so that the others
+        can be served. Raises `BundleError`, naming the file, for anything else that is not a whole bundle of this
+        format version.
         """
         folder = Path(path).expanduser()
         manifest = read_manifest(folder)
         check_manifest(str(folder / MANIFEST), manifest)
-        check_files(folder, manifest)
+        faults: dict[str, str] = {}
+        for owner, error in damages(folder, manifest, verify):
+            if owner is None or not tolerant:
+                raise error
+            faults.setdefault(owner, str(error))
         check_headers(folder, manifest)
-        bundle = cls(folder.resolve(), manifest)
+        bundle = cls(folder.resolve(), manifest, faults)
         check_ids(folder / TABLES, manifest, bundle.table, bundle.delta, bundle.sign)
-        if verify:
-            for record in manifest.files:
-                if reason := file_damage(folder, record, with_hash=True):
-                    raise damaged(folder, record.path, reason)
+        if tolerant:
+            bundle._try_configs()
         if read_manifest(folder) != manifest:
             raise BundleError(f"{folder} was replaced while it was being opened; open it again.")
         if not manifest.digest:
@@ -87,6 +92,17 @@ class Bundle:
                 folder / MANIFEST,
             )
         return bundle
+
+    def _try_configs(self) -> None:
+        """Note which variants' configs cannot be read. Raises `BundleError` when no variant is left."""
+        for index, variant in enumerate(self.manifest.variants):
+            if variant.name not in self.faults:
+                try:
+                    self.variant_config(index)
+                except BundleError as error:
+                    self.faults[variant.name] = str(error)
+        if len(self.faults) == len(self.manifest.variants):
+            raise BundleError(next(iter(self.faults.values())))
 
     @property
     def variants(self) -> tuple[VariantRecord, ...]:
@@ -108,7 +124,7 @@ class Bundle:
         return self.variant_folder(variant) if self.manifest.variants[variant].has_tokenizer else None
 
     def variant_config(self, variant: int) -> Any:
-        """The transformers config of one variant."""
+        """The transformers config of one variant. Raises `BundleError` when it cannot be read."""
         from polymoe.offline.config_checks import load_config
 
         folder = self.variant_folder(variant)
@@ -121,7 +137,8 @@ class Bundle:
     def config(self) -> Any:
         """The transformers config to build the family's model from: room for the largest vocabulary and context, and
         an output head of its own where any variant has one."""
-        config = self.variant_config(0)
+        readable = (v for v, variant in enumerate(self.variants) if variant.name not in self.faults)
+        config = self.variant_config(next(readable, 0))  # all that the model is built from is the same in each
         text = config.get_text_config()
         if "lm_head.weight" in self.manifest.nonexperts:
             config.tie_word_embeddings = text.tie_word_embeddings = False

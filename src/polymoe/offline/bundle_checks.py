@@ -2,7 +2,7 @@
 and sizes of all files, hashes of the small ones, headers of the tensor files, ids in the tables."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -71,18 +71,23 @@ def damaged(folder: Path, path: str, reason: str) -> BundleError:
     return BundleError(f"{folder} is damaged: {path} {reason}; {FIX}.")
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise `BundleError` for a file that is not what the manifest says; weights are not hashed."""
+def damages(folder: Path, manifest: Manifest, verify: bool) -> Iterator[tuple[str | None, BundleError]]:
+    """Files that are not what the manifest says: (the variant that alone needs it, or None; the error).
+
+    Without `verify` weights are not hashed.
+    """
+    owners = {variant_folder(variant.name): variant.name for variant in manifest.variants}
     for record in manifest.files:
-        if reason := file_damage(folder, record, not is_weights(record.path)):
-            raise damaged(folder, record.path, reason)
+        if reason := file_damage(folder, record, verify or not is_weights(record.path)):
+            owner = None if is_weights(record.path) else owners.get("/".join(record.path.split("/")[:2]))
+            yield owner, damaged(folder, record.path, reason)
     listed = {record.path for record in manifest.files}
-    for variant in manifest.variants:
+    for own, variant in owners.items():
         # transformers reads what it finds there.
-        for path in sorted((folder / variant_folder(variant.name)).rglob("[!.]*")):
+        for path in sorted((folder / own).rglob("[!.]*")):
             name = path.relative_to(folder).as_posix()
             if name not in listed and not path.is_dir():
-                raise damaged(folder, name, "was added (manifest.json does not list it)")
+                yield variant, damaged(folder, name, "was added (manifest.json does not list it)")
 
 
 def check_headers(folder: Path, manifest: Manifest) -> None:

@@ -36,6 +36,8 @@ SIDE_FILES = (
     "additional_chat_templates/*.jinja",
 )
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 
 def resolve(spec: str | Path) -> Path:
     """The folder of a checkpoint: `spec` itself when it is one, else the local copy of `org/model[@revision]`.

@@ -108,8 +108,8 @@ async def list_models(request: Request) -> Response:
     """The variants that are served."""
     state: ServerState = request.app.state.server
     state.require_ready()
-    info = state.client.info
-    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in info.variants]})
+    info, served = state.client.info, state.client.processor.served
+    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in served]})
 
 
 async def get_model(request: Request, model: str) -> Response:
@@ -127,7 +127,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
     if body.messages is not None:
-        token_ids = await encode_chat(tokenizer, body.messages)
+        token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
     else:
         token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
     answer: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -61,11 +62,12 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
-    token_ids = await encode_chat(tokenizer, body.messages)
+    token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = variant.max_new_tokens(len(token_ids))
     if max_tokens is None:
-        max_tokens = max(1, room)
+        most = variant.generation.get("max_tokens")
+        max_tokens = max(1, min(room, most) if isinstance(most, int) else room)
     if max_tokens > room:
         raise ContextLengthError(variant.max_model_len, len(token_ids), max_tokens, param="messages")
     top = body.top_logprobs or 0
@@ -114,6 +116,8 @@ async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: boo
     return tokenizer.encode(text, add_special_tokens)
 
 
-async def encode_chat(tokenizer: VariantTokenizer, messages: list[ChatMessage]) -> list[int]:
+async def encode_chat(
+    tokenizer: VariantTokenizer, messages: list[ChatMessage], variables: dict[str, Any] | None
+) -> list[int]:
     """A template is a program from a checkpoint, so it runs beside the event loop."""
-    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages])
+    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages], variables)

@@ -16,6 +16,7 @@ from polymoe.engine.request import (
     MAX_STOPS,
     QoS,
     SamplingParams,
+    sampling_params,
 )
 from polymoe.errors import RequestError
 from polymoe.server.errors import printable
@@ -165,20 +166,17 @@ class GenerationRequest(Ignored):
         return QoS(tenant=self.user or "", priority=self.priority or 0, slo_class=self.slo_class or DEFAULT_SLO_CLASS)
 
     def sampling(
-        self, defaults: Mapping[str, float], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+        self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """The request's parameters; what it leaves out comes from the variant's generation config (`defaults`),
         then from `SamplingParams`. Raises `RequestError`."""
-        values: dict[str, Any] = dict(defaults)
-        for name in SamplingParams.__struct_fields__:
-            given = getattr(self, name, None)
-            if given is not None:
-                values[name] = given
-        values["top_k"] = int(values.get("top_k", 0))
-        values["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        values["logit_bias"] = _token_keys(self.logit_bias or {})
-        values.update(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-        return SamplingParams(**values)
+        fields = ((name, getattr(self, name, None)) for name in SamplingParams.__struct_fields__)
+        given: dict[str, Any] = {name: value for name, value in fields if value is not None}
+        if isinstance(self.stop, str):
+            given["stop"] = [self.stop]
+        given["logit_bias"] = _token_keys(self.logit_bias or {})
+        given.update(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return sampling_params(defaults, given)
 
 
 class CompletionRequest(GenerationRequest):
@@ -221,13 +219,19 @@ class ChatMessage(Strict):
     unsupported = OF_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """Chat templates know only text; several parts become lines."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": self.role, "content": content}
+    @model_validator(mode="after")
+    def check_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise RequestError(f"content of a {self.role} message must not be null.", param="messages")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """`content` as it came: the variant's template decides in which form it reads it."""
+        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
+        message: dict[str, Any] = {"role": self.role, "content": content}
         return message if self.name is None else {**message, "name": self.name}
 
 
@@ -236,6 +240,7 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSA
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Messages
+    chat_template_kwargs: dict[str, Any] | None = None  # what the variant's template may read besides the messages
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_COUNT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -257,6 +262,7 @@ class TokenizeRequest(Strict):
     model: str
     prompt: str | None = None
     messages: Messages | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None  # null is true for a prompt; a chat template writes its own
     return_token_strs: bool | None = None
 

@@ -14,12 +14,14 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     """Variants, what is resident, what fits, where to connect, and a curl line that works."""
     info = client.info
     width = max(len(variant.name) for variant in info.variants)
-    lines = [f"{len(info.variants)} variants, policy {info.policy}, {info.dtype} on {info.device}"]
+    lines = [f"{len(client.processor.served)} variants, policy {info.policy}, {info.dtype} on {info.device}"]
     lines += [
         f"  {variant.name:<{width}}  version {variant.version[:12]}  {variant.max_model_len} tokens of context"
         f"{_fidelity(variant)}"
-        for variant in info.variants
+        for variant in client.processor.served
     ]
+    faults = client.processor.faults
+    lines += [f"  {name:<{width}}  is NOT SERVED: {fault.reason} ({fault.details})" for name, fault in faults.items()]
     sizes = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in info.resident_bytes.items())
     lines += [
         f"experts   {info.experts_resident} resident, {info.experts_absent} absent",
@@ -54,7 +56,7 @@ def _fidelity(variant: VariantInfo) -> str:
 
 def curl_line(client: AsyncEngineClient, host: str, port: int, api_key: bool) -> str:
     """A first request that this server answers."""
-    variant = client.info.variants[0]
+    variant = client.processor.served[0]
     tokenizer = client.processor.tokenizer(variant.name)
     body: dict[str, object] = {"model": variant.name, "max_tokens": min(32, variant.max_model_len // 2)}
     if tokenizer is not None and tokenizer.has_chat_template:
