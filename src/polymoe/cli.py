@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.bench.cli import app as bench
@@ -44,6 +43,7 @@ from polymoe.cli_options import (
     pairs,
 )
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, parse_bytes, parse_numbers
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from polymoe.config import parse_bytes
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 
 if TYPE_CHECKING:

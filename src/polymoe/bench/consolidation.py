@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from polymoe.bench.contenders import GROUPS, ON_TEXT, Contender, contenders
 from polymoe.bench.exam import Exam, Marks
 from polymoe.bench.rivals import make_rival
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.offline.budget import build_plan
 from polymoe.offline.bundle_writer import write_bundle

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from polymoe.bench.consolidation import MEMORY, Consolidation, Measured, choices
 from polymoe.bench.contenders import Contender
 from polymoe.bench.exam import Exam, Marks, TextExam
@@ -19,6 +17,7 @@ from polymoe.bench.rouge import KINDS, Mean, kept_share, require_rouge
 from polymoe.bench.session import run_progress
 from polymoe.bench.task_exam import TaskExam
 from polymoe.bench.task_pairs import draw_pairs
+from polymoe.console import Console
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.machine import describe_machine
 from polymoe.offline.family import Family

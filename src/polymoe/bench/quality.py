@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import polymoe
 from polymoe.bench.contenders import BUDGETS, GROUPS, Contender, contenders
@@ -22,6 +21,7 @@ from polymoe.bench.originals import OriginalLogProbs
 from polymoe.bench.quality_figures import Row, conclusions, row_of
 from polymoe.bench.rivals import make_rival, put_weights
 from polymoe.bench.session import run_progress
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, check_token_ids, compare, served_logits
 from polymoe.evaluate.record import float32_engine

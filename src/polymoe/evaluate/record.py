@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.engine import EngineCore
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure
 from polymoe.evaluate.report import fidelity_table, window_progress

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from polymoe.console import Console
 from polymoe.offline.atomic import check_target
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle

@@ -1,10 +1,10 @@
 """What a bundle holds, for people: bytes by kind, formats by layer, fidelity by variant."""
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.manifest import Manifest
 from polymoe.offline.plan import Plan

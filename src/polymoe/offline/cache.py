@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 
 import polymoe
+from polymoe.console import Console
 from polymoe.errors import BundleError
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import parse_variant_specs

@@ -10,10 +10,10 @@ import hashlib
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.offline.atomic import whole_file
 from polymoe.offline.calibrate import (
     Calibration,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.console import Console
 
+from polymoe.console import Console
 from polymoe.errors import FamilyError
 from polymoe.model.skeleton import context_limit
 from polymoe.model.trial import trace

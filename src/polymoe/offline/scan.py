@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.errors import CheckpointError
 from polymoe.offline.progress import byte_progress
 from polymoe.offline.similarity import LayerDistances

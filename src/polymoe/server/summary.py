@@ -2,9 +2,8 @@
 
 import json
 
-from rich.console import Console
-
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.info import VariantInfo
 
@@ -32,7 +31,7 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     ]
     for line in lines:
         # Soft wrap: a line that the terminal broke could not be copied.
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _fidelity(variant: VariantInfo) -> str:
