@@ -126,6 +126,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be more than 0, got {value:g}; leave it out to switch it off.")
 
+    @property
+    def cache_bytes(self) -> int:
+        """What a device holds beside the weights: keys and values, and experts that were fetched."""
+        return (DEFAULT_KV_BYTES if self.kv_cache_bytes is None else self.kv_cache_bytes) + self.expert_cache_bytes
+
     @classmethod
     def of(cls, bundle: str | Path, options: Mapping[str, Any]) -> Self:
         """From `options` by name. Raises `ConfigError` for one that does not exist; it names one that is like it."""

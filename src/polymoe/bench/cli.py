@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from polymoe.cache_folder import VARIABLE, writable_cache
 from polymoe.config import parse_bytes
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench", help="Measure throughput and quality of service against what one could do instead.",
-    no_args_is_help=True,
+    no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for the tables
 
@@ -49,7 +50,9 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypeName, typer.Option(help="what is computed in")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (`partition` splits them); default torch's")]
 KVCache = Annotated[str, typer.Option(help="memory for keys and values of an engine (`partition` splits it)")]
-Cache = Annotated[Path | None, typer.Option(help="where families and bundles are kept; default ~/.cache/polymoe")]
+Cache = Annotated[
+    Path | None, typer.Option(envvar=VARIABLE, help="where families and bundles are kept; default ~/.cache/polymoe")
+]
 Out = Annotated[Path, typer.Option(help="folder for the JSON, Markdown and PNG files")]
 
 
@@ -177,7 +180,6 @@ def quality(
     from polymoe.bench.session import output_folder
     from polymoe.cli_options import file_lists, pairs
     from polymoe.demo import family_paths, text_paths
-    from polymoe.offline.cache import default_root
     from polymoe.offline.family import parse_variant_specs
     from polymoe.offline.source import resolve
 
@@ -186,7 +188,7 @@ def quality(
     if not texts:
         raise PolymoeError("fidelity needs text: --text VARIANT=FILE, once for each variant that is to be measured.")
     plan = QualityPlan(
-        checkpoints, texts, (cache or default_root().parent) / "quality",
+        checkpoints, texts, writable_cache(cache, console) / "quality",
         calibrate=file_lists(calibrate or [], "--calibrate"), windows=windows, window=window, fresh=fresh,
         groups=list(GROUPS) if systems is None else [name.strip() for name in systems.split(",")],
         budgets=BUDGETS if budgets is None else [name.strip() for name in budgets.split(",")],
@@ -254,11 +256,10 @@ def _builder(
 ) -> "Builder":  # fmt: skip
     from polymoe.bench.build import Builder
     from polymoe.bench.family import SHAPES, cached_family
-    from polymoe.offline.cache import default_root
     from polymoe.offline.family import parse_variant_specs
     from polymoe.offline.source import resolve
 
-    root = cache or default_root().parent
+    root = writable_cache(cache, console)
     if specs:
         checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
     else:

@@ -13,6 +13,7 @@ from polymoe.bench.metrics import SLO, Summary, summarise
 from polymoe.bench.systems import EngineSystem, System
 from polymoe.bench.workload import Lengths, random_prompts, saturating_arrivals
 from polymoe.console import Console, DescriptionColumn
+from polymoe.offline.atomic import check_can_write
 
 _WARM_UP_TOKENS = 16
 
@@ -73,6 +74,8 @@ def run_progress(console: Console) -> Progress:
 
 
 def output_folder(out: Path) -> Path:
+    """`out`, made if it is missing. Raises `PlanError` now rather than after hours where it cannot be written."""
+    check_can_write(out / "results.json")
     out.mkdir(parents=True, exist_ok=True)
     return out
 

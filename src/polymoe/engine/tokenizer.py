@@ -71,15 +71,17 @@ class VariantTokenizer:
             )
         )
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """`messages` through the variant's own chat template (transformers runs it in Jinja's sandbox), ready for
-        the assistant's turn. Raises `RequestError` when there is no template or the template refuses."""
+        the assistant's turn. `variables`: for the template. Raises `RequestError` when there is no template or the
+        template refuses."""
         if not self.has_chat_template:
             raise RequestError(
                 "This variant has no chat template; use /v1/completions with a plain prompt.", param="messages"
             )
         try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            options = {"add_generation_prompt": True, **(variables or {}), "tokenize": False}
+            return str(self._tokenizer.apply_chat_template(messages, **options))
         except TemplateError as error:
             raise RequestError(
                 f"The chat template refused the messages: {str(error)[:200]}", param="messages"

@@ -1,12 +1,12 @@
 """What clients may know of a variant, from its bundle."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from polymoe.engine.info import VariantInfo
 from polymoe.errors import ConfigError
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.source import read_json
 
 
 def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:
@@ -34,7 +34,7 @@ def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _decoder_start(config: Any, generation: dict[str, Any]) -> int | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from polymoe.console import Console
-from polymoe.offline.atomic import check_target
+from polymoe.errors import PlanError
+from polymoe.offline.atomic import check_can_write, check_target
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
@@ -45,6 +46,7 @@ def make_plan(
     if memory is not None:
         parse_memory(memory)
     target = Path(out).expanduser()
+    check_can_write(target)
     check_target(target, overwrite)
     family = Family.open(specs)
     _say_ignored(family, console)
@@ -93,9 +95,11 @@ def inspect(
 ) -> FamilyScan:
     """Compare the experts of a family: a table by layer on `console` and a heat map in the file `png`.
 
-    Raises `CheckpointError` or `FamilyError`.
+    Raises `CheckpointError` or `FamilyError`; `PlanError` for a `png` that cannot be written.
     """
     console = console or Console()
+    if png is not None:
+        check_picture(Path(png))
     family = Family.open(specs)
     _say_ignored(family, console)
     scan = family.scan(console)
@@ -118,6 +122,17 @@ def inspect(
         heatmap(scan, png)
         console.print(f"Heat map: {png}", soft_wrap=True)
     return scan
+
+
+def check_picture(path: Path) -> None:
+    """Raise `PlanError` for a heat map that could not be written."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise PlanError(f"--png {path}: give a file that ends in .png (.pdf and .svg work too).")
+    if path.is_dir():
+        raise PlanError(f"--png {path} is a folder; give the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise PlanError(f"--png {path}: the folder {path.absolute().parent} does not exist.")
+    check_can_write(path)
 
 
 def _say_ignored(family: Family, console: Console | None) -> None:

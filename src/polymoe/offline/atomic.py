@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from polymoe.errors import PlanError
+from polymoe.errors import PlanError, explain
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -68,6 +68,26 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise PlanError(f"{target} exists; choose another --out, or replace it with --force.")
     if target.exists() and any(target.iterdir()) and not (target / "manifest.json").exists():
         raise PlanError(f"{target} is not a bundle, so --force will not replace it; choose another --out.")
+
+
+def check_can_write(target: Path) -> None:
+    """Raise `PlanError` where nothing named `target` could be made: to be called before hours of work.
+
+    A file system that fills up meanwhile is another matter.
+    """
+    parent = target.absolute().parent
+    try:
+        target.with_name(f".{target.name}.calibration").lstat()  # the longest name that is made beside it
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise PlanError(f"{target} cannot be written: {explain(OSError(error.errno, error.strerror))}") from error
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise PlanError(f"{target} cannot be written: {parent} is a file; choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PlanError(f"{target} cannot be written: {parent} is read-only for you; choose another folder.")
 
 
 def remove_leftovers(target: Path) -> None:
@@ -165,4 +185,4 @@ def _explained(error: OSError, target: Path) -> PlanError:
         return PlanError(
             f"the disk is full while writing {target}; nothing was changed. Free some space and try again."
         )
-    return PlanError(f"{target} cannot be written: {error.strerror or error}.")
+    return PlanError(f"{target} cannot be written: {explain(OSError(error.errno, error.strerror))}")

@@ -45,8 +45,8 @@ class Calibration:
         folder: Path | None = None,
     ) -> Calibration:
         """Read {variant: text files}: plain text or JSON lines, as `read_tokens` does; of an encoder–decoder family
-        every file holds pairs, {"input": …, "target": …} a line. Large files and long texts are sampled evenly. A variant
-        without text reads that of all the others.
+        every file holds pairs, {"input": …, "target": …} a line. Large files and long texts are sampled evenly. A
+        variant without text reads that of all the others.
 
         Raises `PlanError` for an unknown variant, one without a tokenizer, a file that cannot be read, and too few
         tokens.

@@ -4,7 +4,6 @@
 """
 
 import codecs
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,12 +80,11 @@ def read_lines(option: str, path: Path) -> list[Line]:
 def _open(option: str, path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its size in bytes."""
     try:
-        # A pipe without a writer would be waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-                raise PolymoeError(f"{option}: {path} is {what}; give a file of text.")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and cannot be read twice
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+            raise PolymoeError(f"{option}: {path} is {what}; give a file of text.")
+        with path.open("rb") as file:
             yield file, status.st_size
     except OSError as error:
         raise PolymoeError(f"{option}: {explain(error)}") from error
