@@ -53,8 +53,9 @@ def encode_prompt(processor: OutputProcessor, variant: str, prompt: Prompt | Mes
         return prompt, processor.require_tokenizer(variant, "a text prompt").encode(prompt)
     if is_conversation(prompt):
         return encode_conversation(processor, variant, prompt)
-    (checked,) = as_prompts([prompt])
-    return None, [int(token) for token in checked]
+    if is_prompt(prompt) or prompt == []:
+        return None, list(prompt)
+    raise _no_prompt(prompt)
 
 
 def encode_conversation(
