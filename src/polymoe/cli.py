@@ -173,7 +173,7 @@ def generate(
     names = variant or llm.variants
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     prompts = [text for text in prompt for _ in names]
-    outputs = llm.generate(prompts, params, variants=names * len(prompt), use_tqdm=False)
+    outputs = llm.generate(prompts, params, variants=names * len(prompt))
     table = Table("variant", "prompt", "completion", "tokens", "ended", show_lines=True)
     for output in outputs:
         first = output.outputs[0]

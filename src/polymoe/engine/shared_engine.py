@@ -133,14 +133,14 @@ class SharedEngine:
     # --- under the lock
 
     def _lead_one_step(self) -> None:
-        self._feed()
         try:
+            self._feed()
             with self._stepping():
                 outputs = self._core.step()
-        except Exception as error:
+            self._deliver(self._processor.process(outputs))
+        except BaseException as error:  # an interrupt too: what the step computed for the others may be lost
             self._fail_all(EngineDeadError(f"A step of the engine failed ({type(error).__name__}: {error})."))
             raise
-        self._deliver(self._processor.process(outputs))
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
