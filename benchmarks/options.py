@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from polymoe.console import Console
 from polymoe.demo import family_paths
 
 console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for the tables

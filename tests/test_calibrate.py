@@ -158,8 +158,8 @@ def test_conversations_go_through_the_chat_template(tokenized: Family, tmp_path:
     [
         ({"v7": ["a.txt"]}, "no variant 'v7'; there are base, v1"),
         ({"base": ["short.txt"]}, "has [0-9]+ tokens; at least 256 are needed"),
-        ({"base": ["missing.txt"]}, "missing.txt cannot be read"),
-        ({"base": ["bad.jsonl"]}, "bad.jsonl cannot be read"),
+        ({"base": ["missing.txt"]}, "missing.txt: No such file"),
+        ({"base": ["bad.jsonl"]}, "bad.jsonl, line 1 has neither text nor messages"),
         ({}, "needs text"),
     ],
 )

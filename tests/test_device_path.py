@@ -4,7 +4,6 @@ The kernels are Triton's, run by its interpreter, or (much faster) their referen
 log-probabilities and logits must be those of `test_exactness.py`.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from families import ARCHITECTURES
 from polymoe import LLM, SamplingParams
 from polymoe.config import EngineConfig
 from polymoe.engine.engine import EngineCore
-from polymoe.engine.output import OutputProcessor
 from polymoe.engine.request import EngineRequest
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.tier_cost import TierCosts
@@ -32,9 +30,7 @@ class DeviceLLM(LLM):
 
     def __init__(self, bundle: Path, reference: bool = True, **options: Any) -> None:
         settings = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24, **options}
-        self.engine = EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=DeviceKernels(reference))
-        self.processor = OutputProcessor(self.engine.info)
-        self._ids = itertools.count()
+        self._serve(EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=DeviceKernels(reference)))
 
 
 # What differs where this path does: shared experts, sinks and windows, two kinds of heads; the others are slow.

@@ -29,8 +29,8 @@ def llm(bundle: Path) -> LLM:
 
 def test_the_public_names_are_these() -> None:
     assert polymoe.__all__ == [
-        "LLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput", "SamplingParams",
-        "__version__",
+        "LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput",
+        "SamplingParams", "__version__",
     ]  # fmt: skip
     assert all(getattr(polymoe, name) is not None for name in polymoe.__all__)
 

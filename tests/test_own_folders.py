@@ -157,7 +157,7 @@ def test_pictures_overwrite_pictures_only(specs: list[str], tmp_path: Path) -> N
     for name in ("thesis.tex", "link", "folder"):
         with pytest.raises(PlanError, match=rf"{name} is not a PNG picture, so it is not overwritten"):
             inspect(specs, tmp_path / name)
-    with pytest.raises(PlanError, match="none is not a folder"):
+    with pytest.raises(PlanError, match="none does not exist"):
         inspect(specs, tmp_path / "none" / "x.png")
     assert (tmp_path / "thesis.tex").read_text() == "x"
     for _ in range(2):

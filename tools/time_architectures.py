@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.request import EngineRequest, SamplingParams
 from polymoe.errors import UnsupportedModelError

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
@@ -39,6 +38,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.request import EngineRequest, SamplingParams
 from polymoe.errors import UnsupportedModelError

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.baselines.evaluation import Advance, Evaluation, Marks
 from benchmarks.baselines.methods import Method
 from benchmarks.baselines.weights import make_baseline
+from polymoe.console import Console
 from polymoe.engine.llm import LLM
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.record import float32_options

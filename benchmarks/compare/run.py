@@ -19,16 +19,16 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.bench.build import Builder
 from polymoe.bench.family import SHAPES, cached_family
 from polymoe.bench.load import run_closed
 from polymoe.bench.workload import Arrival, Lengths, check_context, random_prompts, saturating_arrivals
+from polymoe.cache_folder import cache_root
+from polymoe.console import Console, print_error
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, describe_machine, split_cores
-from polymoe.offline.cache import default_root
 from polymoe.offline.family import parse_variant_specs
 from workers import WorkerError, Workers, install_vllm
 
@@ -41,7 +41,7 @@ class Comparison:
     """The load, and the systems that can take it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        root = arguments.cache or default_root().parent
+        root = arguments.cache or cache_root()
         if arguments.specs:
             self.checkpoints = {name: Path(path) for name, path in parse_variant_specs(arguments.specs).items()}
         else:
@@ -188,7 +188,7 @@ def report(one: dict[str, list[float]], all_variants: dict[str, list[float]], co
         table.add_section()
     console.print(table)
     for name, reason in comparison.missing.items():
-        console.print(f"{name} is missing: {reason}", highlight=False, markup=False)
+        console.print(f"{name} is missing: {reason}", highlight=False)
         markdown += ["", f"{name} is missing: {reason}"]
     results["markdown"] = "\n".join(markdown) + "\n"
     return results
@@ -219,7 +219,7 @@ def main() -> int:
     try:
         results = asyncio.run(compare(Comparison(arguments)))
     except PolymoeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        print_error(Console(stderr=True), error)
         return 1
     (arguments.out / "compare.md").write_text(results.pop("markdown"), encoding="utf-8")
     (arguments.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

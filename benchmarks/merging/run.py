@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.baselines.comparison import Comparison, DoesNotFitError, Measured, Say, check_names
 from benchmarks.baselines.evaluation import Advance, Evaluation, Marks, TextEvaluation
 from benchmarks.baselines.methods import GROUPS, ON_TEXT, Method, methods
 from benchmarks.merging.rouge import KINDS, Mean, kept_share, require_rouge
 from benchmarks.merging.task import TaskEvaluation, draw_pairs
 from polymoe.bench.session import run_progress
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
 from polymoe.offline.family import Family

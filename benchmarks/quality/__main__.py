@@ -42,14 +42,14 @@ def quality(
     from benchmarks.quality.run import run_quality
     from polymoe.bench.report import finish
     from polymoe.bench.session import output_folder
-    from polymoe.offline.cache import default_root
+    from polymoe.cache_folder import writable_cache
 
     checkpoints = checkpoints_of(specs)
     texts = pairs(text or [], "--text") or ({} if specs else text_paths())
     if not texts:
         raise PolymoeError("fidelity needs text: --text VARIANT=FILE, once for each variant that is to be measured.")
     plan = QualityPlan(
-        checkpoints, texts, (cache or default_root().parent) / "quality",
+        checkpoints, texts, writable_cache(cache, console) / "quality",
         calibrate=file_lists(calibrate or [], "--calibrate"), windows=windows, window=window, fresh=fresh,
         groups=list(GROUPS) if systems is None else [name.strip() for name in systems.split(",")],
         budgets=BUDGETS if budgets is None else [name.strip() for name in budgets.split(",")],

@@ -12,13 +12,13 @@ from typing import Any
 import numpy
 import torch
 import transformers
-from rich.console import Console
 
 from benchmarks.baselines.comparison import Comparison, Say
 from benchmarks.baselines.evaluation import TextEvaluation
 from benchmarks.baselines.methods import BUDGETS, GROUPS, Method
 from benchmarks.baselines.sources import sources
 from benchmarks.quality.row import Row, row_of
+from polymoe.console import Console
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW
 from polymoe.kernels.cpu import cpu_kernels
 from polymoe.offline.atomic import whole_file

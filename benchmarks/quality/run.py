@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.baselines.comparison import check_names
 from benchmarks.baselines.evaluation import Advance
 from benchmarks.baselines.methods import methods
@@ -14,6 +12,7 @@ from benchmarks.quality.conclusions import conclusions
 from benchmarks.quality.lab import Lab, QualityPlan
 from benchmarks.quality.row import Row
 from polymoe.bench.session import run_progress
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
 from polymoe.offline.atomic import remove_files

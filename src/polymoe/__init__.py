@@ -6,10 +6,18 @@ LLM("bundle").generate(["…"], SamplingParams(temperature=0), variants=["math"]
 
 import importlib
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from polymoe.config import EngineConfig
+    from polymoe.engine.async_llm import AsyncLLM
+    from polymoe.engine.llm import LLM
+    from polymoe.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from polymoe.errors import PolymoeError
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "Logprob",
@@ -23,6 +31,7 @@ __version__ = version("polymoe")
 
 _HOMES = {
     "LLM": "polymoe.engine.llm",
+    "AsyncLLM": "polymoe.engine.async_llm",
     "CompletionOutput": "polymoe.engine.request",
     "EngineConfig": "polymoe.config",
     "Logprob": "polymoe.engine.request",
@@ -32,11 +41,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Names are imported when first used, so that `polymoe --help` does not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'polymoe' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:
+        """Names are imported when first used, so that `polymoe --help` does not load torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'polymoe' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,21 +1,24 @@
-"""The command line: inspect, plan, generate, serve, demo, eval, verify, bench. Heavy imports wait until needed."""
+"""The command line: inspect, plan, generate, serve, demo, eval, verify, cache, bench. Heavy imports wait until due."""
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.bench.cli import app as bench
+from polymoe.cli_cache import app as cache_app
 from polymoe.cli_options import (
     AdmissionFactor,
     AllowedOrigin,
     ApiKey,
     Base,
+    CacheFolder,
     Calibrate,
     Clusters,
     DeltaBits,
@@ -45,8 +48,9 @@ from polymoe.cli_options import (
     file_lists,
     pairs,
 )
-from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, parse_bytes, parse_numbers
-from polymoe.errors import PolymoeError
+from polymoe.config import EngineConfig, parse_bytes, parse_numbers
+from polymoe.console import Console, print_error, warn
+from polymoe.errors import PolymoeError, explain
 
 if TYPE_CHECKING:
     from polymoe.evaluate.fidelity import Samples
@@ -57,8 +61,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help are brackets
 )
 app.add_typer(bench)
+app.add_typer(cache_app)
 console = Console()
 
 
@@ -73,8 +79,6 @@ def engine_options(**options: Any) -> dict[str, Any]:
         if name in options:
             text = options.pop(name)
             options[f"{name}_bytes"] = None if name == "kv_cache" and text == "auto" else parse_bytes(text)
-    if options.get("dtype") not in (None, "auto", "float32", "bfloat16", "float16"):
-        raise PolymoeError(f"--dtype {options['dtype']} is unknown; use auto, float32, bfloat16 or float16.")
     return options
 
 
@@ -83,15 +87,26 @@ def inspect(
     sources: Annotated[
         list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to compare")
     ],
-    png: Annotated[Path, typer.Option(help="where to write the heat map")] = Path("distances.png"),
+    png: Annotated[Path | None, typer.Option(help="where to write the heat map; default distances.png")] = None,
 ) -> None:
     """Show a bundle (bytes, formats, fidelity), or compare checkpoints expert by expert, with a heat map."""
     from polymoe.offline import api
 
     if len(sources) == 1 and "=" not in sources[0]:
+        if png is not None:
+            raise PolymoeError("--png draws the distances of checkpoints; give them as NAME=PATH….")
         api.inspect_bundle(sources[0], console)
+        return
+    picture = Path("distances.png") if png is None else png
+    try:
+        api.check_picture(picture)
+    except PolymoeError as error:
+        if png is not None:
+            raise
+        warn(console, f"{error} There will be no heat map; name a file for it with --png.")
+        api.inspect(sources, None, console)
     else:
-        api.inspect(sources, png, console)
+        api.inspect(sources, picture, console)
 
 
 @app.command()
@@ -156,7 +171,7 @@ def generate(
     """Complete prompts with several variants in one batch, without a server."""
     from polymoe import LLM, SamplingParams
 
-    llm = LLM(bundle, dtype=dtype, device=device, slots=slots, num_threads=threads)
+    llm = LLM(bundle, **engine_options(dtype=dtype, device=device, slots=slots, num_threads=threads))
     names = variant or llm.variants
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     prompts = [text for text in prompt for _ in names]
@@ -195,6 +210,7 @@ def serve(
     threads: Threads = None,
     grace: Grace = 30.0,
     verify: Verify = False,
+    cache: CacheFolder = None,
 ) -> None:
     """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
     from polymoe.server.serve import check_address, run_server
@@ -206,28 +222,31 @@ def serve(
         slo=parse_numbers(slo or [], "--slo", "SECONDS"), admission_factor=admission_factor or None,
         target_itl=target_itl, num_threads=threads, verify=verify,
     )  # fmt: skip
-    EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
+    config = EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
     origins = tuple(allowed_origin or ())
     check_address(host, port, api_key, origins)
-    if policy == "auto" and memory is None and "=" in sources[0]:
-        from polymoe.offline.device_memory import device_budget
+    if len(sources) == 1 and "=" not in sources[0]:
+        bundle = Path(sources[0])
+    else:
+        from polymoe.offline.cache import planned_bundle
 
-        kv_bytes = DEFAULT_KV_BYTES if options["kv_cache_bytes"] is None else options["kv_cache_bytes"]
-        memory = device_budget(device, reserved=kv_bytes + options["expert_cache_bytes"])
-    config = EngineConfig(bundle=str(_bundle_for(sources, policy, memory)), **options)
+        bundle = planned_bundle(
+            sources, policy, memory, device=device, reserved=config.cache_bytes, cache=cache, console=console
+        )
+    config = msgspec.structs.replace(config, bundle=str(bundle))
     raise typer.Exit(
         run_server(config, host=host, port=port, api_key=api_key, allowed_origins=origins, grace=grace, console=console)
     )
 
 
 @app.command()
-def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -> None:
+def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None, cache: CacheFolder = None) -> None:
     """Serve the four small models that come with the package: base, math, drama and code."""
     from polymoe.demo import family_paths
 
     specs = [f"{name}={path}" for name, path in family_paths().items()]
     # One model's experts for all four: that they fit a computer whole would show nothing.
-    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads)
+    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads, cache=cache)
 
 
 @app.command(name="eval")
@@ -235,7 +254,10 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
     text: Annotated[
         list[str],
-        typer.Option(metavar="VARIANT=FILE", help="held-out text of a variant, or JSONL of pairs; may be repeated"),
+        typer.Option(
+            metavar="VARIANT=FILE",
+            help="held-out text of a variant: plain, or .jsonl of {text}, {messages} or pairs; may be repeated",
+        ),
     ],
     original: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT=PATH", help="its checkpoint, if it moved since the plan")
@@ -285,24 +307,18 @@ def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, Path]
     return checkpoints, samples_of(checkpoints, texts)
 
 
-def _bundle_for(sources: list[str], policy: str, memory: str | None) -> Path:
-    """A bundle as given, or one planned from `NAME=PATH…` and kept for the next start."""
-    if len(sources) == 1 and "=" not in sources[0]:
-        return Path(sources[0])
-    from polymoe.offline.cache import default_root, plan_cached
-
-    return plan_cached(sources, policy=policy, memory=memory, root=default_root(), console=console)
-
-
 def main(commands: typer.Typer = app) -> None:
-    """Console entry point: deliberate errors are one line on stderr and exit status 1.
+    """Console entry point: deliberate errors, and those of files and disks, are a line on stderr and exit status 1.
 
     commands: other programs have their own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows few letters
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         commands()
-    except PolymoeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+    except (PolymoeError, OSError) as error:
+        print_error(Console(stderr=True), explain(error) if isinstance(error, OSError) else error)
         sys.exit(1)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from polymoe.cache_folder import VARIABLE
 from polymoe.errors import PolymoeError
 
 Specs = Annotated[
@@ -18,7 +19,11 @@ Policy = Annotated[
     ),
 ]
 Memory = Annotated[
-    str | None, typer.Option(help="1.0x: expert bytes in multiples of one model's; 24GiB: all weights on the device")
+    str | None,
+    typer.Option(
+        help="1.0x: expert bytes in multiples of one model's; 24GiB (or 24G): all weights on the device. K, M, G, T "
+        "are powers of 1024, KB, MB, GB, TB of 1000"
+    ),
 ]
 Base = Annotated[str, typer.Option(help="format of the shared experts: stored, fp8, int8, int6, int5, int4 or int3")]
 DeltaBits = Annotated[
@@ -36,7 +41,8 @@ Calibrate = Annotated[
     list[str] | None,
     typer.Option(
         metavar="VARIANT=FILE",
-        help="text (encoder–decoder: JSONL of pairs) to fit merges and formats to; may be repeated for a variant too",
+        help="text to fit merges and formats to: plain, or .jsonl of {text} or {messages} (encoder–decoder: of {input, "
+        "target}); of a large file pieces spread over it are read; may be repeated, for a variant too",
     ),
 ]
 Distill = Annotated[
@@ -47,7 +53,7 @@ Text = Annotated[
     list[str] | None,
     typer.Option(
         metavar="VARIANT=FILE",
-        help="held-out text, or JSONL of input and target: measure at the end what a variant lost, and record it",
+        help="held-out text, as for --calibrate: measure at the end what a variant lost, and record it",
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
@@ -90,6 +96,13 @@ AllowedOrigin = Annotated[
     ),
 ]
 Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM or SIGHUP")]
+
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", envvar=VARIABLE, help="where bundles planned on the fly are kept; default ~/.cache/polymoe"
+    ),
+]
 
 
 def pairs(values: list[str], option: str) -> dict[str, Path]:

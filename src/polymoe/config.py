@@ -1,26 +1,44 @@
 """Options of the engine and the units they are given in."""
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import msgspec
 
 from polymoe.errors import ConfigError
+from polymoe.field_types import wrong_field
 
 DEFAULT_KV_BYTES = 1 << 30  # of the KV cache where nothing is said and it does not fill a device
 
 _CLASS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# A letter alone is a power of 1024, as for docker, systemd and Java; only an explicit KB, MB, GB, TB is decimal.
+_UNITS = {"": 1, "B": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1024), ("I", 1024), ("IB", 1024), ("B", 1000))
+}
+_MOST_BYTES = 1 << 62
 
 
 def parse_bytes(text: str) -> int:
-    """`24GiB`, `1.5GB`, `4096` -> bytes. Raises `ConfigError` for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """`24GiB`, `24G`, `1.5GB`, `4096` -> bytes; the case does not matter. K, M, G and T, with or without iB, are powers
+    of 1024, KB, MB, GB and TB powers of 1000.
+
+    Raises `ConfigError` for anything else, and for a fraction of a byte.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{text!r} is not a size; write for example 24GiB, 500MB or a number of bytes.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ConfigError(f"{text!r} is not a size; write for example 24GiB, 24G (the same), 500MB or 4096 (bytes).")
+    count = float(match[1]) * _UNITS[match[2].upper()]
+    if count > _MOST_BYTES:
+        raise ConfigError(f"{text[:40]!r} is more than any machine has; write for example 24GiB.")
+    if match[2].upper() in ("", "B") and count != int(count):
+        raise ConfigError(f"{text!r} has no unit, and there are no fractions of a byte; write for example {text}GiB.")
+    return int(count)
 
 
 def format_bytes(count: float) -> str:
@@ -84,6 +102,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if (wrong := wrong_field(self)) is not None:
+            raise ConfigError(f"{wrong[0]} must be {wrong[1]}.")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -106,6 +126,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be more than 0, got {value:g}; leave it out to switch it off.")
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a device holds beside the weights: keys and values, and experts that were fetched."""
+        return (DEFAULT_KV_BYTES if self.kv_cache_bytes is None else self.kv_cache_bytes) + self.expert_cache_bytes
+
+    @classmethod
+    def of(cls, bundle: str | Path, options: Mapping[str, Any]) -> Self:
+        """From `options` by name. Raises `ConfigError` for one that does not exist; it names one that is like it."""
+        for name in options:
+            if name not in cls.__struct_fields__ or name == "bundle":
+                near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.__struct_fields__[1:])}."
+                raise ConfigError(f"there is no option {name!r}; {hint}")
+        return cls(bundle=str(bundle), **options)
 
     def weights_of(self, variants: Sequence[str]) -> list[float]:
         """One weight for each of `variants`. Raises `ConfigError` if weights are given to others."""

@@ -16,9 +16,21 @@ PolymoeError
 └── EngineDeadError               the engine process ended; the server answers 503
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+    errno.EFBIG: "the system allows no file of this size there; choose another folder",
+    errno.EACCES: "choose another, or give yourself the right to use it",
+    errno.EPERM: "choose another, or give yourself the right to use it",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class PolymoeError(Exception):
@@ -140,3 +152,12 @@ def named(name: str, place: str | Path) -> Iterator[None]:
     except CheckpointError as error:
         where = "" if str(place) in str(error) else f"{place}: "
         raise type(error)(f"{name}: {where}{error}") from error
+
+
+def explain(error: OSError) -> str:
+    """An error of the operating system as one sentence: which file, what is wrong, and what to do about it."""
+    if error.errno is None:  # raised by a library, with a message of its own
+        return str(error)
+    name = "" if error.filename is None else f"{error.filename}: "
+    remedy = _REMEDIES.get(error.errno)
+    return f"{name}{error.strerror or error}{'' if remedy is None else '; ' + remedy}."

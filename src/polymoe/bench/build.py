@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from rich.console import Console
 
 from polymoe.bench.partition import PartitionSystem
 from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import ON_ONE_BUNDLE, SYSTEMS, EngineSystem, System
 from polymoe.config import EngineConfig, format_bytes
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, available_memory, split_cores
 from polymoe.model.device_facts import choose_device

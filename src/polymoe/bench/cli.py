@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
+from polymoe.cache_folder import VARIABLE, writable_cache
 from polymoe.config import parse_bytes
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench", help="Measure throughput and quality of service against what one could do instead.",
-    no_args_is_help=True,
+    no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for the tables
 
@@ -50,7 +51,9 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypeName, typer.Option(help="what is computed in")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (`partition` splits them); default torch's")]
 KVCache = Annotated[str, typer.Option(help="memory for keys and values of an engine (`partition` splits it)")]
-Cache = Annotated[Path | None, typer.Option(help="where families and bundles are kept; default ~/.cache/polymoe")]
+Cache = Annotated[
+    Path | None, typer.Option(envvar=VARIABLE, help="where families and bundles are kept; default ~/.cache/polymoe")
+]
 Out = Annotated[Path, typer.Option(help="folder for the JSON, Markdown and PNG files")]
 
 
@@ -153,11 +156,10 @@ def _builder(
 ) -> "Builder":  # fmt: skip
     from polymoe.bench.build import Builder
     from polymoe.bench.family import SHAPES, cached_family
-    from polymoe.offline.cache import default_root
     from polymoe.offline.family import parse_variant_specs
     from polymoe.offline.source import resolve
 
-    root = cache or default_root().parent
+    root = writable_cache(cache, console)
     if specs:
         checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
     else:

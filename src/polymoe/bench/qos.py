@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from polymoe.bench.build import Builder, build_systems
@@ -22,6 +21,7 @@ from polymoe.bench.workload import (
     read_trace,
     saturating_arrivals,
 )
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
 from polymoe.model.device_facts import choose_device

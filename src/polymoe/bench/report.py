@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.config import format_bytes
+from polymoe.console import Console
 
 Result = Mapping[str, Any]
 Column = tuple[str, Callable[[Result], str]]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from polymoe.bench.load import Run, run_closed
 from polymoe.bench.metrics import SLO, Summary, summarise
 from polymoe.bench.systems import EngineSystem, System
 from polymoe.bench.workload import Lengths, random_prompts, saturating_arrivals
+from polymoe.console import Console, DescriptionColumn
+from polymoe.offline.atomic import check_can_write
 
 _WARM_UP_TOKENS = 16
 
@@ -67,12 +68,14 @@ async def started(systems: Mapping[str, System], console: Console) -> AsyncItera
 def run_progress(console: Console) -> Progress:
     """One bar over the requests of a run, one over the runs."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        DescriptionColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     )  # fmt: skip
 
 
 def output_folder(out: Path) -> Path:
+    """`out`, made if it is missing. Raises `PlanError` now rather than after hours where it cannot be written."""
+    check_can_write(out / "results.json")
     out.mkdir(parents=True, exist_ok=True)
     return out
 

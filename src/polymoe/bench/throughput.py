@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from polymoe.bench.build import Builder, build_systems
 from polymoe.bench.ceiling import ceiling_of, measure_bandwidth
@@ -13,6 +12,7 @@ from polymoe.bench.load import run_closed
 from polymoe.bench.metrics import DEFAULT_SLO, SLO, Summary, spread_of
 from polymoe.bench.session import Session, interleaved, ratios_to, run_progress, started
 from polymoe.bench.workload import Lengths, check_context, random_prompts, saturating_arrivals
+from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
 from polymoe.model.device_facts import choose_device

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from polymoe.errors import RequestError
+from polymoe.field_types import wrong_field
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -57,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 shown = given if len(given) <= 200 else given[:200] + "…"
                 raise RequestError(f"{param} must be {rule}, got {shown}.", param=param)
 
+        if (wrong := wrong_field(self)) is not None:
+            raise RequestError(f"{wrong[0]} must be {wrong[1]}.", param=wrong[0])
         check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")

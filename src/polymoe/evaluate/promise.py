@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from rich.console import Console
-
+from polymoe.console import Console, warn
 from polymoe.evaluate.fidelity import Fidelity
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.options import PlanOptions
@@ -45,5 +44,5 @@ def keep_promise(
         # Disagreement grows with the root of KL.
         caution = options.caution * max(_LEAST, ((1 - found) / (1 - promise)) ** 2)
         options, overwrite = replace(options, caution=caution), True
-    console.print(f"[bold yellow]warning:[/] {missed}. Ask for more with --min-top1, or give --memory.", soft_wrap=True)
+    warn(console, f"{missed}. Ask for more with --min-top1, or give --memory.")
     return bundle

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.engine import EngineCore
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure
 from polymoe.evaluate.report import fidelity_table, window_progress

@@ -7,20 +7,21 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from polymoe.config import EngineConfig, format_bytes
+from polymoe.console import Console, DescriptionColumn, warn
 from polymoe.engine.engine import EngineCore
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
-from polymoe.evaluate.texts import WINDOW, read_text
+from polymoe.evaluate.texts import WINDOW
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.pairs import read_pairs
+from polymoe.offline.text_files import is_sampled
+from polymoe.offline.text_tokens import TextTokenizer, read_tokens
 
 
 def run_eval(
@@ -35,7 +36,8 @@ def run_eval(
     """Measure the variants in `texts` and print a table.
 
     Args:
-        texts: variant -> UTF-8 file; of an encoder–decoder family with `{"input": …, "target": …}` on every line.
+        texts: variant -> UTF-8 file, plain or JSON lines as `read_tokens` takes; of an encoder–decoder family with
+            `{"input": …, "target": …}` on every line.
         originals: checkpoints that moved since the plan; the others are looked for where the plan read them.
         window: tokens; None: `WINDOW`. Pairs are taken whole.
         limit: windows or pairs of a variant, the first ones.
@@ -52,12 +54,15 @@ def run_eval(
     samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
     for name, path in checkpoints.items():
         if changed := changes_since_plan(bundle, names.index(name), path):
-            console.print(
-                f"warning: the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
+            warn(
+                console,
+                f"the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
                 f"changed): its figures compare with another model. Plan again, or give the one that was planned with "
                 f"--original {name}=PATH.",
-                soft_wrap=True, markup=False, highlight=False, style="yellow",
-            )  # fmt: skip
+            )
+    for name, path in texts.items():
+        if is_sampled(path):
+            console.print(f"The text for {name}, {path}, is large: pieces spread over it are measured.", soft_wrap=True)
     longest = max(found.longest for found in samples.values())
     # The whole pass of `batch` windows must fit at once.
     blocks = batch * ((longest + config.block_size - 1) // config.block_size)
@@ -88,7 +93,7 @@ def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: 
         raise PolymoeError(
             f"--window {window} is beyond the {record.max_model_len} tokens that {record.name} was configured for."
         )
-    ids = VariantTokenizer(folder).encode(read_text(f"--text {record.name}", path), add_special_tokens=False)
+    ids = read_tokens(f"--text {record.name}", [path], TextTokenizer(folder, record.name))
     windows = windows_of(ids, window, limit)
     if not windows:
         raise PolymoeError(f"the text for {record.name} ({path}) has fewer than two tokens.")
@@ -99,7 +104,7 @@ def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: 
 def window_progress(samples: Mapping[str, Samples], console: Console) -> Iterator[Callable[[str, int], None]]:
     """A bar for each variant; yields `advance(variant, windows)`."""
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        DescriptionColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     ) as progress:  # fmt: skip
         tasks = {name: progress.add_task(name, total=len(found.windows)) for name, found in samples.items()}

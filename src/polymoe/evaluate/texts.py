@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples
 from polymoe.evaluate.pairs import encode_pairs
@@ -12,6 +11,7 @@ from polymoe.offline.checkpoint import read_config
 from polymoe.offline.family import max_model_len
 from polymoe.offline.pairs import read_pairs
 from polymoe.offline.spread import spread
+from polymoe.offline.text_tokens import TextTokenizer, read_tokens
 
 MIN_TOKENS = 256  # of a text whose figures are kept; fewer say nothing
 WINDOW = 256  # tokens
@@ -27,7 +27,8 @@ def samples_of(
 
     Args:
         checkpoints: all variants of the family -> folder.
-        texts: variant -> UTF-8 file; of an encoder–decoder family with `{"input": …, "target": …}` on every line.
+        texts: variant -> UTF-8 file, plain or JSON lines as `read_tokens` takes; of an encoder–decoder family with
+            `{"input": …, "target": …}` on every line.
         option: where `texts` were given, for messages.
 
     Raises as `encode_texts`; for pairs naming file and line. `CheckpointError` or `UnsupportedModelError` for a config
@@ -62,7 +63,7 @@ def encode_texts(
 
     Args:
         checkpoints: variant -> folder with its tokenizer.
-        texts: variant -> UTF-8 file.
+        texts: variant -> UTF-8 file, plain or JSON lines as `read_tokens` takes.
         option: where `texts` were given, for messages.
 
     Raises `UnknownVariantError` for a variant that has no checkpoint, `PolymoeError` for a text that cannot be read or
@@ -76,8 +77,7 @@ def encode_texts(
                 f"{option} {name}: plain text measures decoder-only models; {checkpoints[name]} is an encoder–decoder, "
                 "which polymoe eval measures on pairs of input and target."
             )
-        text = read_text(f"{option} {name}", path)
-        found[name] = VariantTokenizer(checkpoints[name]).encode(text, add_special_tokens=False)
+        found[name] = read_tokens(f"{option} {name}", [path], TextTokenizer(checkpoints[name], name))
         if len(found[name]) < MIN_TOKENS:
             raise PolymoeError(
                 f"{option} {name}: {path} has {len(found[name])} tokens; at least {MIN_TOKENS} are needed, and some "
@@ -96,14 +96,6 @@ def spread_windows(token_ids: list[int], length: int, limit: int | None) -> list
         return [token_ids]
     starts = spread(range(0, count * length, length), count if limit is None else limit)
     return [token_ids[start : start + length] for start in starts]
-
-
-def read_text(option: str, path: Path) -> str:
-    """A UTF-8 file. Raises `PolymoeError` beginning with `option`, where it was given."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymoeError(f"{option}: {path} cannot be read as UTF-8 text ({error}).") from error
 
 
 def _check_known(checkpoints: Mapping[str, Path], texts: Mapping[str, Path]) -> None:

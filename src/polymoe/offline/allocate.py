@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.damage import Energies, FloatArray, Partition
 from polymoe.offline.knapsack import Choices, IntArray, Option, fewest_bytes

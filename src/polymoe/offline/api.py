@@ -1,13 +1,15 @@
 """What `polymoe plan` and `polymoe inspect` do, from checkpoints to a printed summary."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from polymoe.offline.atomic import check_target, remove_files
+from polymoe.console import Console
+from polymoe.errors import PlanError
+from polymoe.offline.atomic import check_can_write, check_target, remove_files
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
@@ -17,7 +19,7 @@ from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
 from polymoe.offline.serving_check import check_serving
-from polymoe.offline.similarity import check_picture, heatmap
+from polymoe.offline.similarity import heatmap, is_own_picture
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
@@ -47,6 +49,7 @@ def make_plan(
     if memory is not None:
         parse_memory(memory)
     target = Path(out).expanduser()
+    check_can_write(target)
     check_target(target, overwrite)
     family = Family.open(specs)
     _say(family.notes, console)
@@ -97,11 +100,11 @@ def inspect(
 ) -> FamilyScan:
     """Compare the experts of a family: a table by layer on `console` and a heat map in the file `png`.
 
-    Raises `CheckpointError`, `FamilyError`, or `PlanError` where `png` is something else than a picture.
+    Raises `CheckpointError` or `FamilyError`; `PlanError` for a `png` that cannot be written.
     """
     console = console or Console()
     if png is not None:
-        check_picture(png)
+        check_picture(Path(png))
     family = Family.open(specs)
     _say(family.notes, console)
     scan = family.scan(console)
@@ -130,4 +133,17 @@ def inspect(
 def _say(notes: Sequence[str], console: Console | None) -> None:
     if console is not None:
         for note in notes:
-            console.print(note, soft_wrap=True, markup=False, highlight=False)
+            console.print(note, soft_wrap=True, highlight=False)
+
+
+def check_picture(path: Path) -> None:
+    """Raise `PlanError` for a heat map that could not be written."""
+    if path.suffix.lower() in (".png", ".pdf", ".svg") and path.is_dir():
+        raise PlanError(f"--png {path} is a folder; give the name of a file.")
+    if os.path.lexists(path) and not is_own_picture(path):
+        raise PlanError(f"--png {path} is not a PNG picture, so it is not overwritten; give another name.")
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise PlanError(f"--png {path}: give a file that ends in .png (.pdf and .svg work too).")
+    if not path.absolute().parent.is_dir():
+        raise PlanError(f"--png {path}: the folder {path.absolute().parent} does not exist.")
+    check_can_write(path)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from polymoe.errors import PlanError
+from polymoe.errors import PlanError, explain
 from polymoe.offline.manifest import why_not_only_a_bundle
 
 _MARK = ".polymoe-unfinished"  # in a folder while it is written: a later run may remove it
@@ -79,6 +79,26 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise PlanError(
             f"{target} {reason}, so --force will not replace it; choose another --out, or remove the folder yourself."
         )
+
+
+def check_can_write(target: Path) -> None:
+    """Raise `PlanError` where nothing named `target` could be made: to be called before hours of work.
+
+    A file system that fills up meanwhile is another matter.
+    """
+    parent = target.absolute().parent
+    try:
+        target.with_name(f".{target.name}.calibration").lstat()  # the longest name that is made beside it
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise PlanError(f"{target} cannot be written: {explain(OSError(error.errno, error.strerror))}") from error
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise PlanError(f"{target} cannot be written: {parent} is a file; choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PlanError(f"{target} cannot be written: {parent} is read-only for you; choose another folder.")
 
 
 def remove_leftovers(target: Path) -> None:
@@ -207,4 +227,4 @@ def _explained(error: OSError, target: Path) -> PlanError:
         return PlanError(
             f"the disk is full while writing {target}; nothing was changed. Free some space and try again."
         )
-    return PlanError(f"{target} cannot be written: {error.strerror or error}.")
+    return PlanError(f"{target} cannot be written: {explain(OSError(error.errno, error.strerror))}")

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 
 from polymoe.config import format_bytes, parse_bytes
+from polymoe.console import Console
 from polymoe.errors import ConfigError, PlanError
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.plan import STORED, Plan, paper_plan, separate_plan
@@ -18,6 +18,9 @@ from polymoe.offline.sizes import ExpertSizes
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
     from polymoe.offline.family import Family
+
+_FEWEST_BYTES = 1024  # a budget below, without a unit, is no number of bytes
+_MOST_MULTIPLES = 1e6
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,23 @@ class Memory:
 def parse_memory(text: str) -> Memory:
     """`1.0x` -> a multiple, `24GiB` -> bytes. `0x` is allowed: then every expert comes from the host tier.
 
-    Raises `PlanError` for anything else.
+    Raises `PlanError` for anything else, and asks back where `1.0` may have been meant as `1.0x`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", text)
-    if match is not None:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[xX×]\s*", text)
+    if match is not None and float(match[1]) <= _MOST_MULTIPLES:
         return Memory(text.strip(), multiple=float(match[1]))
+    number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
+    if number is not None and float(number[1]) < _FEWEST_BYTES:
+        raise PlanError(
+            f"--memory {number[1]} would be {number[1]} bytes; did you mean {number[1]}x, multiples of one model's "
+            f"experts, or {number[1]}GiB for all weights?"
+        )
     try:
         return Memory(text.strip(), num_bytes=parse_bytes(text))
     except ConfigError as error:
         raise PlanError(
-            f"{text!r} is not a memory budget; write 1.0x (multiples of one model's experts) or 24GiB."
+            f"{text[:40]!r} is not a memory budget; write 1.0x (multiples of one model's experts) or 24GiB (or 24G, "
+            "which is the same)."
         ) from error
 
 

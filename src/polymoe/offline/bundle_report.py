@@ -1,11 +1,12 @@
 """What a bundle holds, for people: bytes by kind, formats by layer, fidelity by variant."""
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.layer_names import layer_names
 from polymoe.offline.manifest import Manifest
 from polymoe.offline.plan import Plan
 from polymoe.offline.scan import FamilyScan
@@ -95,6 +96,7 @@ def _format_table(manifest: Manifest) -> Table:
     names = list(manifest.format_counts())
     for name in names:
         table.add_column(name, justify="right")
-    for layer, (bases, deltas) in enumerate(zip(manifest.base_pools, manifest.delta_pools, strict=True)):
-        table.add_row(str(layer), *(str((bases | deltas).get(name, "")) for name in names))
+    layers = layer_names(manifest.expert_modules)
+    for layer, bases, deltas in zip(layers, manifest.base_pools, manifest.delta_pools, strict=True):
+        table.add_row(layer, *(str((bases | deltas).get(name, "")) for name in names))
     return table

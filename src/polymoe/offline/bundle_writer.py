@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from torch import Tensor
 
 import polymoe
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.atomic import check_target, new_folder
 from polymoe.offline.bundle import Bundle

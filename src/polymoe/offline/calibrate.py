@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from polymoe.errors import PlanError
+from polymoe.errors import PlanError, PolymoeError
 from polymoe.offline.calibration_pairs import pair_rows
 from polymoe.offline.family_run import Routed
+from polymoe.offline.text_tokens import TextTokenizer, read_tokens
 from polymoe.offline.token_rows import MIN_TOKENS, TokenRows
 
 if TYPE_CHECKING:
@@ -48,11 +47,12 @@ class Calibration:
         max_windows: int = MAX_WINDOWS,
         folder: Path | None = None,
     ) -> Calibration:
-        """Read {variant: text files}. A `.jsonl` file holds one conversation a line, {"messages": [...]}, which goes
-        through the variant's chat template; of an encoder–decoder family every file holds pairs, {"input": …, "target":
-        …} a line. Long texts are sampled evenly. A variant without text reads that of all the others.
+        """Read {variant: text files}: plain text or JSON lines, as `read_tokens` does; of an encoder–decoder family
+        every file holds pairs, {"input": …, "target": …} a line. Large files and long texts are sampled evenly. A
+        variant without text reads that of all the others.
 
-        Raises `PlanError` for an unknown variant, a file that cannot be read, and too few tokens.
+        Raises `PlanError` for an unknown variant, one without a tokenizer, a file that cannot be read, and too few
+        tokens.
         """
         unknown = [name for name in files if name not in family.names]
         if unknown:
@@ -132,10 +132,10 @@ def _own_or_all(checkpoint: Checkpoint, files: Mapping[str, Sequence[str | Path]
 
 
 def _windows_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, max_windows: int) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    ids: list[int] = []
-    for path in paths:
-        ids += tokenizer.encode(_read(path, tokenizer), add_special_tokens=False)
+    try:
+        ids = read_tokens("--calibrate", paths, TextTokenizer(checkpoint.path, checkpoint.name))
+    except PolymoeError as error:
+        raise PlanError(str(error)) from error
     if len(ids) < max(MIN_TOKENS, window):
         shown = ", ".join(str(path) for path in paths)
         raise PlanError(
@@ -145,14 +145,3 @@ def _windows_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, max_
     whole = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     chosen = torch.linspace(0, len(whole) - 1, min(max_windows, len(whole))).round().long()
     return whole[chosen]
-
-
-def _read(path: Path, tokenizer: Any) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return text
-        conversations = [json.loads(line)["messages"] for line in text.splitlines() if line.strip()]
-        return "".join(tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"calibration text {path} cannot be read: {error}") from error

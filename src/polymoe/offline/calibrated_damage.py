@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.offline.atomic import whole_file
 from polymoe.offline.calibrate import Calibration, down_projection, first_projection, second_moments, weighted_sum
 from polymoe.offline.damage import TOP1_PER_ROOT_KL, Energies, EnergyTable, FloatArray, Partition, partitions_of

@@ -10,10 +10,10 @@ import hashlib
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.offline.atomic import whole_file
 from polymoe.offline.calibrate import (
     Calibration,
@@ -57,7 +57,7 @@ class CalibratedEncoder:
         routed = self.run.arrive()
         found = self._read(layer)
         if found is not None and self.console is not None:
-            self.console.print(f"Expert layer {layer}: encoded by an earlier, interrupted run")
+            self.console.print(f"Layer {self.scan.layer_names[layer]}: encoded by an earlier, interrupted run")
         encoded, outputs = EncodedLayer(), [dict[int, tuple[Tensor, Tensor, Tensor]]() for _ in routed]
         info = self.family.architecture
         stacks = {

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
 from polymoe.errors import PlanError, PolymoeError
 from polymoe.offline.pairs import pair_ids, read_pairs
 from polymoe.offline.spread import spread
+from polymoe.offline.text_tokens import TextTokenizer
 from polymoe.offline.token_rows import MIN_TOKENS, TokenRows
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ def pair_rows(checkpoint: Checkpoint, paths: Sequence[Path], longest: int, max_t
 
     Raises `PlanError` for a file that cannot be read or holds anything but pairs, and for too few tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     try:
+        tokenizer = TextTokenizer(checkpoint.path, checkpoint.name)
         pairs = [pair for path in paths for pair in read_pairs("--calibrate", path)]
         encoded = pair_ids(spread(pairs, _MOST), tokenizer.encode, checkpoint.path, checkpoint.config)
     except PolymoeError as error:

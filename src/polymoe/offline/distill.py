@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.device_memory import cpu_memory

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.offline.family import Family
 from polymoe.offline.matrices import as_matrix, mlp_order
 from polymoe.offline.matrices import is_transposed as is_transposed

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from rich.console import Console
 
+from polymoe.console import Console
 from polymoe.errors import FamilyError, named
 from polymoe.model.skeleton import keeps_float32
 from polymoe.model.trial import trace

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polymoe.errors import CheckpointError
-from polymoe.offline.source import read_json
+from polymoe.offline.plain_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 _MOST = 2**31 - 1  # what a count may be on the wire

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from polymoe.errors import PolymoeError
+from polymoe.offline.text_files import read_lines
 
 _WANTED = 'write {"input": "…", "target": "…"} on every line, both texts with something in them'
 
@@ -20,18 +21,14 @@ class Pair:
 
 
 def read_pairs(option: str, path: Path) -> list[Pair]:
-    """All pairs of a file, in its order; blank lines are left out.
+    """The pairs of a file, in its order, of a large one some; blank lines are left out.
 
     Args:
         option: where the file was given, for messages.
 
     Raises `PolymoeError` naming file and line for one that is no pair, and for a file that cannot be read or has none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymoeError(f"{option}: {path} cannot be read as UTF-8 text ({error}).") from error
-    pairs = [_pair(f"{option}: {path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_pair(line.where, line.text) for line in read_lines(option, path)]
     if not pairs:
         raise PolymoeError(f"{option}: {path} has no pairs; {_WANTED}.")
     return pairs
@@ -40,7 +37,7 @@ def read_pairs(option: str, path: Path) -> list[Pair]:
 def _pair(where: str, line: str) -> Pair:
     try:
         found: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PolymoeError(f"{where} is not JSON ({error}); {_WANTED}.") from error
     if not isinstance(found, dict):
         raise PolymoeError(f"{where} is not an object; {_WANTED}.")

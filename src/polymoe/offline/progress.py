@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from polymoe.console import Console, DescriptionColumn
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def byte_progress(label: str, total: int, console: Console | None) -> Iterator[C
     if console is None:
         yield lambda _: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (DescriptionColumn(), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
@@ -33,7 +33,7 @@ def step_progress(label: str, total: int, console: Console | None) -> Iterator[C
     if console is None:
         yield lambda: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (DescriptionColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)

@@ -2,8 +2,8 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
+from polymoe.console import Console, warn
 from polymoe.errors import PlanError
 from polymoe.offline.scan import FamilyScan
 
@@ -43,4 +43,4 @@ def check_related(scan: FamilyScan, policy: str, accept: bool, console: Console 
             "`polymoe plan … --force`."
         )
     if console is not None:
-        console.print(f"[yellow]warning:[/] {message} They will share experts all the same.", soft_wrap=True)
+        warn(console, f"{message} They will share experts all the same.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
+from polymoe.console import Console
 from polymoe.errors import CheckpointError
+from polymoe.offline.layer_names import layer_names
 from polymoe.offline.progress import byte_progress
 from polymoe.offline.similarity import LayerDistances
 from polymoe.offline.tensorfile import dtype_name, raw_bytes
@@ -53,13 +53,8 @@ class FamilyScan:
 
     @property
     def layer_names(self) -> list[str]:
-        """The model's own number of each expert layer, behind the name of its stack where there are two ("encoder 1");
-        a leading dense layer makes it start at 1."""
-        found = [re.search(r"^(encoder|decoder)?\D*(\d+)", path) for path in self.expert_modules]
-        return [
-            str(index) if match is None else " ".join(part for part in match.groups() if part)
-            for index, match in enumerate(found)
-        ]
+        """What `polymoe inspect` calls each expert layer."""
+        return layer_names(self.expert_modules)
 
     @property
     def nonexpert_bytes_total(self) -> int:

@@ -5,9 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-
+from polymoe.console import Console, warn
 from polymoe.errors import BundleError, CheckpointError, PolymoeError
 from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.family import Family, max_model_len
@@ -38,7 +36,7 @@ def check_serving(family: Family, console: Console | None = None) -> None:
             raise CheckpointError(f"{checkpoint.name}: {error}") from error
         for warning in warnings if console is not None else ():
             assert console is not None
-            console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+            warn(console, warning)
 
 
 def check_variant(checkpoint: Checkpoint, vocab_size: int) -> list[str]:

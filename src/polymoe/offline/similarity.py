@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polymoe.errors import PlanError
 from polymoe.quant.exact import changed
 
 if TYPE_CHECKING:
@@ -73,17 +72,14 @@ class LayerDistances:
         return np.sqrt(self._norm_square)
 
 
-def check_picture(path: str | Path) -> None:
-    """Raise `PlanError` when a picture must not be written to `path`: only another picture is overwritten."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise PlanError(f"{target.parent} is not a folder; choose another --png.")
-    if target.is_file() and target.stat().st_size:
-        with target.open("rb") as file:
-            if file.read(len(_PNG)) == _PNG:
-                return
-    if (target.exists() or target.is_symlink()) and not (target.is_file() and not target.stat().st_size):
-        raise PlanError(f"{target} is not a PNG picture, so it is not overwritten; choose another --png.")
+def is_own_picture(path: Path) -> bool:
+    """Whether a file may be replaced by a picture: it is one, or empty."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() != ".png":
+        return path.stat().st_size == 0
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) in (_PNG, b"")
 
 
 def heatmap(scan: FamilyScan, path_png: str | Path) -> None:

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
 from polymoe.config import format_bytes
+from polymoe.console import Console
 from polymoe.errors import BundleError
 from polymoe.machine import available_cores
 from polymoe.offline.bundle import Bundle

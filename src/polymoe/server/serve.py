@@ -10,10 +10,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeElapsedColumn
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console, DescriptionColumn
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
@@ -176,7 +176,7 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
 @contextlib.contextmanager
 def _progress_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
     """One bar a stage."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as progress:
 

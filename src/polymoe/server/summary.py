@@ -2,9 +2,8 @@
 
 import json
 
-from rich.console import Console
-
 from polymoe.config import format_bytes
+from polymoe.console import Console, warn
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.info import VariantInfo
 from polymoe.kernels.fast_path import FastPath
@@ -36,10 +35,10 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
     ]
     for path in info.fast_paths:
         if path.slow:
-            console.print(f"warning: {path.warning}", style="yellow", soft_wrap=True, markup=False)
+            warn(console, path.warning)
     for line in lines:
         # Soft wrap: a line that the terminal broke could not be copied.
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _fast_paths(paths: list[FastPath]) -> list[str]:

@@ -1,6 +1,6 @@
 """Which block sizes a kernel runs with, per shape: timed once on the GPU at hand, then read from a file.
 
-The file is `$XDG_CACHE_HOME/polymoe/gpu-kernels.json` (`~/.cache` without the variable): {"device, triton version":
+The file is `gpu-kernels.json` in the cache (`polymoe.cache_folder`): {"device, triton version":
 {"kernel and shape": index of the candidate}}. Nothing is timed while a CUDA graph is captured, nor in the interpreter:
 there the first candidate is used, which fits every supported GPU; `POLYMOE_NO_AUTOTUNE=1` means the same everywhere (a
 kernel takes seconds to compile, for each candidate the first time). So run each shape once before capturing.
@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+
+from polymoe.cache_folder import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def _time(launch: Callable[[Candidate], None], candidate: Candidate) -> float:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polymoe" / "gpu-kernels.json"
+    return cache_root() / "gpu-kernels.json"
 
 
 @cache
