@@ -50,7 +50,7 @@ def test_left_out(arch: str, names: list[str], kind: str, made: dict[str, Path],
     checkpoint = Checkpoint.open(with_tensors(made[arch], tmp_path, names), "x")
     assert set(checkpoint.ignored) == set(names)
     (note,) = checkpoint.notes
-    for part in (f"does not read {len(names)} stored tensors ({8 * len(names)} B, ", kind, "; left out: ", min(names)):
+    for part in ("left out: ", min(names), kind, f"; {len(names)} in all, {8 * len(names)} B), which "):
         assert part in note
     assert set(checkpoint.target_names) == set(Checkpoint.open(made[arch], "y").target_names)
 
@@ -89,3 +89,30 @@ def test_an_adapter_beside_the_weights(made: dict[str, Path], tmp_path: Path) ->
     assert Checkpoint.open(path, "x").notes == [
         "adapter_config.json: an adapter lies beside the weights and is not applied"
     ]
+
+
+def test_a_padded_vocabulary_that_the_config_does_not_know(made: dict[str, Path], tmp_path: Path) -> None:
+    """Trainers pad embeddings to a multiple of 64 and forget config.json; transformers refuses it as well."""
+    path = with_tensors(made["mixtral"], tmp_path, [])
+    tensors = load_file(path / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(16, tensors[name].shape[1])])
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has shape \[128, 32\], .* \[112, 32\]. Set \"vocab_size\": 128 if"):
+        Checkpoint.open(path, "x")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
+    Checkpoint.open(path, "x")
+
+
+def test_a_head_that_is_the_embedding(made: dict[str, Path], tmp_path: Path) -> None:
+    """The message about a missing head says how a tied one is told."""
+    path = with_tensors(made["mixtral"], tmp_path, [])
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r'not stored: lm_head\.weight.*set "tie_word_embeddings": true'):
+        Checkpoint.open(path, "x")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    Checkpoint.open(path, "x")

@@ -40,8 +40,8 @@ class Unread:
             ("named by the class as not loaded", self.declared),
         )
         return [
-            f"{class_name} does not read {len(names)} stored tensors "
-            f"({format_bytes(sum(entries[name].num_bytes for name in names))}, {kind}); left out: {some(names)}"
+            f"left out: {some(names)} ({kind}; {len(names)} in all, "
+            f"{format_bytes(sum(entries[name].num_bytes for name in names))}), which {class_name} does not read"
             for kind, names in kinds
             if names
         ]
