@@ -51,9 +51,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="polymoe",
-    help="Serve several fully fine-tuned Mixture-of-Experts variants from one device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench)
@@ -74,6 +72,21 @@ def engine_options(**options: Any) -> dict[str, Any]:
     if options.get("dtype") not in (None, "auto", "float32", "bfloat16", "float16"):
         raise PolymoeError(f"--dtype {options['dtype']} is unknown; use auto, float32, bfloat16 or float16.")
     return options
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Serve several fully fine-tuned Mixture-of-Experts variants from one device."""
 
 
 @app.command()
@@ -214,13 +227,15 @@ def serve(
 
 
 @app.command()
-def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None) -> None:
+def demo(host: Host = "127.0.0.1", port: Port = 8000, policy: Policy = "auto", threads: Threads = None) -> None:
     """Serve the four small models that come with the package: base, math, drama and code."""
     from polymoe.demo import family_paths
 
     specs = [f"{name}={path}" for name, path in family_paths().items()]
-    # One model's experts for all four: that they fit a computer whole would show nothing.
-    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads)
+    if policy == "auto":
+        console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
+    # One model's experts for all four, which `paper` takes by itself: that they fit a computer whole would show nothing.
+    serve(specs, host=host, port=port, policy=policy, memory="1.0x" if policy == "auto" else None, threads=threads)
 
 
 @app.command(name="eval")
