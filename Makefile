@@ -21,7 +21,9 @@ another-torch:
 
 ifneq ($(TORCH_INDEX),$(REMEMBERED_INDEX))
 ANOTHER_TORCH := another-torch
+FORCED := --force-reinstall
 endif
+FROM_INDEX = $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 # What the package needs to run. Without dependencies from TORCH_INDEX: an index of torch builds need not have them.
 # A venv that could not get its pip (Debian without python3-venv) is made again.
@@ -29,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src
 	@$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
 	@echo "Installing into $(VENV); torch from $(or $(TORCH_INDEX),PyPI (on Linux with CUDA: 2.8 GB. README: what is installed))."
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX)$(ANOTHER_TORCH),$(PIP_INSTALL) $(and $(ANOTHER_TORCH),--force-reinstall) --no-deps $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch)
+	$(if $(TORCH_INDEX)$(ANOTHER_TORCH),$(strip $(PIP_INSTALL) $(FORCED) --no-deps $(FROM_INDEX) torch))
 	$(PIP_INSTALL) -e .
 	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
 	touch $@

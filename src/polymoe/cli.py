@@ -234,7 +234,7 @@ def demo(host: Host = "127.0.0.1", port: Port = 8000, policy: Policy = "auto", t
     specs = [f"{name}={path}" for name, path in family_paths().items()]
     if policy == "auto":
         console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
-    # One model's experts for all four, which `paper` takes by itself: that they fit a computer whole would show nothing.
+    # One model's experts for all four, as `paper` takes by itself: that they fit a computer whole would show nothing.
     serve(specs, host=host, port=port, policy=policy, memory="1.0x" if policy == "auto" else None, threads=threads)
 
 
