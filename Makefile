@@ -27,7 +27,7 @@ FROM_INDEX = $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 # What the package needs to run. Without dependencies from TORCH_INDEX: an index of torch builds need not have them.
 # A venv that could not get its pip (Debian without python3-venv) is made again.
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/kernels/*.cpp src/polymoe/kernels/*.h) $(ANOTHER_TORCH)
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/native/csrc/*.cpp src/polymoe/native/csrc/*.h) $(ANOTHER_TORCH)
 	@$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
 	@echo "Installing into $(VENV); torch from $(or $(TORCH_INDEX),PyPI (on Linux with CUDA: 2.8 GB. README: what is installed))."
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -53,6 +53,7 @@ test: lint types tests
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: dev
 	$(BIN)/mypy

@@ -11,17 +11,17 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNELS = Path("src/polymoe/kernels")
+NATIVE = Path("src/polymoe/native")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
 
 
 class CustomBuildHook(BuildHookInterface):
-    """Writes `libpolymoe_cpu.so` beside its sources."""
+    """Writes `libpolymoe_cpu.so` into `native/`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
-        target = Path(self.root) / KERNELS / "libpolymoe_cpu.so"
-        if compile_kernels(Path(self.root) / KERNELS, target):
-            build_data["artifacts"].append(f"{KERNELS}/{target.name}")
+        target = Path(self.root) / NATIVE / "libpolymoe_cpu.so"
+        if compile_kernels(Path(self.root) / NATIVE / "csrc", target):
+            build_data["artifacts"].append(f"{NATIVE}/{target.name}")
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
 

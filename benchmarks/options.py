@@ -20,12 +20,12 @@ Out = Annotated[Path, typer.Option(help="folder for the JSON, Markdown and PNG f
 
 def checkpoints_of(specs: list[str] | None) -> dict[str, Path]:
     """Variant -> folder. Raises `PolymoeError` for a spec that is no good."""
-    from polymoe.offline.family import parse_variant_specs
-    from polymoe.offline.source import resolve
+    from polymoe.offline.checkpoint.family import parse_variant_specs
+    from polymoe.offline.checkpoint.source import resolve
 
     return {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()} if specs else family_paths()
 
 
 def program() -> typer.Typer:
-    """For one command; `polymoe.cli.main` runs it."""
+    """For one command; `polymoe.cli.main.main` runs it."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)

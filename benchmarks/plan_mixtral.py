@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig
 
-from polymoe.offline.tensorfile import TensorFileWriter
+from polymoe.bundle.tensor_file import TensorFileWriter
 
 LAYERS = 32
 NOISE = 0.02  # of a weight's spread: about what real fine-tunes differ by

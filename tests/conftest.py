@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
-from polymoe.offline.family import Family
-from polymoe.offline.scan import FamilyScan
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.similarity.scan import FamilyScan, scan_family
 
 torch.set_num_threads(1)
 
@@ -38,4 +38,4 @@ def family(trio: dict[str, Path]) -> Family:
 
 @pytest.fixture(scope="module")
 def scan(family: Family) -> FamilyScan:
-    return family.scan()
+    return scan_family(family)

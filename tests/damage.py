@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymoe.offline.manifest import MANIFEST, FileRecord, digest_of
+from polymoe.bundle.manifest import MANIFEST, FileRecord, digest_of
 
 
 def damages(file: Path, other: Path) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines.weights import put_weights
-from polymoe.offline.bundle import Bundle, PackedTensors
+from polymoe.bundle.reader import Bundle, PackedTensors
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import decode_exact
 from polymoe.quant.formats import get_format

@@ -2,12 +2,14 @@
 
 import torch
 
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.encode import EncodedLayer, make_encoder
-from polymoe.offline.family import Family
-from polymoe.offline.matrices import as_matrix, is_transposed
-from polymoe.offline.plan import Plan
-from polymoe.offline.position_codec import Group, PackedTensor, groups_of, served_weights
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed
+from polymoe.offline.encode.encode import make_encoder
+from polymoe.offline.encode.encoded_layer import EncodedLayer
+from polymoe.offline.encode.position_codec import Group, PackedTensor, groups_of, served_weights
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.similarity.scan import scan_family
 
 
 def packed_tensor(encoded: EncodedLayer, group: Group, tensor: str) -> PackedTensor:
@@ -31,7 +33,7 @@ def served_experts(
 ) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """(variant, layer) -> {tensor: float32 [E, *stock shape]} of what `plan` serves."""
     info, transposed = family.architecture, is_transposed(family)
-    encoder = make_encoder(family, family.scan(), plan, calibration)
+    encoder = make_encoder(family, scan_family(family), plan, calibration)
     served: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for layer in range(info.num_layers):
         encoded = encoder.layer(layer)

@@ -14,13 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
 from polymoe.kernels.gpu.combine import combine_rows
 from polymoe.kernels.gpu.expert_gemm import GATED, WEIGHTED, expert_gemm
 from polymoe.kernels.gpu.paged_attention import paged_attention
 from polymoe.kernels.gpu.pool_matrix import PoolMatrix, exact_matrix, packed_matrix, stored_matrix
 from polymoe.kernels.gpu.segmented_linear import segmented_linear
 from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows
-from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.formats import get_format, parts
 
 WIDTH, INNER, BF16 = 2048, 768, torch.bfloat16

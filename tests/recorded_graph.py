@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polymoe.model.device_kernels import DeviceKernels
+from polymoe.model.backends.base import DeviceKernels
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount")
 _KERNELS = ("_linear", "_attention", "_experts", "_rms_norm")

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from families import make_family
-from polymoe.engine.engine import EngineCore
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.plan import separate_plan
+from polymoe.engine.core import EngineCore
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.plan import separate_plan
+from polymoe.offline.similarity.scan import scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ReferenceFamily:
     def write(self, out: Path, capacity: int | None = None) -> Path:
         """A lossless bundle; `capacity` experts resident, the rest absent."""
         family = Family.open(self.paths)
-        scan = family.scan()
+        scan = scan_family(family)
         return write_bundle(family, scan, separate_plan(scan.expert_version, capacity), out).path
 
     @property

@@ -14,11 +14,11 @@ import httpx
 import uvicorn
 
 from families import make_family
+from polymoe.client.client import AsyncEngineClient, Prompt
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient, Prompt
-from polymoe.engine.info import EngineStats
-from polymoe.engine.request import SamplingParams
 from polymoe.offline.api import make_plan
+from polymoe.protocol.info import EngineStats
+from polymoe.protocol.request import SamplingParams
 from polymoe.server.app import create_app
 from polymoe.server.settings import ServerSettings
 

@@ -10,13 +10,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from polymoe.engine.block_manager import BlockManager
-from polymoe.engine.policies import Policies
-from polymoe.engine.request import EngineRequest, QoS, SamplingParams
-from polymoe.engine.scheduler import SampledToken, ScheduledSequence, Scheduler
-from polymoe.engine.sequence import Sequence
-from polymoe.engine.slot_policy import SlotPolicy, VariantWork
+from polymoe.engine.policies.policies import Policies
+from polymoe.engine.policies.slot_policy import SlotPolicy, VariantWork
+from polymoe.engine.scheduling.block_manager import BlockManager
+from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence, Scheduler
+from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.errors import OverloadedError
+from polymoe.protocol.request import EngineRequest, QoS, SamplingParams
 
 BLOCK = 16
 

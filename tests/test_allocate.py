@@ -11,17 +11,18 @@ from transformers import AutoModelForCausalLM
 from encoded import served_experts
 from families import make_family
 from polymoe.errors import PlanError
-from polymoe.offline.allocate import auto_plan, position_options, uniform_answers
-from polymoe.offline.budget import build_plan
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.calibrated_damage import energies_on_text
-from polymoe.offline.damage import Energies, partitions_of
-from polymoe.offline.family import Family
-from polymoe.offline.knapsack import WORST_TO_MEAN, Choices, Option, fewest_bytes
-from polymoe.offline.layout import lay_out
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.plan import Plan
-from polymoe.offline.sizes import ExpertSizes, plan_bytes
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.allocate import auto_plan, position_options, uniform_answers
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.calibrated_damage import energies_on_text
+from polymoe.offline.plan.damage import Energies, partitions_of
+from polymoe.offline.plan.knapsack import WORST_TO_MEAN, Choices, Option, fewest_bytes
+from polymoe.offline.plan.layout import lay_out
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
+from polymoe.offline.similarity.scan import scan_family
 
 GROUP = ((0, 1),)
 
@@ -130,7 +131,7 @@ def is_lossless(plan: Plan) -> bool:
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_plans_keep_their_budget_and_get_better(family: Family, with_text: bool) -> None:
-    scan, sizes = family.scan(), ExpertSizes.of(family)
+    scan, sizes = scan_family(family), ExpertSizes.of(family)
     calibration = Calibration(texts()) if with_text else None
     before = np.inf
     for multiple in (0.8, 1.2, 2.0, 3.0):
@@ -147,7 +148,7 @@ def test_plans_keep_their_budget_and_get_better(family: Family, with_text: bool)
 
 
 def test_without_text_a_plan_is_no_worse_than_any_uniform_one(family: Family) -> None:
-    options = position_options(family, family.scan(), Energies.of_weights(family.scan()))
+    options = position_options(family, scan_family(family), Energies.of_weights(scan_family(family)))
     given = Choices(options, uniform_answers(options))
     assert {"int4 + d2", "int8 + none", "stored + d1", "int4 apart"} <= set(given.uniform)
     for name, chosen in given.uniform.items():
@@ -159,8 +160,8 @@ def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) 
     with pytest.raises(
         PlanError, match=r"the minimum is .* \(0\.\d+x of one model.s\), which is predicted to cost .* nats a token"
     ):
-        auto_plan(family, family.scan(), budget_bytes=one_model(family) // 20)
-    scan = family.scan()
+        auto_plan(family, scan_family(family), budget_bytes=one_model(family) // 20)
+    scan = scan_family(family)
     cost = r"below the minimum of .*: .* non-experts and tables, and .*x of one model's\) of experts, .* cost .* nats"
     for memory in ("1KiB", str(scan.nonexpert_bytes_total + 9 * scan.expert_version.size + one_model(family) // 20)):
         with pytest.raises(PlanError, match=cost):
@@ -169,7 +170,7 @@ def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) 
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text: bool) -> None:
-    scan, calibration = family.scan(), Calibration(texts()) if with_text else None
+    scan, calibration = scan_family(family), Calibration(texts()) if with_text else None
     traffic = np.full(scan.expert_version.shape[1:], 1 / scan.expert_version.shape[2])
     if calibration is not None:
         traffic = energies_on_text(family, scan, calibration).traffic
@@ -186,7 +187,7 @@ def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text
 
 
 def test_a_promise_of_agreement_costs_bytes(family: Family) -> None:
-    scan, sizes = family.scan(), ExpertSizes.of(family)
+    scan, sizes = scan_family(family), ExpertSizes.of(family)
     plans = [auto_plan(family, scan, None, PlanOptions(min_top1=share)) for share in (0.5, 0.97, 0.99, 1.0)]
     used = [sum(plan_bytes(lay_out(plan), sizes)) for plan in plans]
     assert used == sorted(used)
@@ -196,7 +197,7 @@ def test_a_promise_of_agreement_costs_bytes(family: Family) -> None:
 
 def test_two_variants_may_share_one_signed_delta(tmp_path: Path) -> None:
     family = Family.open(make_family("mixtral", tmp_path, 2, perturb=0.05, dtype=torch.bfloat16))
-    scan = family.scan()
+    scan = scan_family(family)
     plan = auto_plan(family, scan, budget_bytes=int(1.3 * one_model(family)))
     served = served_experts(family, plan)
     info = family.architecture
@@ -221,7 +222,7 @@ def test_predicted_and_measured_damage_rank_options_the_same(tmp_path: Path) -> 
     torch.manual_seed(0)  # of the fine-tunes
     paths = make_family("mixtral", tmp_path, 3, perturb=0.2, num_hidden_layers=3)
     family, (seen, unseen) = Family.open(paths), (texts(48), texts(16, 8))
-    calibration, scan = Calibration(seen), family.scan()
+    calibration, scan = Calibration(seen), scan_family(family)
     energies = {False: Energies.of_weights(scan), True: energies_on_text(family, scan, calibration)}
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths.values()]
     info = family.architecture

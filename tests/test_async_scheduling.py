@@ -10,9 +10,9 @@ import pytest
 
 from families import make_family
 from polymoe import LLM, RequestOutput, SamplingParams
-from polymoe.engine.request import EngineRequest, TokenOutput
-from polymoe.engine.sequence import PENDING
+from polymoe.engine.scheduling.sequence import PENDING
 from polymoe.offline.api import make_plan
+from polymoe.protocol.request import EngineRequest, TokenOutput
 from test_exactness import load
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 12], [20, 21], list(range(30, 50))]

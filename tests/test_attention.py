@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention, attend, check_attention_arguments
-from polymoe.model.context import AttentionBatch, ForwardBatch, ForwardContext, RowMap, segments_from_variants
-from polymoe.model.variant_stack import VariantStack
+from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention, attend, check_attention_arguments
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.batch.batch import AttentionBatch, ForwardBatch, RowMap, segments_from_variants
+from polymoe.model.variants.variant_stack import VariantStack
 
 
 def naive(

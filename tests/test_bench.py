@@ -25,7 +25,7 @@ from polymoe.bench.workload import (
     read_trace,
     saturating_arrivals,
 )
-from polymoe.cli import app
+from polymoe.cli.main import app
 from polymoe.config import EngineConfig
 from polymoe.errors import PolymoeError
 from polymoe.machine import split_cores

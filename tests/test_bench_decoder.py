@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from polymoe.bench.decoder_family import GRANITE_1B, QWEN3_128E
 from polymoe.bench.family import cached_family
-from polymoe.cli import app
+from polymoe.cli.main import app
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from polymoe.bench.family import cached_family
 from polymoe.bench.stock import StockSystem
-from polymoe.cli import app
+from polymoe.cli.main import app
 
 
 @pytest.fixture(scope="module")

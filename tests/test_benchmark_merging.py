@@ -17,15 +17,15 @@ from benchmarks.merging.rouge import Mean, kept_share, require_rouge, rouge
 from benchmarks.merging.run import choices
 from benchmarks.merging.task import TaskEvaluation, draw_pairs, greedy_answers
 from families import TEXT, make_family, make_tokenizer
-from polymoe.engine.llm import LLM
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.evaluate.record import float32_options
+from polymoe.llm.llm import LLM
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.family import Family
-from polymoe.offline.pairs import Pair
+from polymoe.offline.calibrate.pairs import Pair
+from polymoe.offline.checkpoint.family import Family
+from polymoe.text.tokenizer import VariantTokenizer
 
 
 def invoke(*arguments: str) -> Result:

@@ -20,12 +20,12 @@ from benchmarks.quality.report import quality_report
 from benchmarks.quality.row import Row
 from benchmarks.quality.tables import DOCS, with_tables
 from families import TEXT, make_family
-from polymoe.cli import app
+from polymoe.bundle.reader import Bundle
+from polymoe.cli.main import app
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.texts import spread_windows
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.family import Family
-from polymoe.offline.scan import FamilyScan
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.similarity.scan import FamilyScan, scan_family
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def family(checkpoints: dict[str, Path]) -> Family:
 
 @pytest.fixture(scope="module")
 def scan(family: Family) -> FamilyScan:
-    return family.scan()
+    return scan_family(family)
 
 
 def specs(checkpoints: dict[str, Path]) -> list[str]:
@@ -337,7 +337,7 @@ def test_gentle_fine_tunes_stop_at_their_distance(
     monkeypatch.setattr("sys.argv", [str(script), f"a={text}", f"b={text}+{text}", *arguments])
     tool.main()
     family = Family.open({name: tmp_path / "out" / name for name in ("base", "a", "b")})
-    apart = family.scan().pair_distance
+    apart = scan_family(family).pair_distance
     assert 0.02 < apart[0, 1] < 0.04
     assert 0.02 < apart[0, 2] < 0.04
     assert apart[1, 2] > 0

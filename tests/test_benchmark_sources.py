@@ -28,8 +28,9 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "quant/*.py", "kernels/**/*.py", "kernels/**/*.cpp", "kernels/**/*.h", "model/**/*.py", "engine/**/*.py",
-        "offline/**/*.py", "evaluate/**/*.py", "config.py", "quiet_torch.py",
+        "quant/*.py", "kernels/**/*.py", "native/**/*.py", "native/**/*.cpp", "native/**/*.h", "model/**/*.py",
+        "engine/**/*.py",
+        "offline/**/*.py", "evaluate/**/*.py", "config.py", "native/quiet_torch.py",
     ],
 )  # fmt: skip
 def test_a_change_in_a_source_changes_the_key(copies: tuple[Path, Path], pattern: str) -> None:
@@ -50,7 +51,7 @@ def test_a_change_in_a_source_changes_the_key(copies: tuple[Path, Path], pattern
 def test_what_is_compared_counts_and_what_shows_it_does_not(copies: tuple[Path, Path]) -> None:
     package, baselines = copies
     before = digest_of(source_files(package, baselines))
-    for path in (package / "bench" / "report.py", package / "server" / "app.py", package / "cli.py"):
+    for path in (package / "bench" / "report.py", package / "server" / "app.py", package / "cli/main.py"):
         path.write_text(path.read_text() + "# another line\n")
     assert digest_of(source_files(package, baselines)) == before
     weights = baselines / "weights.py"

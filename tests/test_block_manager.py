@@ -2,7 +2,7 @@
 
 import random
 
-from polymoe.engine.block_manager import BlockManager, hash_block, salt_of
+from polymoe.engine.scheduling.block_manager import BlockManager, hash_block, salt_of
 
 
 def fill(blocks: BlockManager, tokens: list[int], salt: bytes) -> list[int]:

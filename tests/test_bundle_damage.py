@@ -13,10 +13,10 @@ import torch
 from damage import Liar, damages, restore
 from families import make_family
 from polymoe import LLM
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import BundleError
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.options import PlanOptions
+from polymoe.offline.plan.options import PlanOptions
 
 TABLES, MANIFEST = "tables.safetensors", "manifest.json"
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import polymoe
 from polymoe.bench.family import cached_family
 from polymoe.cache_folder import VARIABLE, cache_root, writable_cache
-from polymoe.cli import app
+from polymoe.cli.main import app
 from polymoe.console import Console
 from polymoe.errors import ConfigError
 from polymoe.offline.cache import plan_cached, planned_bundle
@@ -205,7 +205,7 @@ def test_prune_touches_nothing_that_is_not_ours(trio: dict[str, Path], tmp_path:
 
 
 def test_a_folder_that_is_being_written_is_left_alone(trio: dict[str, Path], tmp_path: Path) -> None:
-    from polymoe.offline.atomic import new_folder
+    from polymoe.bundle.atomic import new_folder
 
     bundle = planned(trio, tmp_path)
     with new_folder(bundle.with_name(f"other-{'0' * 16}"), overwrite=False) as folder:

@@ -8,7 +8,7 @@ import pytest
 
 from polymoe import LLM, SamplingParams
 from polymoe.demo import family_paths, text_paths
-from polymoe.model.cache_policy import CachePolicy, FrequencyPolicy, LRUPolicy, StaticPolicy
+from polymoe.model.experts.cache_policy import CachePolicy, FrequencyPolicy, LRUPolicy, StaticPolicy
 from polymoe.offline.api import make_plan
 
 KEYS, ROOM = 64, 16

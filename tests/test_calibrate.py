@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from encoded import flat, served_experts
 from families import make_family
 from polymoe.errors import CheckpointError, PlanError
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.encode import make_encoder
-from polymoe.offline.family import Family
-from polymoe.offline.family_run import FamilyRun
-from polymoe.offline.plan import Plan
-from polymoe.offline.position_codec import PackedTensor, encode_tensor
-from polymoe.offline.token_rows import TokenRows
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.calibrate.family_run import FamilyRun
+from polymoe.offline.calibrate.token_rows import TokenRows
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.encode.encode import make_encoder
+from polymoe.offline.encode.position_codec import PackedTensor, encode_tensor
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.similarity.scan import scan_family
 
 TEXT = "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5\n" * 60
 
@@ -112,7 +113,7 @@ def test_calibrated_experts_are_nearer_on_unseen_text(arch: str, base: str, delt
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = Family.open(make_family("mixtral", tmp_path / "family", 2))
-    scan, plan = family.scan(), one_group(family, "int4", "d2")
+    scan, plan = scan_family(family), one_group(family, "int4", "d2")
     straight = make_encoder(family, scan, plan, Calibration(windows(2)))
     want = [flat(straight.layer(layer)) for layer in range(2)]
 
@@ -124,7 +125,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
         encoded.append(args[0])
         return encode_tensor(*args)
 
-    monkeypatch.setattr("polymoe.offline.calibrated_encoder.encode_tensor", counting)
+    monkeypatch.setattr("polymoe.offline.encode.calibrated_encoder.encode_tensor", counting)
     again = make_encoder(family, scan, plan, calibration)
     found = [flat(again.layer(layer)) for layer in range(2)]
     assert len(encoded) == 2 * 4  # two tensors of four experts: layer 1 only
@@ -178,7 +179,7 @@ def test_activations_that_are_not_finite_are_named(tmp_path: Path) -> None:
     tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)  # finite, but not what comes of it
     save_file(tensors, file, {"format": "pt"})
     family = Family.open(paths)
-    encoder = make_encoder(family, family.scan(), one_group(family, "int4", "d1"), Calibration(windows(2)))
+    encoder = make_encoder(family, scan_family(family), one_group(family, "int4", "d1"), Calibration(windows(2)))
     encoder.layer(0)
     with pytest.raises(CheckpointError, match=r"v1: the input of expert layer 1 .* has NaN or infinite"):
         encoder.layer(1)

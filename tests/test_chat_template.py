@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from families import make_tokenizer
-from polymoe.engine.chat_template import ContentFormat
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import RequestError
+from polymoe.text.chat_template import ContentFormat
+from polymoe.text.tokenizer import VariantTokenizer
 
 TEXT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 TEXT_ONLY = "{% for m in messages %}{{ '[' + m.role + ']' + m['content'] }}{% endfor %}"

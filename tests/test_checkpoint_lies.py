@@ -20,9 +20,9 @@ from families import make_family
 from polymoe.errors import CheckpointError, PolymoeError, UnsupportedModelError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.offline.api import make_plan
-from polymoe.offline.architecture import build_on_meta
-from polymoe.offline.checkpoint import Checkpoint, read_config
-from polymoe.offline.family import Family
+from polymoe.offline.checkpoint.architecture import build_on_meta
+from polymoe.offline.checkpoint.checkpoint import Checkpoint, read_config
+from polymoe.offline.checkpoint.family import Family
 
 
 @pytest.fixture(scope="module")

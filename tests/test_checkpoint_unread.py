@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from families import make_family
 from polymoe.errors import CheckpointError
-from polymoe.offline.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

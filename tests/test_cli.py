@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from polymoe.cli import app, engine_config
+from polymoe.cli.main import app, engine_config
 from polymoe.demo import family_paths
 from polymoe.errors import PolymoeError
 
@@ -66,7 +66,7 @@ def test_an_error_is_one_message_and_exit_status_1(arguments: list[str], message
 def test_help_is_fast_and_complete() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert all(command in result.output for command in ("inspect", "plan", "generate", "serve", "demo", "eval"))
-    lazy = "import sys, polymoe.cli; assert 'torch' not in sys.modules"
+    lazy = "import sys, polymoe.cli.main; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", lazy], check=True)
 
 

@@ -9,13 +9,13 @@ import torch
 from decoded import DecodedFamily, decoded_experts
 from families import make_family
 from polymoe import LLM
+from polymoe.bundle.reader import Bundle
 from polymoe.offline.api import make_plan
-from polymoe.offline.budget import build_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.scan import FamilyScan
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.similarity.scan import FamilyScan, scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
 from references import ReferenceFamily, served_logits
 from test_exactness import LOGITS_TOLERANCE, check, load
 
@@ -40,7 +40,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def scanned(family: ReferenceFamily) -> tuple[Family, FamilyScan]:
     opened = Family.open(family.paths)
-    return opened, opened.scan()
+    return opened, scan_family(opened)
 
 
 def write(scanned: tuple[Family, FamilyScan], out: Path, plan: str) -> Path:

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, route
-from polymoe.kernels.packed_pool import ExactPool, PackedPool
+from polymoe.kernels.cpu.compressed_experts import experts_compressed
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
+from polymoe.kernels.cpu.routing import route
 from polymoe.quant.codec import decode, encode
 from polymoe.quant.exact import encode_exact
 from polymoe.quant.formats import get_format

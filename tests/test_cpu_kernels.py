@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymoe.kernels import cpu
+from polymoe.native import library as cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.cpu_kernels() is None, reason="the CPU kernels are not built, or this processor has no AVX512-BF16"
@@ -79,7 +79,7 @@ def _sum_of(seed: int, threads: int) -> float:
 
 def test_torch_is_loaded_with_threads_that_sleep_and_nobody_else_is_told() -> None:
     """Both doors to the engine load torch themselves; processes that they start keep their own settings."""
-    for door in ("polymoe.engine.llm", "polymoe.engine.process"):
+    for door in ("polymoe.llm.llm", "polymoe.engine.process"):
         code = (
             f"import os, sys, {door}; from polymoe import quiet_torch; "
             "print(quiet_torch.SLEEPS, 'torch' in sys.modules, 'GOMP_SPINCOUNT' in os.environ)"

@@ -54,6 +54,6 @@ def test_the_version(arguments: list[str]) -> None:
 )
 def test_a_shell_completes_commands_and_options(words: str, offered: list[str]) -> None:
     asked = {"_POLYMOE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    program = "import sys; sys.argv[0] = 'polymoe'; from polymoe.cli import main; main()"
+    program = "import sys; sys.argv[0] = 'polymoe'; from polymoe.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | asked)
     assert sorted(done.stdout.split()) == offered

@@ -15,11 +15,11 @@ pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 from families import ARCHITECTURES
 from polymoe import LLM, SamplingParams
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.request import EngineRequest
-from polymoe.model.device_kernels import DeviceKernels
-from polymoe.model.tier_cost import TierCosts
-from polymoe.model.warm_up import prompt_lengths, warm_up
+from polymoe.engine.core import EngineCore
+from polymoe.model.backends.cuda import CudaKernels
+from polymoe.model.experts.tier_cost import TierCosts
+from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
+from polymoe.protocol.request import EngineRequest
 from recorded_graph import NoWaiting, RecordedGraph
 from references import ReferenceFamily, served_logits
 from test_exactness import LOGITS_TOLERANCE, check
@@ -30,7 +30,7 @@ class DeviceLLM(LLM):
 
     def __init__(self, bundle: Path, reference: bool = True, **options: Any) -> None:
         settings = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24, **options}
-        self._serve(EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=DeviceKernels(reference)))
+        self._serve(EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=CudaKernels(reference)))
 
 
 # What differs where this path does: shared experts, sinks and windows, two kinds of heads; the others are slow.
@@ -107,7 +107,7 @@ def test_absent_experts_are_read_where_they_are(family: ReferenceFamily, tmp_pat
     assert mapped is not None
     record(llm)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("polymoe.model.mapped_experts._PERIOD", 2)
+        patch.setattr("polymoe.model.experts.mapped._PERIOD", 2)
         check(llm, family, repeat=3)
     stats = llm.engine.stats()
     rows = sum(layer.num_rows for layer in mapped.layers.values())
@@ -125,7 +125,7 @@ def test_absent_experts_that_decode_waits_for(family: ReferenceFamily, tmp_path:
     bundle = family.write(tmp_path / "bundle", capacity=3)
     with pytest.MonkeyPatch.context() as patch:
         if family.arch != "gpt_oss":
-            patch.setattr("polymoe.model.mapped_experts.available_memory", lambda: 1000)
+            patch.setattr("polymoe.model.experts.mapped.available_memory", lambda: 1000)
             with pytest.warns(UserWarning, match=r"do not fit into the 1000 B .* plan with more --memory"):
                 llm = DeviceLLM(bundle, expert_cache_bytes=20_000)
         else:
@@ -139,7 +139,7 @@ def test_absent_experts_computed_on_the_host(tmp_path: Path) -> None:
     """With a bus so slow that nothing is worth fetching, no expert crosses it and the tokens are the same."""
     family = ReferenceFamily("mixtral", tmp_path, num_requests=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("polymoe.model.expert_pool.map_experts", lambda *_: None)
+        patch.setattr("polymoe.model.experts.pool.map_experts", lambda *_: None)
         llm = DeviceLLM(family.write(tmp_path / "absent", capacity=3), expert_cache_bytes=20_000)
     slow_bus = TierCosts(1.0, 0.0, host_bytes_per_s=1e9, host_flops=1e12, exchange_s=0.0, mapped_bytes_per_s=1.0)
     llm.engine.model.pool.cache.costs = slow_bus

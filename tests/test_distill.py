@@ -10,17 +10,18 @@ from transformers import AutoModelForCausalLM
 
 from decoded import decoded_experts
 from families import make_family
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import PlanError
-from polymoe.offline import distill as distilling
-from polymoe.offline.budget import build_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.distill import _mean_kl, distill
-from polymoe.offline.family import Family
-from polymoe.offline.learned import rewrite
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.served_variant import ServedVariant
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.distill.distill import _mean_kl, distill
+from polymoe.offline.distill.distill import distill as distilling
+from polymoe.offline.distill.learned import rewrite
+from polymoe.offline.distill.served_variant import ServedVariant
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.similarity.scan import scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
 
 
 def texts(num_variants: int, count: int = 24) -> tuple[torch.Tensor, ...]:
@@ -33,7 +34,7 @@ def planned(arch: str, folder: Path, policy: str = "delta", num_variants: int = 
     family = Family.open(
         make_family(arch, folder / "family", num_variants, frozen_experts=[1], dtype=torch.bfloat16, tokenizer=True)
     )
-    scan = family.scan()
+    scan = scan_family(family)
     options = PlanOptions() if policy == "auto" else PlanOptions(base="int4", delta_bits=1)
     plan = build_plan(scan, policy, "0.9x" if policy == "auto" else None, options, family)
     return family, write_bundle(family, scan, plan, folder / "bundle")
@@ -90,7 +91,7 @@ def test_an_interrupted_rewrite_leaves_the_bundle_as_it_was(tmp_path: Path, monk
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("polymoe.offline.learned.encode_manifest", killed)
+    monkeypatch.setattr("polymoe.offline.distill.learned.encode_manifest", killed)
     with pytest.raises(KeyboardInterrupt):
         rewrite(bundle, {1: learned})
     assert Bundle.open(bundle.path, verify=True).manifest == bundle.manifest

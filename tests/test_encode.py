@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
+from polymoe.native.library import cpu_kernels
 from polymoe.quant import codec
 from polymoe.quant.formats import get_format
 

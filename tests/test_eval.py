@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from polymoe.cli import app
+from polymoe.cli.main import app
 from polymoe.demo import family_paths, text_paths
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel, _Sums, windows_of
@@ -60,7 +60,7 @@ def test_the_papers_plan_costs_one_models_experts_and_some_fidelity(reports: dic
 
 def test_every_fine_tune_is_best_in_its_own_domain() -> None:
     """What makes the demo family a family of real fine-tunes."""
-    from polymoe.engine.tokenizer import VariantTokenizer
+    from polymoe.text.tokenizer import VariantTokenizer
 
     perplexity: dict[str, dict[str, float]] = {}
     for name, path in family_paths().items():

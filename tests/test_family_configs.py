@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import make_family, make_switch_family
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.errors import CheckpointError, FamilyError
 from polymoe.offline.api import make_plan
-from polymoe.offline.computation import Computation
-from polymoe.offline.configs import max_model_len
-from polymoe.offline.family import Family
+from polymoe.offline.checkpoint.computation import Computation
+from polymoe.offline.checkpoint.configs import max_model_len
+from polymoe.offline.checkpoint.family import Family
 
 TOKENS = torch.randint(0, 112, (1, 40), generator=torch.Generator().manual_seed(0))
 

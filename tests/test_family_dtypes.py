@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from families import make_family
+from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.errors import CheckpointError
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.family import Family
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.similarity.scan import scan_family
 
 WINDOW = torch.randint(0, 112, (1, 30), generator=torch.Generator().manual_seed(1))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,7 +76,7 @@ def test_a_float32_copy_of_bfloat16_weights_loses_nothing(tmp_path: Path) -> Non
     base = make_family("mixtral", tmp_path, num_variants=1, dtype=BF16)["base"]
     AutoModelForCausalLM.from_pretrained(base, dtype=F32).save_pretrained(tmp_path / "copy")
     family = Family.open({"base": base, "copy": tmp_path / "copy"})
-    scan = family.scan()
+    scan = scan_family(family)
     assert family.rounding_notes == ["copy: the cast lost nothing."]
     assert not scan.expert_version.any()
     assert set(scan.nonexpert_version.values()) == {(0, 0)}
@@ -84,7 +85,7 @@ def test_a_float32_copy_of_bfloat16_weights_loses_nothing(tmp_path: Path) -> Non
 def test_wider_first_loses_nothing(tmp_path: Path) -> None:
     paths = mixed(tmp_path, BF16, F32)
     family = Family.open({"v1": paths["v1"], "base": paths["base"]})
-    family.scan()
+    scan_family(family)
     assert family.rounding_notes == ["base: the cast lost nothing."]
     assert family.checkpoints[1].dtype("model.layers.0.mlp.experts.down_proj") == F32
 
@@ -99,7 +100,7 @@ def test_values_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"^v1: .*down_proj has values up to 7\.01e\+04, too large for float16"
     ) as raised:
-        Family.open(paths).scan()
+        scan_family(Family.open(paths))
     assert "name this variant first" in str(raised.value)
 
 

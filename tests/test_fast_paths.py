@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 
 from families import ARCHITECTURES, make_family
-from polymoe.engine.engine import EngineCore
-from polymoe.kernels.compressed_experts import experts_compressed_torch
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.fast_path import FastPath, merged
-from polymoe.model import expert_pool
+from polymoe.engine.core import EngineCore
+from polymoe.kernels.cpu.compressed_experts import experts_compressed_torch
+from polymoe.model.experts import pool as expert_pool
+from polymoe.native.library import cpu_kernels
 from polymoe.offline.api import make_plan
+from polymoe.protocol.fast_path import FastPath, merged
 from polymoe.server.summary import print_summary
 from servers import ThreadServer, engine_config, make_bundle
 
@@ -73,7 +73,7 @@ def used_torch(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> bool:
         raise AssertionError("packed experts by torch")
 
     with monkeypatch.context() as patched:
-        patched.setattr("polymoe.kernels.packed_pool.decode", note)
+        patched.setattr("polymoe.kernels.cpu.packed_pool.decode", note)
         logits(engine)
     return used
 

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU kernels need triton, here for its interpreter")
 
-from polymoe.kernels.compressed_experts import CompressedLayer
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.packed_pool import ExactPool
 from polymoe.kernels.gpu.experts import experts_gpu, experts_torch
-from polymoe.kernels.packed_pool import ExactPool
 from polymoe.quant.exact import encode_exact
 from test_gpu_experts import DEVICE, Case, Dense, E, Experts, K, V, expected, make_case
 

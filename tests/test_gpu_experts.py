@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton, here for its 
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from polymoe.kernels.compressed_experts import CompressedLayer
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
 from polymoe.kernels.gpu.experts import experts_gpu, experts_torch, supported, warm_up
-from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.codec import decode, encode
 from polymoe.quant.formats import BASE_FORMATS, get_format
 

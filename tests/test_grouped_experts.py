@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
+from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 
 H, INNER, P, K = 32, 64, 6, 3
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.grouped_linear import grouped_linear, grouped_linear_by_loop
+from polymoe.kernels.cpu.grouped_linear import grouped_linear, grouped_linear_by_loop
+from polymoe.native.library import cpu_kernels
 
 
 def case(

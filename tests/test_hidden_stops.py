@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from polymoe.engine.info import EngineInfo, VariantInfo
-from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import SamplingParams, TokenOutput
-from polymoe.engine.stop_strings import StopStrings
+from polymoe.client.output import OutputProcessor
+from polymoe.client.stop_strings import StopStrings
+from polymoe.protocol.info import EngineInfo, VariantInfo
+from polymoe.protocol.request import SamplingParams, TokenOutput
 from test_tokenizer import byte_level, sentencepiece
 
 Piece = tuple[str, bool]  # text, hidden

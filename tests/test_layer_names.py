@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from families import make_family
+from polymoe.bundle.layer_names import layer_names
 from polymoe.console import Console
 from polymoe.offline.api import inspect, inspect_bundle, make_plan
-from polymoe.offline.layer_names import layer_names
-from polymoe.offline.options import PlanOptions
+from polymoe.offline.plan.options import PlanOptions
 
 
 def test_names() -> None:

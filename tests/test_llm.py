@@ -9,11 +9,11 @@ import torch
 import polymoe
 from families import make_family
 from polymoe import LLM, SamplingParams
+from polymoe.bundle.reader import Bundle
 from polymoe.demo import family_paths, text_paths
 from polymoe.errors import ConfigError, ContextLengthError, RequestError, UnknownVariantError
-from polymoe.model.variant_stack import VariantStack
+from polymoe.model.variants.variant_stack import VariantStack
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
 
 
 @pytest.fixture(scope="module")

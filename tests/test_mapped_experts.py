@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from polymoe.kernels.compressed_experts import CompressedLayer
-from polymoe.model.copies import Arrival, Copy, copy_padded
-from polymoe.model.expert_cache import TierStats
-from polymoe.model.mapped_experts import MappedExperts, MappedLayer
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.model.experts.cache import TierStats
+from polymoe.model.experts.mapped import MappedExperts
+from polymoe.model.experts.mapped_layer import MappedLayer
+from polymoe.model.transfer.copies import Arrival, Copy, copy_padded
 
 RESIDENT, HOST = 2, 4
 TABLE = torch.tensor([[0, 1, -1, -2], [0, -3, -1, -4]], dtype=torch.int32)  # [V, E]
@@ -63,7 +64,7 @@ def step(layer: MappedLayer, mapped: MappedExperts, experts: list[int], variant:
 
 @pytest.fixture(autouse=True)
 def _every_step_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polymoe.model.mapped_experts._PERIOD", 1)
+    monkeypatch.setattr("polymoe.model.experts.mapped._PERIOD", 1)
 
 
 def test_table_has_no_absent_entries() -> None:

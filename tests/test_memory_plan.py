@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.errors import BundleError, ConfigError
-from polymoe.model.device_facts import DeviceFacts, choose_device
+from polymoe.model.backends.device_facts import DeviceFacts, choose_device
 from polymoe.model.memory_plan import MemoryRequest, WeightBytes, plan_memory, workspace_bytes
-from polymoe.model.staging import Staging
+from polymoe.model.transfer.staging import Staging
 from references import ReferenceFamily
 
 GIB = 1 << 30

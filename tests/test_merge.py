@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from families import make_family
-from polymoe.offline.family import Family
-from polymoe.offline.merge import (
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.merge import (
     cluster_positions,
     exact_delta_bytes,
     mean,
@@ -16,6 +16,7 @@ from polymoe.offline.merge import (
     ward_groups,
     weighted_mean,
 )
+from polymoe.offline.similarity.scan import scan_family
 from polymoe.quant.exact import encode_exact
 
 
@@ -65,7 +66,7 @@ def test_ward_puts_near_variants_together_and_never_parts_identical_ones() -> No
 
 def test_distances_and_clusters_of_a_family(tmp_path: Path) -> None:
     family = Family.open(make_family("mixtral", tmp_path, 3, perturb=0.2, frozen_experts=[1]))
-    scan = family.scan()
+    scan = scan_family(family)
     square = scan.pair_square
     info, (layer, expert) = family.architecture, (1, 2)
     rows = [
@@ -83,7 +84,7 @@ def test_distances_and_clusters_of_a_family(tmp_path: Path) -> None:
 
 def test_exact_delta_bytes_are_those_that_encoding_makes(tmp_path: Path) -> None:
     family = Family.open(make_family("gpt_oss", tmp_path, 2, perturb=0.001, dtype=torch.bfloat16, frozen_experts=[3]))
-    scan = family.scan()
+    scan = scan_family(family)
     counted = exact_delta_bytes(family, scan)
     assert (counted[0] == 0).all()
     assert (counted[1, :, 3] == 0).all()

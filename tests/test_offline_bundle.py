@@ -15,14 +15,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import ARCHITECTURES, make_family
+from polymoe.bundle import atomic
+from polymoe.bundle import tensor_file as tensorfile
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import BundleError, PlanError
-from polymoe.offline import atomic, bundle_writer, tensorfile
 from polymoe.offline.api import inspect, make_plan
-from polymoe.offline.budget import build_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.scan import FamilyScan
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.similarity.scan import FamilyScan
+from polymoe.offline.write import bundle_writer
+from polymoe.offline.write.bundle_writer import write_bundle
 from test_offline_family import grown
 
 
@@ -350,7 +352,8 @@ class TestWriting:
 
     KILL = """
 import sys, time
-from polymoe.offline import atomic, bundle_writer
+from polymoe.bundle import atomic
+from polymoe.offline.write import bundle_writer
 from polymoe.offline.api import make_plan
 
 def stop(*_, **__):

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import ARCHITECTURES, make_config, make_family
 from polymoe.errors import CheckpointError, UnsupportedModelError
-from polymoe.offline.architecture import build_on_meta, check_supported
-from polymoe.offline.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.architecture import build_on_meta, check_supported
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

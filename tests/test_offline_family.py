@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from families import make_family, make_tokenizer
 from polymoe.errors import CheckpointError, FamilyError
-from polymoe.offline.family import Family, max_model_len, parse_variant_specs
-from polymoe.offline.similarity import heatmap
+from polymoe.offline.checkpoint.family import Family, max_model_len, parse_variant_specs
+from polymoe.offline.similarity.picture import heatmap
+from polymoe.offline.similarity.scan import scan_family
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -70,7 +71,7 @@ def test_open(trio: dict[str, Path]) -> None:
 def test_scan_is_the_definition(arch: str, tmp_path: Path) -> None:
     paths = make_family(arch, tmp_path, num_variants=3, frozen=r"embed_tokens|q_proj|q_a_proj", frozen_experts=[1])
     family = Family.open(paths)
-    scan = family.scan()
+    scan = scan_family(family)
     info = family.architecture
     for layer in range(info.num_layers):
         for expert in range(info.num_experts):
@@ -94,14 +95,14 @@ def test_scan_is_the_definition(arch: str, tmp_path: Path) -> None:
 def test_distances_are_float32_also_for_bfloat16_weights(tmp_path: Path) -> None:
     """A bfloat16 distance of about 30 would come in steps of 1/8."""
     paths = make_family("mixtral", tmp_path, num_variants=2, perturb=0.01, dtype=torch.bfloat16)
-    scan = Family.open(paths).scan()
+    scan = scan_family(Family.open(paths))
     assert len(np.unique(scan.distance)) == scan.distance.size
 
 
 def test_identical_between_some(tmp_path: Path) -> None:
     paths = make_family("mixtral", tmp_path, num_variants=3)
     shutil.copytree(paths["v1"], tmp_path / "again")
-    scan = Family.open(paths | {"again": tmp_path / "again"}).scan()
+    scan = scan_family(Family.open(paths | {"again": tmp_path / "again"}))
     assert (scan.expert_version.reshape(4, -1) == np.array([[0], [1], [2], [1]])).all()
     assert set(scan.nonexpert_version.values()) == {(0, 1, 2, 1)}
     assert scan.nonexpert_bytes_total == 3 * sum(sizes[0] for sizes in scan.nonexpert_bytes.values())
@@ -112,14 +113,14 @@ def test_names_do_not_matter_for_identity(tmp_path: Path) -> None:
     """The same weights under v4 and v5 names are the same variant."""
     old = make_family("mixtral", tmp_path / "old", num_variants=1)["base"]
     new = make_family("mixtral", tmp_path / "new", num_variants=1, save_v5_names=True)["base"]
-    scan = Family.open({"old": old, "new": new}).scan()
+    scan = scan_family(Family.open({"old": old, "new": new}))
     assert not scan.expert_version.any()
     assert not scan.distance.any()
     assert scan.weights_hash(0) == scan.weights_hash(1)
 
 
 def test_one_variant_is_a_family(trio: dict[str, Path]) -> None:
-    scan = Family.open({"base": trio["base"]}).scan()
+    scan = scan_family(Family.open({"base": trio["base"]}))
     assert not scan.distance.any()
     assert not scan.relative_distance.any()
 
@@ -135,7 +136,7 @@ def test_nan_weights(pair: dict[str, Path]) -> None:
     tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"][0, 0] = float("nan")
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"v1: expert 2 of model\.layers\.1\.mlp\.experts\.gate_up_proj has NaN"):
-        Family.open(pair).scan()
+        scan_family(Family.open(pair))
 
 
 def test_different_architectures(trio: dict[str, Path], tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def grown(source: Path, out: Path, rows: int) -> Path:
 def test_added_vocabulary_rows(trio: dict[str, Path], tmp_path: Path) -> None:
     family = Family.open({"base": trio["base"], "grown": grown(trio["base"], tmp_path / "grown", 3)})
     assert (family.vocab_size, family.vocab_sizes) == (115, (112, 115))
-    scan = family.scan()
+    scan = scan_family(family)
     assert scan.nonexpert_version["lm_head.weight"] == (0, 1)
     assert scan.nonexpert_bytes["lm_head.weight"] == (112 * 32 * 4, 115 * 32 * 4)
 
@@ -222,6 +223,6 @@ def test_a_variant_without_tokenizer(pair: dict[str, Path]) -> None:
 
 
 def test_heatmap_is_a_png(trio: dict[str, Path], tmp_path: Path) -> None:
-    scan = Family.open(trio).scan()
+    scan = scan_family(Family.open(trio))
     heatmap(scan, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

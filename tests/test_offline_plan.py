@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from polymoe.errors import PlanError
-from polymoe.offline.budget import build_plan, expert_capacity, parse_memory
-from polymoe.offline.layout import lay_out, table
-from polymoe.offline.plan import Plan, paper_plan, round_robin_layout, separate_plan
-from polymoe.offline.scan import FamilyScan
+from polymoe.offline.plan.budget import build_plan, expert_capacity, parse_memory
+from polymoe.offline.plan.layout import lay_out, table
+from polymoe.offline.plan.plan import Plan, paper_plan, round_robin_layout, separate_plan
+from polymoe.offline.similarity.scan import FamilyScan
 
 
 def by_definition(distance: list[list[float]], num_variants: int, capacity: int) -> list[list[int]]:

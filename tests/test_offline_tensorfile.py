@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from polymoe.bundle.tensor_file import TensorFileWriter, read_header
 from polymoe.errors import CheckpointError
-from polymoe.offline.tensorfile import TensorFileWriter, read_header
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from families import make_tokenizer
-from polymoe.engine.info import EngineInfo, VariantInfo
-from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import SamplingParams, TokenLogprobs, TokenOutput
-from polymoe.engine.stop_strings import StopStrings
+from polymoe.client.output import OutputProcessor
+from polymoe.client.stop_strings import StopStrings
 from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
+from polymoe.protocol.info import EngineInfo, VariantInfo
+from polymoe.protocol.request import SamplingParams, TokenLogprobs, TokenOutput
 
 
 def reference_stop(text: str, stops: list[str], include: bool, floor: int) -> tuple[str, str | None]:

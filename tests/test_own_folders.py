@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from polymoe.bundle import atomic
+from polymoe.bundle.atomic import check_target, new_folder, remove_files, remove_leftovers
+from polymoe.bundle.manifest import UNFINISHED_MANIFEST
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import PlanError
-from polymoe.offline import atomic
 from polymoe.offline.api import inspect, make_plan
-from polymoe.offline.atomic import check_target, new_folder, remove_files, remove_leftovers
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.calibrate import KEPT_LAYERS
-from polymoe.offline.manifest import UNFINISHED_MANIFEST
+from polymoe.offline.calibrate.calibrate import KEPT_LAYERS
 
 
 @pytest.fixture(scope="module")

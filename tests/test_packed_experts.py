@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers.integrations.moe import _default_apply_gate
 
-from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, experts_compressed_torch
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.packed_experts import packed_experts, why_not_fused, why_not_packed
-from polymoe.kernels.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.kernels.cpu.compressed_experts import experts_compressed, experts_compressed_torch
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.packed_experts import packed_experts, why_not_fused, why_not_packed
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.native.library import cpu_kernels
 from polymoe.quant.codec import encode
 from polymoe.quant.exact import encode_exact
 from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, get_format

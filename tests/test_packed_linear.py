@@ -7,9 +7,11 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed, experts_compressed_torch, route
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.packed_linear import packed_linear
+from polymoe.kernels.cpu.compressed_experts import experts_compressed, experts_compressed_torch
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.packed_linear import packed_linear
+from polymoe.kernels.cpu.routing import route
+from polymoe.native.library import cpu_kernels
 from test_packed_experts import (
     PAIRS,
     SIZES,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.paged_attention import paged_attention
+from polymoe.kernels.cpu.paged_attention import paged_attention
+from polymoe.native.library import cpu_kernels
 
 pytestmark = pytest.mark.skipif(
     cpu_kernels() is None, reason="the CPU kernels are not built, or this processor has no AVX512-BF16"

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from families import make_family, make_tokenizer
 from polymoe import LLM, SamplingParams
+from polymoe.bundle.generation_defaults import GENERATION_CONFIG
 from polymoe.errors import CheckpointError
-from polymoe.offline.family import Family
-from polymoe.offline.generation_defaults import GENERATION_CONFIG
-from polymoe.offline.serving_check import check_serving
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.serving_check import check_serving
 
 VOCABULARY = 112
 

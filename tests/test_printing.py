@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 import polymoe
 from families import make_family
-from polymoe.cli import app, main
+from polymoe.bundle.atomic import check_can_write
+from polymoe.cli.main import app, main
 from polymoe.config import EngineConfig, parse_bytes
 from polymoe.console import Console, DescriptionColumn, print_error, printable, warn
 from polymoe.demo import family_paths, text_paths
 from polymoe.errors import ConfigError, PlanError, PolymoeError, RequestError, explain
 from polymoe.offline.api import check_picture, make_plan
-from polymoe.offline.atomic import check_can_write
-from polymoe.offline.budget import parse_memory
+from polymoe.offline.plan.budget import parse_memory
 from servers import free_port
 
 SPECS = [f"{name}={path}" for name, path in family_paths().items()]
@@ -319,7 +319,7 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     arguments = ["polymoe", "plan", *SPECS, "--out", str(tmp_path / "b")]
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        f"from polymoe.cli import main; sys.argv = {arguments!r}; main()"
+        f"from polymoe.cli.main import main; sys.argv = {arguments!r}; main()"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
@@ -344,7 +344,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     script = (
-        "import os; from pathlib import Path; from polymoe.offline.atomic import check_can_write\n"
+        "import os; from pathlib import Path; from polymoe.bundle.atomic import check_can_write\n"
         "from polymoe.errors import PlanError\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"try: check_can_write(Path({str(tmp_path / 'a' / 'b')!r}))\n"

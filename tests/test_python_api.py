@@ -23,10 +23,10 @@ import polymoe
 from polymoe import LLM, AsyncLLM, RequestOutput, SamplingParams
 from polymoe.console import Console
 from polymoe.demo import family_paths
-from polymoe.engine.batch_progress import batch_progress
-from polymoe.engine.request import CompletionOutput
 from polymoe.errors import ConfigError, EngineDeadError, RequestError, UnknownVariantError
+from polymoe.llm.batch_progress import batch_progress
 from polymoe.offline.api import make_plan
+from polymoe.protocol.request import CompletionOutput
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "kv_cache_bytes": 1 << 26}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -99,7 +99,7 @@ def test_a_type_checker_sees_every_public_name(tmp_path: Path) -> None:
     errors = [line.partition("error: ")[2] for line in result.stdout.splitlines() if "error:" in line]
     found = [note.strip('"').replace("builtins.", "") for note in notes]
     assert found[:4] == [
-        "str", "list[polymoe.engine.request.RequestOutput]", "bool", "polymoe.engine.request.RequestOutput",
+        "str", "list[polymoe.protocol.request.RequestOutput]", "bool", "polymoe.protocol.request.RequestOutput",
     ], result.stdout  # fmt: skip
     assert len(found) == 4 + len(polymoe.__all__)
     assert not [note for note in found if note == "Any"]

@@ -11,22 +11,22 @@ from rich.console import Console
 
 from damage import Liar
 from families import make_family
-from polymoe.cli import file_lists
+from polymoe.bundle.manifest import Fidelity
+from polymoe.bundle.reader import Bundle, record_fidelity
+from polymoe.cli.main import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
 from polymoe.evaluate import fidelity
 from polymoe.evaluate.promise import keep_promise
 from polymoe.offline.api import inspect_bundle, make_plan
-from polymoe.offline.budget import build_plan, expert_budget, parse_memory
-from polymoe.offline.bundle import Bundle, record_fidelity
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.layout import lay_out
-from polymoe.offline.manifest import Fidelity
-from polymoe.offline.options import POLICIES, PlanOptions
-from polymoe.offline.plan import Plan
-from polymoe.offline.relation import related_groups
-from polymoe.offline.scan import FamilyScan
-from polymoe.offline.sizes import ExpertSizes, plan_bytes
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.budget import build_plan, expert_budget, parse_memory
+from polymoe.offline.plan.layout import lay_out
+from polymoe.offline.plan.options import POLICIES, PlanOptions
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
+from polymoe.offline.similarity.relation import related_groups
+from polymoe.offline.similarity.scan import FamilyScan
+from polymoe.offline.write.bundle_writer import write_bundle
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("mean", {}), ("mean", {"base": "int4"}), ("paper", {"base": "int8"}), ("separate", {"base": "int4"}),

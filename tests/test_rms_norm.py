@@ -5,11 +5,12 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.kernels.rms_norm import fast_rms_norm, rms_norm
-from polymoe.model.context import ForwardBatch, ForwardContext, RowMap, segments_from_variants
-from polymoe.model.fused_norm import _FusedNorm, fuse_norms
-from polymoe.model.variant_stack import VariantStack
+from polymoe.kernels.cpu.rms_norm import fast_rms_norm, rms_norm
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
+from polymoe.model.stock.fused_norm import _FusedNorm, fuse_norms
+from polymoe.model.variants.variant_stack import VariantStack
+from polymoe.native.library import cpu_kernels
 
 needs_kernels = pytest.mark.skipif(cpu_kernels() is None, reason="the CPU kernels are not built or cannot run here")
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from polymoe.engine.request import EngineRequest, SamplingParams
 from polymoe.engine.sampler import sample
-from polymoe.engine.sequence import Sequence
+from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.errors import RequestError
+from polymoe.protocol.request import EngineRequest, SamplingParams
 
 VOCAB = 20
 

@@ -9,11 +9,11 @@ import torch
 
 from families import make_family
 from polymoe import LLM, SamplingParams
-from polymoe.engine.request import sampling_params
 from polymoe.engine.sampler import sample
-from polymoe.engine.sequence import NO_TOKEN
+from polymoe.engine.scheduling.sequence import NO_TOKEN
 from polymoe.errors import RequestError
 from polymoe.offline.api import make_plan
+from polymoe.protocol.request import sampling_params
 from test_sampler import draw, sequence
 
 VOCAB = 50

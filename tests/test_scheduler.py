@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from polymoe.engine.block_manager import BlockManager
-from polymoe.engine.policies import Policies
-from polymoe.engine.request import EngineRequest, SamplingParams, TokenOutput
-from polymoe.engine.scheduler import SampledToken, ScheduledSequence, Scheduler
-from polymoe.engine.sequence import Sequence
+from polymoe.engine.policies.policies import Policies
+from polymoe.engine.scheduling.block_manager import BlockManager
+from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence, Scheduler
+from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.errors import OverloadedError
+from polymoe.protocol.request import EngineRequest, SamplingParams, TokenOutput
 
 
 def make(num_blocks: int = 64, *, slots: int = 3, **limits: int) -> Scheduler:

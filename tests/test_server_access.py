@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
 from polymoe.server.cors import check_origin

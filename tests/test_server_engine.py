@@ -15,10 +15,12 @@ import msgspec
 import psutil
 import pytest
 
+from polymoe.client.client import AsyncEngineClient
+from polymoe.client.output import OutputProcessor
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.messages import (
+from polymoe.engine.core import EngineCore
+from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError, RequestError
+from polymoe.protocol.messages import (
     Accepted,
     Add,
     Event,
@@ -30,9 +32,7 @@ from polymoe.engine.messages import (
     decode_event,
     frame,
 )
-from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import EngineRequest, RequestOutput, SamplingParams
-from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError, RequestError
+from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams
 from servers import engine_config, make_bundle
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
 from polymoe.server.serve import check_address, run_server

@@ -31,7 +31,7 @@ class ProcessServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1"]
-        script = "from polymoe.cli import main; main()"
+        script = "from polymoe.cli.main import main; main()"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", "16MB"],

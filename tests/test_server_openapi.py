@@ -8,9 +8,9 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from polymoe.bundle.manifest import Fidelity
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
-from polymoe.offline.manifest import Fidelity
 from polymoe.server.app import create_app
 from polymoe.server.schemas import (
     ChatCompletion,

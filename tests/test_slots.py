@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from polymoe.model.context import RowMap
-from polymoe.model.copies import copy_padded
-from polymoe.model.slots import Slots
+from polymoe.model.batch.batch import RowMap
+from polymoe.model.transfer.copies import copy_padded
+from polymoe.model.variants.slots import Slots
 
 VARIANTS = 5
 

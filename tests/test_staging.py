@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polymoe.model.staging import Staging
+from polymoe.model.transfer.staging import Staging
 
 
 @pytest.mark.parametrize("nbytes", [4, 60, 64, 1 << 20])

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.text.tokenizer import VariantTokenizer
 from test_tokenizer import byte_level, sentencepiece
 
 

@@ -16,7 +16,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from families import make_switch_family
 from polymoe import LLM, SamplingParams
 from polymoe.errors import RequestError
-from polymoe.model.switch_experts import SwitchExperts
+from polymoe.model.stock.switch_experts import SwitchExperts
 from polymoe.offline.api import make_plan
 from references import ReferenceFamily
 from servers import ThreadServer, engine_config, events

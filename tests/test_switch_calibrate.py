@@ -13,19 +13,20 @@ from typer.testing import CliRunner
 
 from encoded import flat, served_experts
 from families import make_switch_family, write_pairs
-from polymoe.cli import app
+from polymoe.bundle.reader import Bundle
+from polymoe.cli.main import app
 from polymoe.errors import PlanError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.calibrated_encoder import CalibratedEncoder
-from polymoe.offline.encode import make_encoder
-from polymoe.offline.family import Family
-from polymoe.offline.family_run import FamilyRun, Routed
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.plan import Plan
-from polymoe.offline.token_rows import TokenRows
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.calibrate.family_run import FamilyRun, Routed
+from polymoe.offline.calibrate.token_rows import TokenRows
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.encode.calibrated_encoder import CalibratedEncoder
+from polymoe.offline.encode.encode import make_encoder
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.similarity.scan import scan_family
 
 CAPACITY = 3  # of an expert, small enough that many tokens of an input pass theirs by
 
@@ -176,7 +177,7 @@ def test_moments_are_those_of_the_tokens_that_experts_saw(family: Family, monkey
         return moments[-1]
 
     monkeypatch.setattr(CalibratedEncoder, "_moments", spy)
-    encoder = make_encoder(family, family.scan(), one_group(family, "int4", "none"), calibration(texts))
+    encoder = make_encoder(family, scan_family(family), one_group(family, "int4", "none"), calibration(texts))
     encoder.layer(0)
     path = family.architecture.expert_modules[0]
     for v, model in enumerate(stock(family)):
@@ -199,7 +200,7 @@ def test_moments_are_those_of_the_tokens_that_experts_saw(family: Family, monkey
 
 @torch.no_grad()
 def test_an_interrupted_run_goes_on_where_it_was(family: Family, tmp_path: Path) -> None:
-    scan, plan, texts = family.scan(), one_group(family, "int4", "d2"), [rows(40, 1), rows(40, 2)]
+    scan, plan, texts = scan_family(family), one_group(family, "int4", "d2"), [rows(40, 1), rows(40, 2)]
     straight = make_encoder(family, scan, plan, calibration(texts))
     want = [flat(straight.layer(layer)) for layer in range(2)]
     make_encoder(family, scan, plan, calibration(texts, tmp_path)).layer(0)  # and then the process is killed

@@ -18,19 +18,20 @@ from typer.testing import CliRunner
 
 from decoded import decoded_experts
 from families import make_family, make_switch_family, write_pairs
-from polymoe.cli import app
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.bundle.reader import Bundle
+from polymoe.cli.main import app
 from polymoe.errors import CheckpointError, FamilyError, PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.evaluate.texts import encode_texts
-from polymoe.model.switch_experts import stacked_name
+from polymoe.model.stock.switch_experts import stacked_name
 from polymoe.offline.api import inspect, make_plan
-from polymoe.offline.budget import build_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.checkpoint import Checkpoint
-from polymoe.offline.family import Family
-from polymoe.offline.options import POLICIES, PlanOptions
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.options import POLICIES, PlanOptions
+from polymoe.offline.similarity.scan import scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
+from polymoe.text.tokenizer import VariantTokenizer
 
 EXPERTS = ("encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts")
 POLICY_OPTIONS: list[tuple[str, str | None, dict[str, Any]]] = [
@@ -149,7 +150,7 @@ def test_inspect_tells_encoder_layers_from_decoder_layers(paths: dict[str, Path]
 def test_every_policy_makes_a_bundle(tmp_path: Path, dtype: torch.dtype) -> None:
     paths = make_switch_family(tmp_path / "family", changed=0.2, dtype=dtype)
     family = Family.open(paths)
-    scan = family.scan()
+    scan = scan_family(family)
     assert {policy for policy, _, _ in POLICY_OPTIONS} == set(POLICIES) - {"regmean"}  # which needs text
     for number, (policy, memory, options) in enumerate(POLICY_OPTIONS):
         plan = build_plan(scan, policy, memory, PlanOptions(**options), family)

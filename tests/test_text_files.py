@@ -13,12 +13,11 @@ import pytest
 from families import make_family
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.texts import encode_texts
-from polymoe.offline import text_files
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.family import Family
-from polymoe.offline.pairs import read_pairs
-from polymoe.offline.text_files import PIECE_BYTES, PIECES, WHOLE_BYTES, is_sampled, read_lines, read_plain
-from polymoe.offline.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.calibrate.calibrate import Calibration, text_files
+from polymoe.offline.calibrate.pairs import read_pairs
+from polymoe.offline.calibrate.text_files import PIECE_BYTES, PIECES, WHOLE_BYTES, is_sampled, read_lines, read_plain
+from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.checkpoint.family import Family
 
 SENTENCE = "the quick brown fox jumps over the lazy dog"
 CHAT = {"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": "pack my box"}]}

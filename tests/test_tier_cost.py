@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polymoe.model.tier_cost import TierCosts
-from polymoe.model.tier_measure import measure_tier_costs
+from polymoe.model.experts.tier_cost import TierCosts
+from polymoe.model.experts.tier_measure import measure_tier_costs
 
 GEN5 = TierCosts(55e9, 10e-6, host_bytes_per_s=200e9, host_flops=2e12, exchange_s=40e-6, mapped_bytes_per_s=50e9)
 GEN3_ONE_CORE = TierCosts(

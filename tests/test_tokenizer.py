@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from families import make_tokenizer
-from polymoe.engine.detokenizer import IncrementalDetokenizer
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import BundleError, RequestError
+from polymoe.text.detokenizer import IncrementalDetokenizer
+from polymoe.text.tokenizer import VariantTokenizer
 
 TEXTS = [
     "plain words, and  two spaces",

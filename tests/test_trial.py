@@ -11,9 +11,9 @@ from transformers.models.phimoe import modeling_phimoe as phimoe
 
 from families import ARCHITECTURES, make_config
 from polymoe.errors import UnsupportedModelError
-from polymoe.model import trial
-from polymoe.model.attention import AttentionLayer
-from polymoe.model.trial import trace
+from polymoe.model.attention.paged import AttentionLayer
+from polymoe.model.stock import probe as trial
+from polymoe.model.stock.probe import trace
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

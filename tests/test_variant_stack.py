@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polymoe.model.context import ForwardBatch, ForwardContext, RowMap, segments_from_variants
-from polymoe.model.variant_stack import VariantStack
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
+from polymoe.model.variants.variant_stack import VariantStack
 
 NUM_VARIANTS = 6
 

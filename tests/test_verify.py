@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from families import TEXT, make_family
 from polymoe import LLM
-from polymoe.cli import app
+from polymoe.bundle import verify
+from polymoe.bundle.reader import Bundle
+from polymoe.bundle.verify import hashed_beside, verify_bundle
+from polymoe.cli.main import app
 from polymoe.config import EngineConfig
 from polymoe.errors import BundleError
 from polymoe.evaluate.report import run_eval
-from polymoe.offline import verify
 from polymoe.offline.api import make_plan
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.verify import hashed_beside, verify_bundle
 
 WEIGHTS = ["experts/layer-000.safetensors", "host/layer-001.safetensors", "nonexperts/variant.v1.safetensors"]
 

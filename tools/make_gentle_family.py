@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from polymoe.offline.source import side_files
+from polymoe.offline.checkpoint.source import side_files
 
 WINDOW = 256
 CHECK_EVERY = 5  # steps between two looks at the distance

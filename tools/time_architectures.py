@@ -26,11 +26,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from polymoe.config import EngineConfig
 from polymoe.console import Console
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.request import EngineRequest, SamplingParams
+from polymoe.engine.core import EngineCore
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.trial import trace
+from polymoe.model.stock.probe import trace
 from polymoe.offline.api import make_plan
+from polymoe.protocol.request import EngineRequest, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from try_architectures import SMALL, architectures, small_config

@@ -39,12 +39,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from polymoe.config import EngineConfig
 from polymoe.console import Console
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.request import EngineRequest, SamplingParams
+from polymoe.engine.core import EngineCore
 from polymoe.errors import UnsupportedModelError
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.plan import separate_plan
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.plan import separate_plan
+from polymoe.offline.similarity.scan import scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
+from polymoe.protocol.request import EngineRequest, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from families import randomize
@@ -235,7 +236,7 @@ def try_one(name: str, model_type: str) -> Outcome:
             paths = make_checkpoints(config, root)
         try:
             family = Family.open(paths)
-            scan = family.scan(Console(quiet=True))
+            scan = scan_family(family, Console(quiet=True))
             write_bundle(family, scan, separate_plan(scan.expert_version), root / "bundle", console=Console(quiet=True))
         except UnsupportedModelError as error:
             return Outcome(name, model_type, "refused", str(error))

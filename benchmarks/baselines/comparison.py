@@ -10,16 +10,17 @@ from benchmarks.baselines.evaluation import Advance, Evaluation, Marks
 from benchmarks.baselines.methods import Method
 from benchmarks.baselines.weights import make_baseline
 from polymoe.console import Console
-from polymoe.engine.llm import LLM
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.record import float32_options
-from polymoe.offline.budget import build_plan
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.calibrate import Calibration
-from polymoe.offline.family import Family
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.plan import Plan
-from polymoe.offline.relation import check_related
+from polymoe.llm.llm import LLM
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.similarity.relation import check_related
+from polymoe.offline.similarity.scan import scan_family
+from polymoe.offline.write.bundle_writer import write_bundle
 
 Say = Callable[[str], Advance]  # told what is done now; gives a function to count samples
 
@@ -60,7 +61,7 @@ class Comparison:
         console: Console, progress: Console | None = None, kept: Path | None = None,
     ) -> None:  # fmt: skip
         self.family, self.evaluations, self.scratch = family, evaluations, scratch
-        self.scan = family.scan(progress)
+        self.scan = scan_family(family, progress)
         check_related(self.scan, "auto", False, console)
         self.one_model = self.scan.expert_bytes * self.scan.expert_version[0].size
         self.calibration = Calibration.from_files(family, calibrate, folder=kept) if calibrate else None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.weights import Weights, put_weights
-from polymoe.engine.llm import LLM
 from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, Samples, check_token_ids, compare, served_logits
 from polymoe.evaluate.texts import WINDOW, encode_texts, spread_windows
-from polymoe.offline.family import Family, max_model_len
+from polymoe.llm.llm import LLM
+from polymoe.offline.checkpoint.family import Family, max_model_len
 
 Model = OriginalModel | LLM
 Advance = Callable[[int], None]  # told of samples done since the last call

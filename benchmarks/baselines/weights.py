@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from polymoe.errors import PolymoeError
-from polymoe.model.switch_experts import stacked_name
-from polymoe.offline.family import Family
-from polymoe.offline.matrices import as_matrix, is_transposed
-from polymoe.offline.plan import paper_plan
-from polymoe.offline.scan import FamilyScan
+from polymoe.model.stock.switch_experts import stacked_name
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed
+from polymoe.offline.plan.plan import paper_plan
+from polymoe.offline.similarity.scan import FamilyScan
 
 GROUP = 64  # values that share a scale in a quantised copy, as its users' tools have it
 _SCALE_BYTES = 2

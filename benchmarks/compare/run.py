@@ -35,7 +35,7 @@ from polymoe.cache_folder import cache_root
 from polymoe.console import Console, print_error
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, describe_machine, split_cores
-from polymoe.offline.family import parse_variant_specs
+from polymoe.offline.checkpoint.family import parse_variant_specs
 from workers import WorkerError, Workers, install_vllm
 
 ROOT = Path(__file__).resolve().parents[2]

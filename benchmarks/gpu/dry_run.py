@@ -176,8 +176,8 @@ class Launches:
 def _patch_polymoe() -> None:
     """What reads values of the device that matter to nobody here."""
     from polymoe.kernels.gpu import autotune
-    from polymoe.model.download import Download
-    from polymoe.model.expert_pool import ExpertPool
+    from polymoe.model.experts.pool import ExpertPool
+    from polymoe.model.transfer.download import Download
 
     def zeros(download: Any) -> list[torch.Tensor]:
         return [torch.zeros(t.shape, dtype=t.dtype) for t in download._tensors]

@@ -9,8 +9,8 @@ from typing import Any
 
 from polymoe.bench.ceiling import expected_touched
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.request import EngineRequest, SamplingParams
+from polymoe.engine.core import EngineCore
+from polymoe.protocol.request import EngineRequest, SamplingParams
 from synthetic_bundle import Layout, SyntheticBundle
 
 _ids = itertools.count()
@@ -24,9 +24,9 @@ def load_engine(layout: Layout, **options: Any) -> EngineCore:
     }  # fmt: skip
     kernels = None
     if layout.device == "cpu":  # the script's own trial: a GPU's kernels in Triton's interpreter
-        from polymoe.model.device_kernels import DeviceKernels
+        from polymoe.model.backends.cuda import CudaKernels
 
-        kernels = DeviceKernels()
+        kernels = CudaKernels()
         settings |= {"max_model_len": 256, "max_num_batched_tokens": 64, "kv_cache_bytes": 32 << 20}
     config = EngineConfig(bundle=layout.encode(), **(settings | options))
     return EngineCore(config, bundle=SyntheticBundle(layout), kernels=kernels)

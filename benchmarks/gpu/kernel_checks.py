@@ -17,12 +17,12 @@ import torch
 
 from polymoe.kernels.gpu.experts import experts_gpu, experts_torch
 from polymoe.kernels.gpu.paged_attention import paged_attention, paged_attention_torch
+from polymoe.kernels.gpu.rms_norm import rms_norm_gpu, rms_norm_torch
 from polymoe.kernels.gpu.segmented_linear import segmented_linear, segmented_linear_torch
-from polymoe.kernels.rms_norm_triton import rms_norm_gpu, rms_norm_torch
-from polymoe.model.context import ForwardContext
-from polymoe.model.expert_pool import ExpertPool
-from polymoe.model.skeleton import build_skeleton, expert_modules
-from polymoe.model.staging import Staging
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.experts.pool import ExpertPool
+from polymoe.model.stock.skeleton import build_skeleton, expert_modules
+from polymoe.model.transfer.staging import Staging
 from synthetic_bundle import Layout, SyntheticBundle
 
 LIMIT = {torch.bfloat16: 1e-2, torch.float32: 1e-5}

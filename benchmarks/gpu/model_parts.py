@@ -19,8 +19,8 @@ import torch
 
 from engine_load import add, decode_bytes, decode_seconds, first_token_seconds, load_engine, prefill_flops
 from measure import Limits, best_seconds, measure_limits, synchronize
-from polymoe.engine.engine import EngineCore
-from polymoe.model.tier_cost import TierCosts
+from polymoe.engine.core import EngineCore
+from polymoe.model.experts.tier_cost import TierCosts
 from synthetic_bundle import Layout
 
 Figures = dict[str, Any]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from polymoe.model.skeleton import build_skeleton, expert_modules, expert_tensor_names
-from polymoe.offline.bundle import Bundle, PackedTensors
-from polymoe.offline.manifest import FORMAT_VERSION, Manifest, VariantRecord
+from polymoe.bundle.manifest import FORMAT_VERSION, Manifest, VariantRecord
+from polymoe.bundle.reader import Bundle, PackedTensors
+from polymoe.model.stock.skeleton import build_skeleton, expert_modules, expert_tensor_names
 from polymoe.quant.formats import Format, get_format, num_bytes, parts
 from shapes import make_config
 

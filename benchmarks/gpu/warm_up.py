@@ -43,7 +43,7 @@ def jobs(tiny: bool) -> list[tuple[int, str]]:
 def run_job(layout: int, what: str, device: str, tiny: bool) -> None:
     """One process's share."""
     from engine_load import first_token_seconds, load_engine
-    from polymoe.model.decode_graphs import DecodeGraphs
+    from polymoe.model.graphs.decode_graphs import DecodeGraphs
     from synthetic_bundle import Layout
 
     # Else every process would begin with what a single sequence needs.

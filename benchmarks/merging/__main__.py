@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from benchmarks.options import Out, Specs, checkpoints_of, console, program
-from polymoe.cli import main
-from polymoe.cli_options import file_lists, pairs
+from polymoe.cli.arguments import file_lists, pairs
+from polymoe.cli.main import main
 from polymoe.demo import text_paths
 
 app = program()

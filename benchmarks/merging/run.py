@@ -19,7 +19,7 @@ from polymoe.bench.session import run_progress
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
-from polymoe.offline.family import Family
+from polymoe.offline.checkpoint.family import Family
 
 MEMORY = "1.0x"
 _BASELINES_MAY = 1.1  # × one model's experts: quantised copies that need a little more than the budget are still shown

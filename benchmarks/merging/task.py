@@ -8,14 +8,14 @@ import torch
 
 from benchmarks.baselines.evaluation import Advance, Evaluation, Marks, Model
 from benchmarks.merging.rouge import rouge
-from polymoe.engine.llm import LLM
-from polymoe.engine.request import SamplingParams
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import Logits, Samples, padded
-from polymoe.model.skeleton import context_limit
-from polymoe.offline.family import Family
-from polymoe.offline.pairs import Pair, pair_ids, read_pairs
+from polymoe.llm.llm import LLM
+from polymoe.model.stock.skeleton import context_limit
+from polymoe.offline.calibrate.pairs import Pair, pair_ids, read_pairs
+from polymoe.offline.checkpoint.family import Family
+from polymoe.protocol.request import SamplingParams
+from polymoe.text.tokenizer import VariantTokenizer
 
 MIN_PAIRS = 20  # fewer say nothing
 

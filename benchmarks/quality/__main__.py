@@ -7,8 +7,8 @@ import typer
 
 from benchmarks.baselines.methods import BUDGETS, GROUPS
 from benchmarks.options import Out, Specs, checkpoints_of, console, program
-from polymoe.cli import main
-from polymoe.cli_options import file_lists, pairs
+from polymoe.cli.arguments import file_lists, pairs
+from polymoe.cli.main import main
 from polymoe.demo import text_paths
 from polymoe.errors import PolymoeError
 

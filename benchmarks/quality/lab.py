@@ -18,15 +18,15 @@ from benchmarks.baselines.evaluation import TextEvaluation
 from benchmarks.baselines.methods import BUDGETS, GROUPS, Method
 from benchmarks.baselines.sources import sources
 from benchmarks.quality.row import Row, row_of
+from polymoe.bundle.atomic import whole_file
 from polymoe.console import Console
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW
-from polymoe.kernels.cpu import cpu_kernels
-from polymoe.offline.atomic import whole_file
-from polymoe.offline.calibrated_damage import energies_on_text
-from polymoe.offline.damage import Energies
-from polymoe.offline.family import Family
-from polymoe.offline.plan import Plan
-from polymoe.offline.predicted import predicted_damage
+from polymoe.native.library import cpu_kernels
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.calibrated_damage import energies_on_text
+from polymoe.offline.plan.damage import Energies
+from polymoe.offline.plan.plan import Plan
+from polymoe.offline.plan.predicted import predicted_damage
 
 _HERE = Path(__file__).parent
 

@@ -12,11 +12,11 @@ from benchmarks.quality.conclusions import conclusions
 from benchmarks.quality.lab import Lab, QualityPlan
 from benchmarks.quality.row import Row
 from polymoe.bench.session import run_progress
+from polymoe.bundle.atomic import remove_files
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
-from polymoe.offline.atomic import remove_files
-from polymoe.offline.calibrate import KEPT_LAYERS
+from polymoe.offline.calibrate.calibrate import KEPT_LAYERS
 
 
 def run_quality(plan: QualityPlan, console: Console) -> dict[str, Any]:

@@ -5,15 +5,16 @@ LLM("bundle").generate(["…"], SamplingParams(temperature=0), variants=["math"]
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from polymoe.version import __version__
 
 if TYPE_CHECKING:
     from polymoe.config import EngineConfig
-    from polymoe.engine.async_llm import AsyncLLM
-    from polymoe.engine.llm import LLM
-    from polymoe.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
     from polymoe.errors import PolymoeError
+    from polymoe.llm.async_llm import AsyncLLM
+    from polymoe.llm.llm import LLM
+    from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __all__ = [
     "LLM",
@@ -27,17 +28,16 @@ __all__ = [
     "__version__",
 ]
 
-__version__ = version("polymoe")
 
 _HOMES = {
-    "LLM": "polymoe.engine.llm",
-    "AsyncLLM": "polymoe.engine.async_llm",
-    "CompletionOutput": "polymoe.engine.request",
+    "LLM": "polymoe.llm.llm",
+    "AsyncLLM": "polymoe.llm.async_llm",
+    "CompletionOutput": "polymoe.protocol.request",
     "EngineConfig": "polymoe.config",
-    "Logprob": "polymoe.engine.request",
+    "Logprob": "polymoe.protocol.request",
     "PolymoeError": "polymoe.errors",
-    "RequestOutput": "polymoe.engine.request",
-    "SamplingParams": "polymoe.engine.request",
+    "RequestOutput": "polymoe.protocol.request",
+    "SamplingParams": "polymoe.protocol.request",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m polymoe` is the same as `polymoe`."""
 
-from polymoe.cli import main
+from polymoe.cli.main import main
 
 main()

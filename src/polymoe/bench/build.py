@@ -11,15 +11,15 @@ from polymoe.bench.partition import PartitionSystem
 from polymoe.bench.stock import StockSystem
 from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import ON_ONE_BUNDLE, SYSTEMS, EngineSystem, System
+from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, available_memory, split_cores
-from polymoe.model.device_facts import choose_device
-from polymoe.offline.budget import parse_memory
-from polymoe.offline.bundle import Bundle
+from polymoe.model.backends.device_facts import choose_device
 from polymoe.offline.cache import plan_cached
-from polymoe.offline.options import PlanOptions
+from polymoe.offline.plan.budget import parse_memory
+from polymoe.offline.plan.options import PlanOptions
 
 # What a process holds beside weights and KV cache (interpreter, torch, transformers, activations), in bytes.
 _PROCESS_BYTES = 700 << 20

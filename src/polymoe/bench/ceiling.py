@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
-from polymoe.offline.bundle import Bundle
+from polymoe.bundle.reader import Bundle
 
 _BUFFER_BYTES = 512 << 20  # far beyond any cache
 _ROUNDS = 6

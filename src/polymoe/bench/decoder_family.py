@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polymoe.bench.switch_family import named_noise
-from polymoe.offline.tensorfile import TensorFileWriter
+from polymoe.bundle.tensor_file import TensorFileWriter
 
 # ibm-granite/granite-3.1-1b-a400m, 1.3B parameters, but for the context: its 131072 tokens would want 6.4 GB of keys
 # and values for one sequence.

@@ -12,8 +12,8 @@ from typing import Any
 
 from polymoe.bench.decoder_family import GRANITE_1B, QWEN3_128E, TINY_GRANITE, TINY_QWEN3, write_decoder
 from polymoe.bench.switch_family import SWITCH_BASE_8, TINY_SWITCH, write_switch
+from polymoe.bundle.atomic import new_folder
 from polymoe.errors import PlanError
-from polymoe.offline.atomic import new_folder
 
 # 430M parameters: what one batch on a few CPU cores can show of a Mixtral.
 SMALL_MIXTRAL: dict[str, Any] = {

@@ -24,7 +24,7 @@ from polymoe.bench.workload import (
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
-from polymoe.model.device_facts import choose_device
+from polymoe.model.backends.device_facts import choose_device
 
 # Of the rate at which `single` saturates, over all variants; the default sweep.
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)

@@ -12,8 +12,8 @@ from polymoe.bench.load import Run, run_closed
 from polymoe.bench.metrics import SLO, Summary, summarise
 from polymoe.bench.systems import EngineSystem, System
 from polymoe.bench.workload import Lengths, random_prompts, saturating_arrivals
+from polymoe.bundle.atomic import check_can_write
 from polymoe.console import Console, DescriptionColumn
-from polymoe.offline.atomic import check_can_write
 
 _WARM_UP_TOKENS = 16
 

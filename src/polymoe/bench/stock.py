@@ -79,7 +79,7 @@ class StockSystem:
     def _load(self) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from polymoe.offline.checkpoint import read_config
+        from polymoe.offline.checkpoint.checkpoint import read_config
 
         models = {}
         for name, path in self._checkpoints.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymoe.offline.tensorfile import TensorFileWriter
+from polymoe.bundle.tensor_file import TensorFileWriter
 
 # Google's Switch-Base-8 with half of its layers sparse: 620M parameters.
 SWITCH_BASE_8: dict[str, Any] = {

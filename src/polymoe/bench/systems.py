@@ -18,10 +18,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.request import SamplingParams
 from polymoe.machine import peak_rss
+from polymoe.protocol.request import SamplingParams
 
 DEFAULT_SYSTEMS = ("mixed", "single", "per-variant", "reconfigure", "paper", "swap", "partition")
 SYSTEMS = (*DEFAULT_SYSTEMS, "transformers")

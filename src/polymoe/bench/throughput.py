@@ -15,7 +15,7 @@ from polymoe.bench.workload import Lengths, check_context, random_prompts, satur
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
 from polymoe.machine import describe_machine
-from polymoe.model.device_facts import choose_device
+from polymoe.model.backends.device_facts import choose_device
 
 
 @dataclass(frozen=True)

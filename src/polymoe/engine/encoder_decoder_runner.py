@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from polymoe.engine.model_runner import GatheredStep, ModelRunner, PreparedStep
-from polymoe.engine.scheduler import ScheduledSequence
-from polymoe.engine.sequence import Sequence
-from polymoe.model.context import EncoderBatch, segments_from_variants
-from polymoe.model.upload import upload
+from polymoe.engine.scheduling.scheduler import ScheduledSequence
+from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.model.batch.batch import EncoderBatch, segments_from_variants
+from polymoe.model.transfer.upload import upload
 
 
 class EncoderDecoderRunner(ModelRunner):

@@ -2,11 +2,11 @@
 
 import math
 
+from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
-from polymoe.model.device_facts import DeviceFacts
+from polymoe.model.backends.device_facts import DeviceFacts
 from polymoe.model.memory_plan import MemoryRequest, workspace_bytes
 from polymoe.model.served_model import ServedModel
-from polymoe.offline.bundle import Bundle
 
 
 def memory_request(

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from polymoe.engine.sampler import SampleOutput, sample, top_logprobs
-from polymoe.engine.scheduler import SampledToken, ScheduledSequence
-from polymoe.engine.sequence import PENDING
-from polymoe.engine.sequence import Sequence as SequenceState
-from polymoe.model.context import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
-from polymoe.model.decode_graphs import DecodeGraphs
+from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence
+from polymoe.engine.scheduling.sequence import PENDING
+from polymoe.engine.scheduling.sequence import Sequence as SequenceState
+from polymoe.model.batch.batch import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
+from polymoe.model.graphs.decode_graphs import DecodeGraphs
+from polymoe.model.graphs.static_batch import DecodeInputs, PendingInputs
 from polymoe.model.served_model import ServedModel
-from polymoe.model.static_batch import DecodeInputs, PendingInputs
-from polymoe.model.upload import upload
+from polymoe.model.transfer.upload import upload
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from polymoe import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.config import EngineConfig
-from polymoe.engine.engine import EngineCore
-from polymoe.engine.messages import (
+from polymoe.engine.core import EngineCore
+from polymoe.errors import PolymoeError, RequestError
+from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
+from polymoe.protocol.messages import (
     HEADER_BYTES,
     Abort,
     Accepted,
@@ -39,7 +40,6 @@ from polymoe.engine.messages import (
     decode_command,
     frame,
 )
-from polymoe.errors import PolymoeError, RequestError
 
 MakeCore = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
 

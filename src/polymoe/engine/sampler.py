@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from polymoe.engine.request import TokenLogprobs
-from polymoe.engine.sequence import NO_TOKEN, Sequence
-from polymoe.model.download import Download
-from polymoe.model.upload import upload
+from polymoe.engine.scheduling.sequence import NO_TOKEN, Sequence
+from polymoe.model.transfer.download import Download
+from polymoe.model.transfer.upload import upload
+from polymoe.protocol.request import TokenLogprobs
 
 NEG_INF = float("-inf")
 _LARGEST = torch.finfo(torch.float32).max

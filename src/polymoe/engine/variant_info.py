@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from polymoe.engine.info import VariantInfo
-from polymoe.engine.request import sampling_params
+from polymoe.bundle.generation_defaults import GenerationDefaults, read_generation_defaults
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import PolymoeError
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.generation_defaults import GenerationDefaults, read_generation_defaults
+from polymoe.protocol.info import VariantInfo
+from polymoe.protocol.request import sampling_params
 
 
 def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError
 
 
@@ -65,7 +65,7 @@ class OriginalModel:
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        from polymoe.offline.checkpoint import read_config
+        from polymoe.offline.checkpoint.checkpoint import read_config
 
         config = read_config(Path(path))
         seq2seq = config.is_encoder_decoder

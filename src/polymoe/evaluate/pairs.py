@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polymoe.engine.tokenizer import VariantTokenizer
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.fidelity import Samples
-from polymoe.offline.pairs import Pair, pair_ids
+from polymoe.offline.calibrate.pairs import Pair, pair_ids
+from polymoe.text.tokenizer import VariantTokenizer
 
 
 def encode_pairs(option: str, pairs: Sequence[Pair], folder: Path, config: Any, limit: int) -> Samples:

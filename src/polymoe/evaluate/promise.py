@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from polymoe.bundle.reader import Bundle
 from polymoe.console import Console, warn
 from polymoe.evaluate.fidelity import Fidelity
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.options import PlanOptions
+from polymoe.offline.plan.options import PlanOptions
 
 ATTEMPTS = 3
 _LEAST = 1.5  # times the caution before, so that a narrow miss is not missed again

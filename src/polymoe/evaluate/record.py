@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from polymoe.bundle import manifest
+from polymoe.bundle.reader import Bundle, record_fidelity
 from polymoe.config import EngineConfig
 from polymoe.console import Console
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure
 from polymoe.evaluate.report import fidelity_table, window_progress
-from polymoe.offline import manifest
-from polymoe.offline.bundle import Bundle, record_fidelity
 
 _BATCH = 8  # windows a pass
 

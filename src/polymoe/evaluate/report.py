@@ -10,18 +10,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console, DescriptionColumn, warn
-from polymoe.engine.engine import EngineCore
+from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.pairs import read_pairs
-from polymoe.offline.text_files import is_sampled
-from polymoe.offline.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.calibrate.pairs import read_pairs
+from polymoe.offline.calibrate.text_files import is_sampled
+from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
 
 
 def run_eval(

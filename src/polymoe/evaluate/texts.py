@@ -7,11 +7,11 @@ from typing import Any
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples
 from polymoe.evaluate.pairs import encode_pairs
-from polymoe.offline.checkpoint import read_config
-from polymoe.offline.family import max_model_len
-from polymoe.offline.pairs import read_pairs
-from polymoe.offline.spread import spread
-from polymoe.offline.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.calibrate.pairs import read_pairs
+from polymoe.offline.calibrate.spread import spread
+from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.checkpoint.checkpoint import read_config
+from polymoe.offline.checkpoint.family import max_model_len
 
 MIN_TOKENS = 256  # of a text whose figures are kept; fewer say nothing
 WINDOW = 256  # tokens

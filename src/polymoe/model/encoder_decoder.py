@@ -18,10 +18,10 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
-from polymoe.model.attention import KVCache
-from polymoe.model.context import EncoderBatch, ForwardBatch
+from polymoe.model.attention.cross import CrossAttention, DecoderAttention, EncoderAttention
+from polymoe.model.attention.paged import KVCache
+from polymoe.model.batch.batch import EncoderBatch, ForwardBatch
 from polymoe.model.served_model import ServedModel
-from polymoe.model.switch_attention import CrossAttention, DecoderAttention, EncoderAttention
 
 
 class _Passing(DynamicCache):  # type: ignore[misc]

@@ -15,10 +15,10 @@ import torch
 
 from polymoe.config import format_bytes
 from polymoe.errors import BundleError, ConfigError
-from polymoe.model.device_facts import DeviceFacts, check_capability
+from polymoe.model.backends.device_facts import DeviceFacts, check_capability
 
 if TYPE_CHECKING:
-    from polymoe.offline.bundle import Bundle
+    from polymoe.bundle.reader import Bundle
 
 # Of the device, for what nobody plans: the libraries' own buffers, compiled kernels, the allocator's rounding.
 _RESERVE_BYTES = 1 << 30

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from polymoe.errors import BundleError, ConfigError
-from polymoe.kernels.cpu import cpu_kernels, one_torch_thread
-from polymoe.model.attention import AttentionLayer, KVCache, PagedAttention
-from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
-from polymoe.model.copies import ThreadCopier
-from polymoe.model.device_kernels import DeviceKernels
-from polymoe.model.expert_pool import ExpertPool
+from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention
+from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.backends.cuda import CudaKernels
+from polymoe.model.batch.batch import ForwardBatch, RowMap
+from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
-from polymoe.model.fused_norm import fuse_norms
 from polymoe.model.memory_plan import WeightBytes, weight_bytes
-from polymoe.model.skeleton import (
+from polymoe.model.stock.fused_norm import fuse_norms
+from polymoe.model.stock.probe import trace
+from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     build_skeleton,
     expert_modules,
@@ -28,15 +29,16 @@ from polymoe.model.skeleton import (
     retie,
     set_weight,
 )
-from polymoe.model.slot_gates import gate_slots
-from polymoe.model.slots import Slots
-from polymoe.model.staging import Staging
-from polymoe.model.stream_copies import StreamCopier
-from polymoe.model.trial import trace
-from polymoe.model.variant_stack import VariantStack
+from polymoe.model.transfer.copies import ThreadCopier
+from polymoe.model.transfer.staging import Staging
+from polymoe.model.transfer.stream_copies import StreamCopier
+from polymoe.model.variants.slot_gates import gate_slots
+from polymoe.model.variants.slots import Slots
+from polymoe.model.variants.variant_stack import VariantStack
+from polymoe.native.library import cpu_kernels, one_torch_thread
 
-if TYPE_CHECKING:  # offline asks model/trial.py what can be served; at run time the import goes only that way
-    from polymoe.offline.bundle import Bundle
+if TYPE_CHECKING:  # offline asks model/stock/probe.py what can be served; at run time the import goes only that way
+    from polymoe.bundle.reader import Bundle
 
 Progress = Callable[[str, float], None]
 
@@ -74,7 +76,7 @@ class ServedModel:
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         if kernels is None and device.type == "cuda":
-            kernels = DeviceKernels()
+            kernels = CudaKernels()
         self.context = ForwardContext(kernels)
         trial = trace(bundle.config)
         self.attention_layers: dict[int, AttentionLayer] = trial.attention_layers
@@ -129,7 +131,9 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, self.context.kernels)
-        self.fast_paths = fast_paths(self)
+        self.fast_paths = fast_paths(
+            self.model, self.pool.layers, self.attention_layers.values(), dtype, self.context.kernels is not None
+        )
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from polymoe.bundle.atomic import check_can_write, check_target, remove_files
+from polymoe.bundle.reader import Bundle
 from polymoe.console import Console
 from polymoe.errors import PlanError
-from polymoe.offline.atomic import check_can_write, check_target, remove_files
-from polymoe.offline.budget import build_plan, parse_memory
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
-from polymoe.offline.bundle_writer import write_bundle
-from polymoe.offline.family import Family
-from polymoe.offline.options import PlanOptions
-from polymoe.offline.relation import check_related
-from polymoe.offline.scan import FamilyScan
-from polymoe.offline.serving_check import check_serving
-from polymoe.offline.similarity import heatmap, is_own_picture
+from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.serving_check import check_serving
+from polymoe.offline.plan.budget import build_plan, parse_memory
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.similarity.picture import heatmap, is_own_picture
+from polymoe.offline.similarity.relation import check_related
+from polymoe.offline.similarity.scan import FamilyScan, scan_family
+from polymoe.offline.write.bundle_report import print_bundle, print_sharing, print_variants
+from polymoe.offline.write.bundle_writer import write_bundle
 
 if TYPE_CHECKING:
-    from polymoe.offline.calibrate import Calibration
+    from polymoe.offline.calibrate.calibrate import Calibration
 
 
 def make_plan(
@@ -35,13 +35,12 @@ def make_plan(
     options: PlanOptions | None = None,
 ) -> Bundle:
     """Plan a family and write the bundle `out`. `specs`: {name: checkpoint} or ["NAME=SPEC", …]; `memory` and
-    `options`: see `polymoe.offline.budget.build_plan`. With a console it shows progress and says at the end what was
-    decided.
+    `options`: see `build_plan`. With a console it shows progress and says at the end what was decided.
 
     Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was. With calibration text an
     interrupted run leaves its finished layers in `.NAME.calibration` beside `out`; the same call goes on from there.
     """
-    from polymoe.offline.calibrate import KEPT_LAYERS
+    from polymoe.offline.calibrate.calibrate import KEPT_LAYERS
 
     # What can be refused without reading gigabytes is refused first.
     options = options or PlanOptions()
@@ -57,17 +56,17 @@ def make_plan(
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:
-        from polymoe.offline.distill import check_family
+        from polymoe.offline.distill.distill import check_family
 
         check_family(family)
-    scan = family.scan(console)
+    scan = scan_family(family, console)
     _say(family.rounding_notes, console)
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
     remove_files(started, KEPT_LAYERS)
     if options.distill is not None:
-        from polymoe.offline.distill import distill
+        from polymoe.offline.distill.distill import distill
 
         assert calibration is not None
         bundle = distill(bundle, family, calibration, options.distill, console)
@@ -81,7 +80,7 @@ def _calibration(family: Family, options: PlanOptions, folder: Path) -> "Calibra
     """The variants' texts as token ids; None without any. `folder` keeps finished layers of an interrupted run."""
     if not options.calibrate:
         return None
-    from polymoe.offline.calibrate import Calibration
+    from polymoe.offline.calibrate.calibrate import Calibration
 
     return Calibration.from_files(family, options.calibrate, folder=folder)
 
@@ -107,7 +106,7 @@ def inspect(
         check_picture(Path(png))
     family = Family.open(specs)
     _say(family.notes, console)
-    scan = family.scan(console)
+    scan = scan_family(family, console)
     _say(family.rounding_notes, console)
     relative, same = scan.relative_distance, (scan.expert_version == 0).all(axis=0)
     grid = Table(title=f"{family.architecture.class_name}: {', '.join(scan.variant_names)}", title_justify="left")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import msgspec
 
-import polymoe
+from polymoe.bundle.manifest import FORMAT_VERSION
+from polymoe.bundle.reader import Bundle
 from polymoe.cache_folder import cache_root, writable_cache
 from polymoe.console import Console
 from polymoe.errors import BundleError, PlanError
-from polymoe.offline.bundle import Bundle
-from polymoe.offline.family import parse_variant_specs
-from polymoe.offline.manifest import FORMAT_VERSION
-from polymoe.offline.source import resolve
+from polymoe.offline.checkpoint.family import parse_variant_specs
+from polymoe.offline.checkpoint.source import resolve
+from polymoe.version import __version__
 
 Specs = Mapping[str, str | Path] | Sequence[str]  # {name: checkpoint} or ["NAME=CHECKPOINT", …]
 
@@ -41,7 +41,7 @@ def planned_bundle(
     Raises what `make_plan` does; `ConfigError` for a cache that cannot be written to.
     """
     if policy == "auto" and memory is None:
-        from polymoe.offline.device_memory import device_budget
+        from polymoe.device_memory import device_budget
 
         memory = device_budget(device, reserved)
     name = _folder_name(specs, policy, memory)
@@ -140,5 +140,5 @@ def _folder_name(specs: Specs, policy: str, memory: str | None) -> str:
         folder = resolve(spec).resolve()
         files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
         variants.append((name, str(folder), files))
-    facts = (FORMAT_VERSION, polymoe.__version__, policy, memory, variants)
+    facts = (FORMAT_VERSION, __version__, policy, memory, variants)
     return f"{'-'.join(named)[:80]}-{hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]}"

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import polymoe
+from polymoe.bundle.manifest import MANIFEST, read_manifest
 from polymoe.errors import BundleError
 from polymoe.offline.cache import forget_use, last_used
-from polymoe.offline.manifest import MANIFEST, read_manifest
+from polymoe.version import __version__
 
 _BUNDLE = re.compile(r".+-[0-9a-f]{16}")
 _UNFINISHED = re.compile(r"\.(.+-[0-9a-f]{16})\.(tmp|old)-.+")
@@ -79,7 +79,7 @@ def _bundle(path: Path) -> CacheItem | None:
         return CacheItem(path, "bundle", path.name, num_bytes, last_used(path), "of another format, or damaged")
     names = ", ".join(variant.name for variant in manifest.variants)
     what = f"{names}: policy {manifest.policy} {manifest.memory}".rstrip()
-    other = manifest.polymoe_version != polymoe.__version__
+    other = manifest.polymoe_version != __version__
     reason = f"of polymoe {manifest.polymoe_version}" if other else None
     return CacheItem(path, "bundle", what, num_bytes, last_used(path), reason)
 
@@ -105,7 +105,7 @@ def _is_family(path: Path) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether its writer (`polymoe.offline.atomic`) is alive."""
+    """Whether its writer (`polymoe.bundle.atomic`) is alive."""
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

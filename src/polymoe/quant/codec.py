@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from polymoe.kernels.encode import fast_encode
+from polymoe.quant.compiled import fast_encode
 from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, num_groups
 from polymoe.quant.packing import pack, unpack
 

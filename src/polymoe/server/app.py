@@ -10,9 +10,9 @@ import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.info import EngineInfo, VariantInfo
+from polymoe.client.client import AsyncEngineClient
 from polymoe.errors import EngineDeadError, RequestError
+from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.server.cors import CorsMiddleware
 from polymoe.server.errors import install_error_handlers
 from polymoe.server.generate import create_chat_completion, create_completion, encode, encode_chat

@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from polymoe.engine.client import Prompt
-from polymoe.engine.request import SamplingParams
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.client.client import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
+from polymoe.protocol.request import SamplingParams
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect
+from polymoe.text.tokenizer import VariantTokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; chats may fill the context
 # Longer texts are tokenized beside the event loop, so that they do not delay the tokens of others.

@@ -4,8 +4,8 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from polymoe.engine.request import Logprob
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.protocol.request import Logprob
+from polymoe.text.tokenizer import VariantTokenizer
 
 _LOWEST = -9999.0  # JSON has no infinity
 

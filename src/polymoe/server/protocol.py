@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from polymoe.engine.request import (
+from polymoe.errors import RequestError
+from polymoe.protocol.request import (
     DEFAULT_SLO_CLASS,
     MAX_LOGPROBS,
     MAX_N,
@@ -18,7 +19,6 @@ from polymoe.engine.request import (
     SamplingParams,
     sampling_params,
 )
-from polymoe.errors import RequestError
 from polymoe.server.errors import printable
 from polymoe.server.known_fields import (
     OF_GENERATION,

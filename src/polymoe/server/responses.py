@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polymoe.engine.client import Prompt
-from polymoe.engine.output_sequence import CompletionDelta
-from polymoe.engine.request import CompletionOutput, Logprob, RequestOutput
-from polymoe.engine.tokenizer import VariantTokenizer
+from polymoe.client.client import Prompt
+from polymoe.client.output_sequence import CompletionDelta
+from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
+from polymoe.text.tokenizer import VariantTokenizer
 
 Json = dict[str, Any]
 Piece = CompletionDelta | CompletionOutput  # a part of a sequence, or all of it

@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeElapsedColumn
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
 from polymoe.console import Console, DescriptionColumn
-from polymoe.engine.client import AsyncEngineClient
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
 from polymoe.server.errors import UnavailableError

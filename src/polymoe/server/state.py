@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from polymoe.engine.client import AsyncEngineClient
+from polymoe.client.client import AsyncEngineClient
 from polymoe.server.errors import UnavailableError
 from polymoe.server.metrics import Metrics
 from polymoe.server.settings import ServerSettings

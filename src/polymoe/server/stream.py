@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from polymoe.engine.request_stream import RequestStream
+from polymoe.client.request_stream import RequestStream
 from polymoe.errors import NoProbabilitiesError, PolymoeError
 from polymoe.server.errors import error_response
 from polymoe.server.metrics import RequestTimer

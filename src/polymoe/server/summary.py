@@ -2,11 +2,11 @@
 
 import json
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.config import format_bytes
 from polymoe.console import Console, warn
-from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.info import VariantInfo
-from polymoe.kernels.fast_path import FastPath
+from polymoe.protocol.fast_path import FastPath
+from polymoe.protocol.info import VariantInfo
 
 
 def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, api_key: bool) -> None:

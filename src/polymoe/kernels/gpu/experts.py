@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from polymoe.kernels.compressed_experts import CompressedLayer
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.grouped_experts import is_plain_silu
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool
 from polymoe.kernels.gpu.combine import combine_rows, combine_rows_torch
 from polymoe.kernels.gpu.expert_gemm import GATED, LINEAR, WEIGHTED, block_m_for, expert_gemm, expert_gemm_torch
 from polymoe.kernels.gpu.pool_matrix import PoolMatrix, exact_matrix, packed_matrix, stored_matrix
 from polymoe.kernels.gpu.token_sort import SortedRows, sort_rows, sort_rows_torch
-from polymoe.kernels.grouped_experts import is_plain_silu
-from polymoe.kernels.packed_pool import ExactPool, PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
 from polymoe.kernels.gpu.packed_asm import assembly
 from polymoe.kernels.gpu.packed_product import EXACT, FP8, INT8, ONE_BIT, STORED, TABLE, TWO_BITS
-from polymoe.kernels.packed_pool import ExactPool, PackedPool
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import changes_before_rows, decode_exact_torch
 from polymoe.quant.formats import PLANES, Format, get_format, group_size

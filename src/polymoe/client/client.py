@@ -1,0 +1,312 @@
+"""The engine process as seen from an asyncio program."""
+
+import asyncio
+import importlib
+import itertools
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from polymoe.client.output import OutputProcessor, StepOutput
+from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.request_stream import RequestStream
+from polymoe.config import EngineConfig
+from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
+from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.protocol.messages import (
+    HEADER_BYTES,
+    Abort,
+    Accepted,
+    Add,
+    Event,
+    Fatal,
+    GetStats,
+    Message,
+    Outputs,
+    Progress,
+    Ready,
+    Rejected,
+    Shutdown,
+    Start,
+    Stats,
+    body_length,
+    decode_event,
+    frame,
+)
+from polymoe.protocol.queue_room import check_batch, has_room
+from polymoe.protocol.request import QoS, SamplingParams
+
+_EQUAL = QoS()
+Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token ids)
+
+
+class AsyncEngineClient:
+    """Starts the engine process and talks to it. All methods belong to one event loop.
+
+    Args: `module`: what the process runs: `polymoe.engine.process`, or another module's call of its `main`.
+    """
+
+    def __init__(self, config: EngineConfig, module: str = "polymoe.engine.process") -> None:
+        self.config, self.module = config, module
+        self.last_progress = time.monotonic()  # when the engine was last heard of, or was given its first work
+        self.dead = asyncio.Event()  # set when the engine ended without being told to
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[EngineInfo] | None = None
+        self._on_progress: Callable[[str, float], None] | None = None
+        self._processor: OutputProcessor | None = None
+        self._info: EngineInfo | None = None
+        self._death: PolymoeError | None = None
+        self._closing = False
+        self._submissions = itertools.count()
+        self._acknowledgements: dict[int, asyncio.Future[None]] = {}
+        self._streams: dict[str, RequestStream] = {}
+        self._stats_waiters: list[asyncio.Future[EngineStats]] = []
+
+    # --- life
+
+    async def start(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
+        """Start the process and wait until it has loaded. Raises `PolymoeError` when it cannot."""
+        self._on_progress = on_progress
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: a module in the working directory must not stand in for one of ours.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", self.module, "--fd", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._ready = asyncio.get_running_loop().create_future()
+        self._send(Start(self.config))
+        self._reader_task = asyncio.create_task(self._read(reader))
+        imported = asyncio.create_task(asyncio.to_thread(importlib.import_module, "transformers.models.auto"))
+        try:
+            info = await self._ready
+            await imported  # for the tokenizers; while the engine loaded
+            processor = OutputProcessor(info)
+            await asyncio.to_thread(processor.load_tokenizers)
+        except BaseException:
+            await self.shutdown(0.0)
+            raise
+        self._info, self._processor = info, processor
+        return info
+
+    async def shutdown(self, grace: float = 5.0) -> None:
+        """End the process: politely, and after `grace` seconds by force. Open streams raise `EngineDeadError`."""
+        self._closing = True
+        if self._writer is not None and not self._writer.is_closing():
+            self._send(Shutdown())
+        if self._process is not None:
+            try:
+                await asyncio.to_thread(self._process.wait, grace)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                await asyncio.to_thread(self._process.wait)
+        if self._reader_task is not None:
+            await self._reader_task
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises `EngineDeadError` before `start` has returned."""
+        if self._info is None:
+            raise self._death or EngineDeadError("The engine has not started.")
+        return self._info
+
+    @property
+    def processor(self) -> OutputProcessor:
+        """Tokenizers and variants. Raises `EngineDeadError` before `start` has returned."""
+        if self._processor is None:
+            raise self._death or EngineDeadError("The engine has not started.")
+        return self._processor
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def is_ready(self) -> bool:
+        return self._processor is not None and self.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        return self._reader_task is not None and self._death is None and not self._closing
+
+    @property
+    def open_streams(self) -> list[str]:
+        """Ids of the requests that somebody still waits for."""
+        return list(self._streams)
+
+    def is_stuck(self, timeout: float) -> bool:
+        """Whether there is work but nothing was heard for `timeout` seconds."""
+        return bool(self._streams) and time.monotonic() - self.last_progress > timeout
+
+    # --- requests
+
+    async def submit(
+        self,
+        request_id: str,
+        variant: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+        qos: QoS = _EQUAL,
+    ) -> RequestStream:
+        """Give prompts to the engine, all or none; prompt p becomes request `{request_id}-{p}`.
+
+        Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
+        `EngineDeadError`.
+        """
+        processor = self.processor
+        self._check_alive()
+        processor.variant(variant)
+        weights = dict.fromkeys(processor.variants, 1.0) | self.config.weights
+        limit = self.config.max_num_seqs + self.config.max_waiting
+        check_batch(len(prompts), sampling.n, self.config.max_waiting)
+        more = len(prompts) * sampling.n - 1
+        total, own = processor.num_sequences + more, processor.num_sequences_of(variant) + more
+        if not has_room(limit, total, own, weights[variant] / sum(weights.values())):
+            raise OverloadedError(
+                f"Too many requests: {processor.num_sequences} sequences are in progress and the limit is {limit}. "
+                "Please retry later.",
+                retry_after=1.0,
+            )
+        request_ids = [f"{request_id}-{p}" for p in range(len(prompts))]
+        if not self._streams:
+            self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
+        stream = RequestStream(request_ids, self.abort)
+        submission = next(self._submissions)
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            requests = []
+            for name, (text, token_ids) in zip(request_ids, prompts, strict=True):
+                requests += processor.add_request(
+                    name,
+                    variant,
+                    token_ids,
+                    sampling,
+                    text=text,
+                    cache_salt=cache_salt,
+                    qos=qos,
+                    arrival_time=time.monotonic(),
+                )
+                self._streams[name] = stream
+            self._acknowledgements[submission] = accepted
+            self._send(Add(submission, requests))
+            await accepted
+        except BaseException:
+            stream.close()
+            raise
+        finally:
+            self._acknowledgements.pop(submission, None)
+        return stream
+
+    async def generate(
+        self, request_id: str, variant: str, prompt: Prompt, sampling: SamplingParams
+    ) -> AsyncIterator[CompletionDelta]:
+        """One prompt, delta by delta. Closing the generator aborts."""
+        with await self.submit(request_id, variant, [prompt], sampling) as stream:
+            async for deltas in stream:
+                for delta in deltas:
+                    yield delta
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests early (ids as in `RequestStream.request_ids`); a stream still read sees reason "abort"."""
+        if self._processor is not None:
+            self._deliver(self._processor.abort(request_ids))
+
+    def fail_all(self, error: PolymoeError) -> None:
+        """End every stream with this error, and abort its requests in the engine."""
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+            stream.close()
+
+    async def stats(self) -> EngineStats:
+        """Raises `EngineDeadError`. A busy engine answers between two steps."""
+        self._check_alive()
+        waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        self._send(GetStats())
+        return await waiter
+
+    # --- the wire
+
+    def _send(self, message: Message) -> None:
+        assert self._writer is not None
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        death: PolymoeError = EngineDeadError("The engine process ended unexpectedly.")
+        try:
+            while True:
+                header = await reader.readexactly(HEADER_BYTES)
+                event = decode_event(await reader.readexactly(body_length(header)))
+                self.last_progress = time.monotonic()
+                if isinstance(event, Fatal):
+                    death = PolymoeError(event.message) if event.deliberate else EngineDeadError(event.message)
+                else:
+                    self._handle(event)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        except EngineDeadError as error:
+            death = error
+        finally:
+            self._die(death)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Outputs(outputs):
+                self._deliver(self.processor.process(outputs))
+            case Accepted(submission):
+                accepted = self._acknowledgements.get(submission)
+                if accepted is not None and not accepted.done():
+                    accepted.set_result(None)
+            case Rejected():
+                accepted = self._acknowledgements.get(event.submission)
+                if accepted is not None and not accepted.done():
+                    accepted.set_exception(event.error())
+            case Stats(stats):
+                waiter = self._stats_waiters.pop(0)  # answers come in the order of the questions
+                if not waiter.done():
+                    waiter.set_result(stats)
+            case Progress(stage, fraction):
+                if self._on_progress is not None:
+                    self._on_progress(stage, fraction)
+            case Ready(info):
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(info)
+
+    def _deliver(self, step: StepOutput) -> None:
+        if step.aborts:
+            self._send(Abort(step.aborts))
+        for delta in step.deltas:
+            self._streams[delta.request_id].push_delta(delta)
+        for result in step.finished:
+            self._streams.pop(result.request_id).push_result(result)
+
+    def _die(self, death: PolymoeError) -> None:
+        """Nothing more will come: whoever waits is told."""
+        self._death = death
+        if self._writer is not None:
+            self._writer.close()
+        waiters = [self._ready, *self._acknowledgements.values(), *self._stats_waiters]
+        for waiter in waiters:
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(death)
+                waiter.exception()  # taken note of, even if nobody awaits it
+        self._stats_waiters.clear()
+        if self._processor is not None:
+            self.fail_all(EngineDeadError("The engine stopped; the request cannot finish."))
+        if not self._closing:
+            self.dead.set()
+
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineDeadError("The engine has stopped.")

@@ -1,0 +1,270 @@
+"""From a client's request to engine requests, and from the engine's tokens back to text.
+
+Synchronous, so that the offline `LLM` class and the server's asyncio client share it.
+"""
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from polymoe.client.output_sequence import ClientRequest, CompletionDelta, OutputSequence
+from polymoe.errors import (
+    BundleError,
+    ContextLengthError,
+    RequestError,
+    UnknownVariantError,
+    VariantUnusableError,
+)
+from polymoe.protocol.request import EngineRequest, QoS, RequestOutput, SamplingParams, TokenOutput
+from polymoe.text.tokenizer import VariantTokenizer
+
+if TYPE_CHECKING:
+    from polymoe.protocol.info import EngineInfo, VariantInfo
+
+
+_EQUAL = QoS()  # no more urgent than others
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a variant is not served."""
+
+    reason: str  # for clients
+    details: str  # for the operator
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What the outputs of one engine step mean for the clients."""
+
+    deltas: list[CompletionDelta] = field(default_factory=list)
+    finished: list[RequestOutput] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)  # engine request ids that nobody waits for any more
+
+
+class OutputProcessor:
+    """Knows every request that is in flight. Not thread-safe."""
+
+    def __init__(self, info: "EngineInfo") -> None:
+        self.variants: dict[str, VariantInfo] = {variant.name: variant for variant in info.variants}
+        self.faults = {
+            variant.name: Fault("its configuration cannot be read", variant.fault)
+            for variant in info.variants
+            if variant.fault is not None
+        }
+        self._index = {variant.name: index for index, variant in enumerate(info.variants)}
+        self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
+        self._requests: dict[str, ClientRequest] = {}
+        self._sequences: dict[str, OutputSequence] = {}  # engine request id -> its sequence
+        self._num_sequences: Counter[str] = Counter()  # in flight, of each variant
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in flight, running or waiting."""
+        return len(self._sequences)
+
+    def num_sequences_of(self, variant: str) -> int:
+        """Those of one variant."""
+        return self._num_sequences[variant]
+
+    @property
+    def served(self) -> list["VariantInfo"]:
+        """The variants that have no fault."""
+        return [variant for name, variant in self.variants.items() if name not in self.faults]
+
+    def variant(self, name: str) -> "VariantInfo":
+        """Raises `UnknownVariantError` or `VariantUnusableError`."""
+        if name not in self.variants:
+            raise UnknownVariantError(name, [variant.name for variant in self.served])
+        if (fault := self.faults.get(name)) is not None:
+            raise VariantUnusableError(name, fault.reason) from BundleError(fault.details)
+        return self.variants[name]
+
+    def load_tokenizers(self) -> None:
+        """Now rather than during the first requests. A tokenizer that cannot be loaded makes its variants unusable;
+        raises `BundleError` when no variant is left."""
+        for name in self.variants:
+            with contextlib.suppress(VariantUnusableError):
+                self.tokenizer(name)
+        if not self.served:
+            raise BundleError("no variant can be served: " + "; ".join(f.details for f in self.faults.values()))
+
+    def tokenizer(self, variant: str) -> VariantTokenizer | None:
+        """The variant's tokenizer, loaded at first use; None if the bundle has none.
+
+        Raises `VariantUnusableError` when it cannot be loaded, then and ever after.
+        """
+        directory = self.variant(variant).tokenizer_dir
+        if directory is None:
+            return None
+        if directory not in self._tokenizers:
+            try:
+                self._tokenizers[directory] = VariantTokenizer(directory)
+            except BundleError as error:
+                self.faults[variant] = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
+                self.variant(variant)
+        return self._tokenizers[directory]
+
+    def end_token_ids(self, variant: str) -> list[int]:
+        """What ends an answer: the end tokens of the variant's configs and its tokenizer's own, as in vLLM. A chat
+        fine-tune often says its new end token only in one of them."""
+        info, tokenizer = self.variant(variant), self.tokenizer(variant)
+        own = None if tokenizer is None else tokenizer.eos_token_id
+        known = [] if own is None or own >= info.vocab_size else [own]
+        return list(dict.fromkeys([*info.eos_token_ids, *known]))
+
+    def require_tokenizer(self, variant: str, purpose: str, param: str = "prompt") -> VariantTokenizer:
+        """Like `tokenizer`, but raises `RequestError` when there is none."""
+        tokenizer = self.tokenizer(variant)
+        if tokenizer is None:
+            raise RequestError(
+                f"The model `{variant}` has no tokenizer, which {purpose} needs; send token ids.", param=param
+            )
+        return tokenizer
+
+    def add_request(
+        self,
+        request_id: str,
+        variant: str,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        text: str | None = None,
+        cache_salt: str = "",
+        qos: QoS = _EQUAL,
+        arrival_time: float = 0.0,
+        fit: bool = False,
+    ) -> list[EngineRequest]:
+        """Check a request and take note of it.
+
+        Args:
+            prompt: text, or token ids (`text` is then what the output reports as its prompt, if given).
+            arrival_time: seconds, time.monotonic().
+            fit: nobody asked for `max_tokens`; it is lowered to what the context has room for.
+
+        Returns: the `n` engine requests to add, with ids `{request_id}-{k}`.
+        Raises: `RequestError`, and then nothing is noted.
+        """
+        info = self.variant(variant)
+        if request_id in self._requests:
+            raise RequestError(f"The request id {request_id!r} is in use.", param="request_id")
+        if isinstance(prompt, str):
+            text = prompt
+            token_ids = self.require_tokenizer(variant, "a text prompt").encode(prompt)
+        else:
+            token_ids = list(prompt)
+        if fit:
+            sampling = _fitted(sampling, info.max_new_tokens(len(token_ids)))
+        _check_tokens(info, token_ids, sampling)
+        start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
+        tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
+
+        stop_ids = [] if sampling.ignore_eos else self.end_token_ids(variant)
+        stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
+        request = ClientRequest(request_id, variant, text, token_ids, start or token_ids, tokenizer, sampling)
+        engine_requests = []
+        for k in range(sampling.n):
+            engine_id = f"{request_id}-{k}"
+            sequence = OutputSequence(request, k, engine_id, frozenset(stop_ids))
+            request.sequences.append(sequence)
+            self._sequences[engine_id] = sequence
+            self._num_sequences[variant] += 1
+            engine_requests.append(
+                EngineRequest(
+                    request_id=engine_id,
+                    variant=self._index[variant],
+                    prompt_token_ids=token_ids + start,
+                    num_encoder_tokens=len(token_ids) if start else 0,
+                    sampling=_sampling_of(sampling, k),
+                    stop_token_ids=stop_ids,
+                    cache_salt=cache_salt,
+                    qos=qos,
+                    arrival_time=arrival_time,
+                )
+            )
+        self._requests[request_id] = request
+        return engine_requests
+
+    def process(self, outputs: Sequence[TokenOutput]) -> StepOutput:
+        """Turn what the engine computed into text. Outputs of sequences that have ended are dropped."""
+        step = StepOutput()
+        for output in outputs:
+            sequence = self._sequences.get(output.request_id)
+            if sequence is None:
+                continue
+            delta = sequence.update(output)
+            step.deltas.append(delta)
+            if delta.finish_reason is not None:
+                if output.finish_reason is None:  # a stop string: the engine does not know yet
+                    step.aborts.append(sequence.engine_id)
+                self._end(sequence, step)
+        return step
+
+    def abort(self, request_ids: Sequence[str]) -> StepOutput:
+        """End requests now, with finish reason "abort"; ids that are not in flight are ignored."""
+        step = StepOutput()
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            for sequence in request.sequences if request is not None else ():
+                if sequence.output.finish_reason is None:
+                    step.deltas.append(sequence.finish("abort"))
+                    step.aborts.append(sequence.engine_id)
+                    self._end(sequence, step)
+        return step
+
+    def _end(self, sequence: "OutputSequence", step: StepOutput) -> None:
+        request = sequence.request
+        del self._sequences[sequence.engine_id]
+        self._num_sequences[request.variant] -= 1
+        if all(other.output.finish_reason is not None for other in request.sequences):
+            del self._requests[request.request_id]
+            step.finished.append(request.result())
+
+
+def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
+    most = max(1, min(sampling.max_tokens, room))
+    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
+
+
+def _sampling_of(sampling: SamplingParams, k: int) -> SamplingParams:
+    """The parameters of the k-th of n sequences: another seed, and the prompt's logprobs only once."""
+    if sampling.n == 1:
+        return sampling
+    seed = sampling.seed
+    if seed is not None:
+        skipped = seed < -1 <= seed + k  # -1 is no seed
+        seed = (seed + k + skipped + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(
+        sampling, n=1, seed=seed, prompt_logprobs=sampling.prompt_logprobs if k == 0 else None
+    )
+
+
+def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingParams) -> None:
+    """Raises `RequestError` unless the engine can run this prompt on this variant."""
+    if not token_ids:
+        raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
+    if info.is_encoder_decoder and sampling.prompt_logprobs is not None:
+        raise RequestError(
+            f"`{info.name}` is an encoder–decoder model: its prompt has no log-probabilities (echo, prompt_logprobs).",
+            param="echo",
+        )
+    if info.is_encoder_decoder and len(token_ids) > info.max_prompt_len:
+        raise RequestError(
+            f"The prompt has {len(token_ids)} tokens; the encoder of `{info.name}` reads at most "
+            f"{info.max_prompt_len}.",
+            param="prompt",
+        )
+    if sampling.max_tokens > info.max_new_tokens(len(token_ids)):
+        raise ContextLengthError(info.max_model_len, len(token_ids), sampling.max_tokens)
+    named = {"prompt": token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+    for param, ids in named.items():
+        for token_id in itertools.filterfalse(range(info.vocab_size).__contains__, ids):
+            raise RequestError(
+                f"Token id {token_id} is outside the vocabulary of `{info.name}` (0 to {info.vocab_size - 1}).",
+                param=param,
+            )

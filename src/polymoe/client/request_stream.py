@@ -1,0 +1,60 @@
+"""The deltas of one submission, as they arrive."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+
+from polymoe.client.output_sequence import CompletionDelta
+from polymoe.protocol.request import RequestOutput
+
+
+class RequestStream(AsyncIterator[list[CompletionDelta]]):
+    """What arrives for one submission: all deltas since the last look, until every request has ended.
+
+    Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
+    """
+
+    def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None]) -> None:
+        self.request_ids = request_ids
+        self.results: dict[str, RequestOutput] = {}  # request id -> complete output, filled as requests end
+        self._abort = abort
+        self._deltas: list[CompletionDelta] = []
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    async def __anext__(self) -> list[CompletionDelta]:
+        """Raises `EngineDeadError` (or whatever ended the stream) once the deltas before it are delivered."""
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            if len(self.results) == len(self.request_ids):
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def close(self) -> None:
+        """Idempotent. Nothing of the submission is left in the client or the engine afterwards."""
+        self._abort([request_id for request_id in self.request_ids if request_id not in self.results])
+
+    def __enter__(self) -> "RequestStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def push_delta(self, delta: CompletionDelta) -> None:
+        if self._error is None:  # after an error the deltas are only those of the abort that follows it
+            self._deltas.append(delta)
+            self._wake.set()
+
+    def push_result(self, result: RequestOutput) -> None:
+        self.results[result.request_id] = result
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake.set()

@@ -1,0 +1,309 @@
+"""The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from polymoe.bundle.reader import Bundle
+from polymoe.bundle.verify import hashed_beside
+from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
+from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
+from polymoe.engine.memory_request import memory_request
+from polymoe.engine.model_runner import ModelRunner, StepInFlight
+from polymoe.engine.policies.policies import Policies
+from polymoe.engine.scheduling.block_manager import BlockManager, salt_of
+from polymoe.engine.scheduling.scheduler import Scheduler
+from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_plan import LaunchedStep, ScheduledSequence
+from polymoe.engine.variant_info import variant_info
+from polymoe.errors import ConfigError, ContextLengthError, RequestError
+from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
+from polymoe.model.encoder_decoder import EncoderDecoderModel
+from polymoe.model.graphs.decode_graphs import DecodeGraphs
+from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
+from polymoe.model.memory_plan import MemoryPlan, plan_memory
+from polymoe.model.served_model import ServedModel
+from polymoe.model.stock.skeleton import context_limit
+from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
+
+# Below this the threads of one operation wait for each other longer than they compute.
+_SMALL_MODEL_BYTES = 64 << 20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _stored_dtype(bundle: Bundle) -> str:
+    """The variants' common dtype, float32 where they differ."""
+    stored = {variant.dtype for variant in bundle.variants}
+    return stored.pop() if len(stored) == 1 else "float32"
+
+
+class EngineCore:
+    """Loads a bundle and runs requests.
+
+    Args:
+        progress: called with (stage, fraction done) while loading.
+        bundle: in place of the one that `config` names (benchmarks have bundles without a folder).
+        kernels: in place of the device's own (tests run a GPU's kernels on a CPU).
+        facts: in place of what the GPU's driver says (a part of it, or none: tests).
+
+    Raises: `BundleError`, `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[str, float], None] | None = None,
+        *,
+        bundle: Bundle | None = None,
+        kernels: DeviceKernels | None = None,
+        facts: DeviceFacts | None = None,
+    ) -> None:
+        self.config = config
+        self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            facts = facts or read_device_facts(self.device)
+            check_capability(facts)
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)  # kernels are launched on the current one
+        bundle = bundle or Bundle.open(config.bundle, tolerant=True)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
+            torch.set_num_threads(1)
+        self.bundle = bundle
+        weights = config.weights_of([variant.name for variant in bundle.variants])
+        name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
+        slots = config.slots or len(bundle.variants)
+        lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
+        self.memory_plan: MemoryPlan | None = None  # of a GPU
+
+        def plan(model: ServedModel) -> None:
+            if facts is not None:
+                request = memory_request(config, bundle, model, facts, max(lengths))
+                self.memory_plan = plan_memory(model.weight_bytes(), request)
+
+        encoder_decoder = bundle.config.is_encoder_decoder
+        if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
+            raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
+        try:
+            with hashed_beside(bundle, config.verify, progress):
+                self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                    bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
+                    kernels, plan,
+                )  # fmt: skip
+        except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
+            raise ConfigError(
+                "the GPU's memory was taken by another process while weights were loaded; end it (nvidia-smi lists who "
+                f"it is), or use another GPU with --device cuda:N. Planned: {self.memory_plan}. ({error})"
+            ) from error
+        num_blocks = self._num_kv_blocks(max(lengths))
+        self.model.attach_kv_cache(num_blocks, config.block_size)
+        # What an encoder makes of a prompt depends on all of it.
+        prefix_caching = config.enable_prefix_caching and not encoder_decoder
+        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
+        policies = Policies.of(
+            weights,
+            num_slots=self.model.slots.num_slots,
+            max_variants_per_step=config.max_variants_per_step,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            target_itl=config.target_itl,
+            admission_factor=config.admission_factor,
+            clock=time.monotonic,
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            policies,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+            max_model_len=lengths,
+            reconfigurations=lambda: (self.model.slots.stats.count, self.model.slots.stats.seconds),
+        )
+        sizes = [v.vocab_size for v in bundle.variants]
+        graphs = self._decode_graphs(max(lengths), num_blocks, progress)
+        runner = EncoderDecoderRunner if encoder_decoder else ModelRunner
+        self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
+        self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
+        # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
+        automatic = graphs is not None and graphs.num_captured > 0
+        self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
+        table = bundle.table
+        self.info = EngineInfo(
+            variants=[variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))],
+            policy=bundle.manifest.policy,
+            resident_bytes=self.model.resident_bytes,
+            slots=self.model.slots.num_slots,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            experts_resident=sum(len(set(layer[layer >= 0].tolist())) for layer in table.unbind(1)),
+            experts_absent=int((table < 0).any(dim=0).sum()),
+            max_concurrency=num_blocks * config.block_size / max(lengths),
+            device=str(self.device),
+            dtype=name,
+            fast_paths=self.model.fast_paths,
+        )
+
+    def _max_model_len(self, variant: int) -> int:
+        record = self.bundle.variants[variant]
+        unreadable = record.name in self.bundle.faults
+        limit = record.max_model_len if unreadable else context_limit(self.bundle.variant_config(variant))
+        asked = self.config.max_model_len
+        if asked is not None and asked > limit:
+            raise ConfigError(
+                f"max_model_len {asked} is beyond the {limit} tokens that variant {record.name} was configured for."
+            )
+        return asked or limit
+
+    def _num_kv_blocks(self, longest: int) -> int:
+        """As many blocks as the budget holds and the sequences can use; at least one sequence of full length."""
+        size = self.config.block_size
+        needed = (longest + size - 1) // size
+        per_block = self.model.kv_bytes_per_block(size)
+        room = DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
+        if self.memory_plan is not None:
+            room = self.memory_plan.kv_cache
+        count = self.config.num_kv_blocks or min(room // per_block, needed * self.config.max_num_seqs)
+        if count < needed:
+            raise ConfigError(
+                f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
+                f"at least {format_bytes(needed * per_block)} (--kv-cache) or lower --max-model-len to {count * size}."
+            )
+        return count
+
+    def _decode_graphs(
+        self, longest: int, num_blocks: int, progress: Callable[[str, float], None] | None
+    ) -> DecodeGraphs | None:
+        """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
+        resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
+        if self.model.context.kernels is None or not resident or self.bundle.config.is_encoder_decoder:
+            return None
+        size = self.config.block_size
+        graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
+        if self.device.type == "cuda":
+            report = progress or (lambda _stage, _fraction: None)
+            graphs.capture(lambda fraction: report("CUDA graphs", fraction))
+        return graphs
+
+    def warm_up(self, progress: Callable[[float], None]) -> None:
+        """On a GPU: compile what prompts need (decode is compiled by now), so that the first requests do not wait."""
+        if self.device.type == "cuda":
+            warm_up(self.model, prompt_lengths(self.config.max_num_batched_tokens), progress)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `RequestError` for one that could never run, or (`OverloadedError`) not in time."""
+        if not 0 <= request.variant < len(self.info.variants):
+            raise RequestError(f"variant index {request.variant} does not exist.", param="model")
+        info = self.info.variants[request.variant]
+        count = len(request.prompt_token_ids)
+        if count == 0:
+            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
+        if count >= info.max_model_len:
+            raise ContextLengthError(info.max_model_len, count, request.sampling.max_tokens)
+        ids = (*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias)
+        if min(ids) < 0 or max(ids) >= info.vocab_size:
+            raise RequestError(f"token ids must be in [0, {info.vocab_size}) for model {info.name}.", param="prompt")
+        target = self._ttft_target(request.qos.slo_class)
+        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt), target))
+
+    def _ttft_target(self, slo_class: str) -> float | None:
+        if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
+            known = ", ".join(dict.fromkeys([DEFAULT_SLO_CLASS, *self.config.slo]))
+            raise RequestError(
+                f"The SLO class {slo_class[:64]!r} does not exist; use one of: {known}.", param="slo_class"
+            )
+        return self.config.slo.get(slo_class)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drop requests and free their blocks; ids that are not running are ignored."""
+        self.scheduler.abort(set(request_ids))
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work() or self._in_flight is not None
+
+    def step(self) -> list[TokenOutput]:
+        """One pass: every output is a token that is new since the last step.
+
+        With asynchronous scheduling the outputs are the tokens of the step before, which the host reads while the
+        device runs the one that begins here. What is given to the device runs in that order, so blocks of a sequence
+        that turns out to have ended may be given away at once.
+        """
+        scheduled = self.scheduler.schedule()
+        before = None if self._in_flight is None else self._in_flight[1]
+        upcoming = self.scheduler.variants.upcoming
+        launched = self.runner.launch(scheduled, before, upcoming) if scheduled else None
+        outputs = self._collect()
+        if launched is not None:
+            self._in_flight = self.scheduler.launched(scheduled), launched
+        return outputs if self.asynchronous else outputs + self._collect()
+
+    def _collect(self) -> list[TokenOutput]:
+        """Wait for the tokens of the step that is in flight, if there is one."""
+        if self._in_flight is None:
+            return []
+        (step, launched), self._in_flight = self._in_flight, None
+        return self.scheduler.update(step, launched.wait())
+
+    def prompt_logits(
+        self, prompts: list[tuple[int, list[int]]], num_encoder_tokens: list[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Logits at every position of several prompts, in one mixed pass outside the schedule.
+
+        Args:
+            prompts: (variant index, token ids) each.
+            num_encoder_tokens: of each prompt's first tokens, those that an encoder reads; they have no logits.
+
+        Returns: float32 `[tokens, vocabulary of the variant]` for each prompt.
+        Raises: `ConfigError` if the KV cache cannot hold them, or more variants are mixed than there are slots.
+        """
+        if len({variant for variant, _ in prompts}) > self.model.slots.num_slots:
+            raise ConfigError(f"prompts of more variants than the {self.model.slots.num_slots} slots in one pass.")
+        needed = sum(self.blocks.blocks_for(len(ids)) for _, ids in prompts)
+        if not self.blocks.can_allocate([], needed):
+            raise ConfigError(f"the KV cache has {self.blocks.num_free} free blocks, these prompts need {needed}.")
+        everything = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        scheduled = []
+        for index, (variant, ids) in enumerate(prompts):
+            encoded = 0 if num_encoder_tokens is None else num_encoder_tokens[index]
+            request = EngineRequest(
+                request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything,
+                num_encoder_tokens=encoded,
+            )  # fmt: skip
+            sequence = Sequence(request, salt=b"", block_ids=self.blocks.allocate(self.blocks.blocks_for(len(ids))))
+            scheduled.append(ScheduledSequence(sequence, len(ids)))
+        try:
+            return self.runner.logits(scheduled)
+        finally:
+            for item in scheduled:
+                self.blocks.release(item.sequence.block_ids)
+
+    def stats(self) -> EngineStats:
+        num = len(self.info.variants)
+        reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
+        return EngineStats(
+            running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
+            waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
+            kv_usage=self.blocks.usage,
+            prefix_cache_queries=list(self.scheduler.places.prefix_queries),
+            prefix_cache_hits=list(self.scheduler.places.prefix_hits),
+            preemptions=list(self.scheduler.places.preemptions),
+            tokens_served=list(self.scheduler.tokens_served),
+            deadline_misses=list(self.scheduler.deadline_misses),
+            reconfigurations=reconfiguration.count,
+            reconfiguration_seconds=reconfiguration.seconds,
+            reconfiguration_bytes=reconfiguration.nbytes,
+            expert_hits=tier.hits,
+            expert_misses=tier.misses,
+            expert_host_bytes=tier.host_bytes,
+            expert_fetch_seconds=tier.seconds,
+            resident_bytes=self.model.resident_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the invariants of scheduler, slots and pool (for tests and after incidents)."""
+        self.scheduler.check_integrity()
+        self.model.pool.check_integrity()
+        if self.model.slots.num_slots < len(self.info.variants):
+            self.model.slots.check_integrity()

@@ -1,0 +1,94 @@
+"""Whether a request is taken: by the length of the queue, and by the time to first token that it would see."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from polymoe.engine.policies.step_cost import StepCost
+from polymoe.errors import OverloadedError
+
+_SMOOTHING = 0.02  # weight of the newest interval between two ends of sequences
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What one flow has to compute before it has nothing more to wait for."""
+
+    tokens: float
+    sequences: float
+    weight: float
+
+    def while_serving(self, own: float, weight: float) -> float:
+        """The part of this flow (0 to 1) that fair sharing serves while `own` tokens of a flow of `weight` are."""
+        return min(1.0, own * self.weight / weight / self.tokens) if self.tokens > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The engine as a new request finds it.
+
+    Args:
+        own: what comes before it in its own flow, itself included, and the flow's weight.
+        others: the other flows.
+        decodes: sequences that decode now.
+        step_tokens: prompt tokens that one step takes.
+        places: in the batch, that are free or that the request's variant is entitled to.
+        switch: seconds until its variant has a slot.
+    """
+
+    own: Backlog
+    others: Iterable[Backlog]
+    decodes: int
+    step_tokens: int
+    places: float
+    switch: float = 0.0
+
+
+class AdmissionControl:
+    """Predicts times to first token and refuses what would be too late.
+
+    Args:
+        factor: a request is refused when the prediction exceeds this many times its target. None: never.
+        clock: seconds.
+    """
+
+    def __init__(self, cost: StepCost, factor: float | None, clock: Callable[[], float]) -> None:
+        self._cost, self._factor, self._clock = cost, factor, clock
+        self._last_end = clock()
+        self._interval = 0.0  # seconds between two ends of sequences while there is work
+
+    def started(self) -> None:
+        """The engine was idle until now: the pause says nothing about how fast sequences end."""
+        self._last_end = self._clock()
+
+    def ended(self, count: int) -> None:
+        """`count` sequences have just ended and left their places."""
+        now = self._clock()
+        sample = (now - self._last_end) / count
+        weight = 1 - (1 - _SMOOTHING) ** count
+        self._interval += (weight if self._interval > 0 else 1.0) * (sample - self._interval)
+        self._last_end = now
+
+    def predict(self, outlook: Outlook) -> float:
+        """Seconds to the first token under fair sharing: everything of its own flow that comes before it, and of each
+        other flow as much as that one is served meanwhile; and the places that must become free for them."""
+        own = outlook.own
+        tokens, sequences = own.tokens, own.sequences
+        for other in outlook.others:
+            part = other.while_serving(own.tokens, own.weight)
+            tokens += part * other.tokens
+            sequences += part * other.sequences
+        prefill = self._cost.prefill_seconds(tokens, outlook.decodes, outlook.step_tokens)
+        places = max(0.0, sequences - outlook.places) * self._interval
+        return max(prefill, places) + outlook.switch
+
+    def check(self, target: float | None, outlook: Callable[[], Outlook]) -> None:
+        """Raises `OverloadedError` for a request with a target (seconds) that it would miss by too much."""
+        if target is None or self._factor is None or not self._cost.ready:
+            return
+        limit, predicted = self._factor * target, self.predict(outlook())
+        if predicted > limit:
+            raise OverloadedError(
+                f"The first token would take about {predicted:.1f} s, which is too long for the request's SLO class "
+                f"({target:g} s); try again later or use a slower class.",
+                retry_after=max(1.0, predicted - limit),
+            )

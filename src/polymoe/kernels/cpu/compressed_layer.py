@@ -1,0 +1,37 @@
+"""What one layer's routed experts are stored as."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLayer:
+    """One layer's physical bases and deltas.
+
+    stored: tensor name -> `[P_0, *shape]`; the bases with the lowest ids.
+    bases: further pools, whose ids follow in order. deltas: pools of deltas, numbered likewise from 0.
+    transposed: whether stored experts are `[in, out]`; packed ones never are.
+    """
+
+    stored: Weights
+    bases: tuple[PackedPool | StoredPool, ...]
+    deltas: tuple[PackedPool | ExactPool, ...]
+    transposed: bool = False
+
+    @property
+    def num_stored(self) -> int:
+        return next(iter(self.stored.values())).shape[0]
+
+    @property
+    def num_bases(self) -> int:
+        return self.num_stored + sum(len(pool) for pool in self.bases)
+
+    @property
+    def num_deltas(self) -> int:
+        return sum(len(pool) for pool in self.deltas)

@@ -1,2 +1,0 @@
-// Which sources a library was built from; polymoe/kernels/cpu.py compares. hatch_build.py defines the text.
-extern "C" const char* polymoe_sources() { return POLYMOE_SOURCES; }

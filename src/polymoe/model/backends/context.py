@@ -1,0 +1,31 @@
+"""The one thing that stacks, pool and attention share: the batch of the current forward pass, and what computes it.
+
+transformers hands keyword arguments to attention only, not to projections, norms, routers or experts. So every
+replaced weight of one model holds the same `ForwardContext`, and the runner sets its `batch` before each pass. There
+is no module-level state: two models in one process have two contexts.
+"""
+
+from dataclasses import dataclass, field
+
+from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.batch.batch import ForwardBatch
+
+
+@dataclass
+class ForwardContext:
+    """The holder: one a model, set by the runner before each pass.
+
+    `kernels`: what computes on a GPU; None where torch and the compiled CPU kernels do. Chosen once, by `ServedModel`.
+    """
+
+    kernels: DeviceKernels | None = None
+    _batch: ForwardBatch | None = field(default=None, repr=False)
+
+    @property
+    def batch(self) -> ForwardBatch:
+        if self._batch is None:
+            raise RuntimeError("no batch is set: the model is only called by its runner")
+        return self._batch
+
+    def set(self, batch: ForwardBatch | None) -> None:
+        self._batch = batch

@@ -1,0 +1,135 @@
+"""Decode steps as CUDA graphs: one launch for the whole model, whatever mix of variants a step has.
+
+A graph is captured for each batch size of a ladder and reads its inputs from a `StaticBatch`. Nothing that changes from
+step to step is a Python number in it: which variant a row belongs to, which row of a stack serves a variant, which
+physical expert serves a position are device tensors that are changed in place. So a graph stays valid when a slot is
+loaded or a table changes.
+
+Without CUDA the same padded steps run uncaptured, which is how the tests compare them.
+"""
+
+import bisect
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from polymoe.model.graphs.static_batch import DecodeInputs, StaticBatch
+from polymoe.model.served_model import ServedModel
+
+_STEPS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_WARM_UPS = 2  # passes before a capture: kernels are compiled and their configurations chosen
+
+
+def ladder(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes that are captured; the last is `max_num_seqs`, or 256 if that is less."""
+    return (*(size for size in _STEPS if size < max_num_seqs), min(max_num_seqs, _STEPS[-1]))
+
+
+class DecodeGraphs:
+    """Runs decode steps of a model whose KV cache is attached and whose experts are all resident.
+
+    Args:
+        max_blocks: most blocks that a sequence can have.
+    """
+
+    def __init__(self, model: ServedModel, max_num_seqs: int, max_blocks: int) -> None:
+        self.model = model
+        self.sizes = ladder(max_num_seqs)
+        cache = model.kv_cache
+        trash = cache.num_blocks * cache.block_size
+        self.batch = StaticBatch(self.sizes[-1], max_blocks, trash, model.device)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._captured)
+
+    def takes(self, count: int) -> bool:
+        """Whether a decode step of `count` sequences is one of the ladder's."""
+        return count <= self.sizes[-1]
+
+    @torch.inference_mode()
+    def forward(self, inputs: DecodeInputs, present: set[int], upcoming: Sequence[int] = ()) -> torch.Tensor:
+        """Logits `[n, vocabulary]` of the n sequences; overwritten by the next step of the same size.
+
+        Args: `present`, `upcoming`: variants, as `ServedModel.forward` has them.
+        """
+        count = len(inputs.input_ids)
+        size = self.sizes[bisect.bisect_left(self.sizes, count)]
+        self.batch.fill(inputs, size)
+        self.model.admit(present)
+        captured = self._captured.get(size)
+        if captured is None:
+            logits = self._compute(size)
+        else:
+            graph, logits = captured
+            self.model.slots.wait_all()  # a graph cannot wait layer by layer
+            graph.replay()
+        self.model.prefetch(upcoming)
+        return logits[:count]
+
+    def _compute(self, size: int) -> torch.Tensor:
+        input_ids, positions, batch = self.batch.tensors(size)
+        return self.model.compute(input_ids, positions, batch)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[float], None]) -> None:
+        """Capture every size, the largest first since the others then fit into its memory.
+
+        A stock definition that waits for the device cannot be captured: it is served uncaptured, with a warning.
+        """
+        if (reason := self._waits_for_device()) is not None:
+            warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {reason}", stacklevel=2)
+            return
+        pool = torch.cuda.graph_pool_handle()
+        for done, size in enumerate(reversed(self.sizes)):
+            progress(done / len(self.sizes))
+            self.batch.fill(self._dummy(size), size)
+            try:
+                side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):
+                        self._compute(size)
+                torch.cuda.current_stream().wait_stream(side)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads (loading of experts) may use CUDA meanwhile.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits = self._compute(size)
+            except RuntimeError as error:
+                self._captured.clear()
+                warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {error}", stacklevel=2)
+                break
+            self._captured[size] = graph, logits
+        progress(1.0)
+
+    def _waits_for_device(self) -> str | None:
+        """What torch says about an operation that waits for the device, which must not happen during a capture."""
+        self.batch.fill(self._dummy(1), 1)
+        self._compute(1)  # kernels are compiled and timed, which waits
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._compute(1)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return None
+
+    def _dummy(self, size: int) -> DecodeInputs:
+        """Rows that read and write nothing but the trash block, of a variant that is loaded."""
+        variant = min(self.model.slots.loaded, default=0)
+        zeros = np.zeros(size, dtype=np.int64)
+        cache = self.model.kv_cache
+        return DecodeInputs(
+            input_ids=zeros,
+            positions=zeros,
+            token_variant=np.full(size, variant),
+            slot_mapping=np.full(size, self.batch.trash_slot),
+            block_table=np.full((size, 1), cache.num_blocks),
+        )

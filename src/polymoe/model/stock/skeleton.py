@@ -1,0 +1,151 @@
+"""The stock model definition with its weights left out.
+
+Nothing here knows an architecture by name. The network comes from transformers on the meta device; experts and
+attention go through polymoe's entries in transformers' registries. `polymoe.model.stock.probe` shows whether the
+result can be served.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
+from polymoe.errors import UnsupportedModelError
+from polymoe.model.attention.cross import attention_forward
+from polymoe.model.attention.paged import polymoe_attention_forward
+from polymoe.model.attention.relative_bias import replace_relative_biases
+from polymoe.model.experts.layer import polymoe_experts_forward
+from polymoe.model.stock.switch_experts import stack_switch_experts
+from polymoe.model.variants.variant_stack import VariantStack
+
+IMPLEMENTATION = "polymoe"
+AttentionInterface.register(IMPLEMENTATION, polymoe_attention_forward)
+ENCODER_DECODER = "polymoe_encoder_decoder"
+AttentionInterface.register(ENCODER_DECODER, attention_forward)
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, polymoe_experts_forward)
+
+_ENCODER_POSITIONS = 512  # where positions are relative and the config names no limit
+
+# Rotary tables of these kinds change with the longest sequence of a batch, which is not one request's own.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def build_skeleton(config: Any, attention: str = IMPLEMENTATION) -> PreTrainedModel:
+    """The stock definition of `config`: parameters on the meta device, computed buffers on the CPU.
+
+    `attention` names the entry of transformers' attention registry that a causal LM uses.
+    """
+    config = copy.deepcopy(config)
+    if config.is_encoder_decoder:
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=ENCODER_DECODER)
+            stack_switch_experts(model)
+            replace_relative_biases(model)
+        return model.eval()
+    config._experts_implementation = IMPLEMENTATION
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.eval()
+    model.set_experts_implementation(IMPLEMENTATION)
+    _materialise_computed_buffers(model)
+    return model
+
+
+def _materialise_computed_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies …) are computed by the model's own initialiser.
+
+    Raises `UnsupportedModelError` for one that the initialiser leaves as it was.
+    """
+    for path, module in model.named_modules():
+        computed = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        if not computed:
+            continue
+        results = []
+        for filling in (0, 1):  # what is still there in the end was not computed
+            for name in computed:
+                buffer = module._buffers[name]
+                assert buffer is not None
+                module._buffers[name] = torch.full_like(buffer, filling, device="cpu")
+            model._init_weights(module)
+            results.append({name: module._buffers[name] for name in computed})
+        for name in computed:
+            first, second = (result[name] for result in results)
+            assert first is not None
+            assert second is not None
+            if not torch.equal(first, second):
+                raise UnsupportedModelError(
+                    f"{path}.{name} is computed in a way that {type(model).__name__} does not expose."
+                )
+
+
+def expert_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """(path, module) of every routed-experts module, in layer order."""
+    return [(p, m) for p, m in model.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
+
+
+def expert_tensor_names(module: Any) -> list[str]:
+    """Names of a routed-experts module's own tensors; axis 0 of each runs over experts."""
+    return [name for name, p in module._parameters.items() if p is not None]
+
+
+def set_weight(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    """Put `value` (plain tensor or `VariantStack`) where the parameter or buffer `name` is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    is_buffer = leaf in module._buffers
+    module._buffers.pop(leaf, None)
+    module._parameters.pop(leaf, None)
+    if isinstance(value, VariantStack):
+        setattr(module, leaf, value)
+    elif is_buffer:
+        module.register_buffer(leaf, value)
+    else:
+        module.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+
+
+def keeps_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers computes this weight in float32 although the model runs in `dtype`."""
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    if name.endswith("router.classifier.weight") and isinstance(parent, SwitchTransformersTop1Router):
+        return True  # it casts itself to its `router_dtype`
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return any(part in kept for part in name.split("."))
+
+
+def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def context_limit(config: Any) -> int:
+    """Longest sequence, in tokens, that the configured positions cover; an encoder and its decoder have half each."""
+    if config.is_encoder_decoder:
+        return 2 * int(getattr(config, "n_positions", None) or _ENCODER_POSITIONS)
+    limit = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scheme in (r for r in (rope, *rope.values()) if isinstance(r, dict)):
+        if scheme.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            original = scheme.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limit = min(limit, int(original or limit))
+    return limit
+
+
+def retie(model: PreTrainedModel, tied: dict[str, str]) -> None:
+    """Make every tied weight (target -> source) the same object as its source."""
+    for target, source in tied.items():
+        path, _, leaf = source.rpartition(".")
+        value = getattr(model.get_submodule(path), leaf)
+        if isinstance(value, VariantStack):
+            set_weight(model, target, value)
+        else:
+            target_path, _, target_leaf = target.rpartition(".")
+            setattr(model.get_submodule(target_path), target_leaf, value)

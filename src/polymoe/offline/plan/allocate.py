@@ -1,0 +1,191 @@
+"""Policy `auto`: for every position the way to store it, so that the bytes go where they save the most damage.
+
+The options of each position with their bytes and predicted damage, and the plan that the chosen ones make; how they are
+chosen is in `polymoe.offline.plan.knapsack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polymoe.config import format_bytes
+from polymoe.console import Console
+from polymoe.errors import PlanError
+from polymoe.offline.plan.damage import Energies, FloatArray, Partition
+from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
+from polymoe.offline.plan.merge import exact_delta_bytes
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.plan.plan import NO_DELTA, STORED, Plan
+from polymoe.offline.plan.sizes import ExpertSizes
+
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate.calibrate import Calibration
+    from polymoe.offline.checkpoint.family import Family
+    from polymoe.offline.similarity.scan import FamilyScan
+
+BASES = ("int3", "int4", "int5", "int6", "int8", "stored")
+DELTAS = ("d1", "d2", "d3", "d4", "d5")
+HOST = "host"  # in place of a base: not on the device
+_SIGNED = tuple(f"±{delta}" for delta in DELTAS)
+
+
+def auto_plan(
+    family: Family,
+    scan: FamilyScan,
+    budget_bytes: int | None,
+    options: PlanOptions | None = None,
+    calibration: Calibration | None = None,
+    console: Console | None = None,
+    beside: int = 0,
+) -> Plan:
+    """The plan with the least predicted damage for `budget_bytes` of bases and deltas or, without a budget, the fewest
+    bytes for which every variant is predicted to agree with its original on a share `options.min_top1` of tokens.
+
+    Everything is resident but what `options.host_share` allows. `beside`: bytes of what else is on the device, where
+    the budget was asked for as a whole. Raises `PlanError` for a budget below the minimum, with what that would cost.
+    """
+    options = options or PlanOptions()
+    assert (budget_bytes is None) != (options.min_top1 is None)
+    if calibration is None:
+        energies = Energies.of_weights(scan)
+    else:
+        from polymoe.offline.plan.calibrated_damage import energies_on_text
+
+        energies = energies_on_text(family, scan, calibration, console)
+    found = position_options(family, scan, energies)
+    if options.host_share:
+        offer_host(found, energies.traffic, options.host_share, console)
+    choices, on_text = Choices(found, uniform_answers(found)), calibration is not None
+    if options.min_top1 is not None:
+        missed = max(0.0, 1 - options.min_top1) / energies.top1_per_root_kl
+        limit = missed**2 / (energies.caution * options.caution)
+        chosen = fewest_bytes(choices, limit, trusted=on_text)
+    else:
+        assert budget_bytes is not None
+        _check_minimum(choices, budget_bytes, beside, scan)
+        chosen = choices.best(budget_bytes, trusted=on_text)
+    return _plan(choices, chosen, scan, "mean" if calibration is None else "regmean")
+
+
+def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, console: Console | None) -> None:
+    """Leave the host tier as the only option where the least is routed, up to `share` of all that is routed.
+
+    There an expert is as the checkpoint stores it and takes no bytes on the device: nothing but speed is lost, so that
+    no position within the limit is better off with anything else. Of positions with equal traffic (nothing is known
+    without text) those go first that save most bytes, then by layer. `traffic` [L, E], 1 a layer.
+    """
+    num_layers, used = len(traffic), 0.0
+    flat = traffic.reshape(-1)
+    for p in sorted(range(len(options)), key=lambda p: (flat[p], -len(options[p][0].groups))):
+        used += flat[p] / num_layers
+        if used > share + 1e-9:
+            break
+        own = options[p][0]
+        options[p][:] = [replace(own, base=HOST, num_bytes=0)]
+    if console is not None:
+        count = sum(row[0].base == HOST for row in options)
+        console.print(f"Host tier: {count} of {len(options)} positions, within {share:.1%} of what is routed.")
+
+
+def position_options(family: Family, scan: FamilyScan, energies: Energies) -> list[list[Option]]:
+    """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
+    in one group, two and one a version; separate experts as stored; exact deltas."""
+    sizes = ExpertSizes.of(family)
+    each = {name: sizes(name) for name in (*BASES, *DELTAS)}
+    exact = exact_delta_bytes(family, scan) if len(scan.variant_names) > 1 else None
+    num_variants, num_layers, num_experts = scan.expert_version.shape
+    nothing = np.zeros((3, num_variants))
+    found = []
+    for layer, expert in np.ndindex(num_layers, num_experts):
+        version = scan.expert_version[:, layer, expert]
+        versions = len(np.unique(version))
+        own: Partition = tuple(tuple(int(v) for v in (version == first).nonzero()[0]) for first in np.unique(version))
+        options = [Option(own, STORED, "own", NO_DELTA, versions * each[STORED], nothing)]
+        for n, partition in enumerate(energies.partitions[layer][expert]):
+            alone = len(partition) == versions
+            deltas = () if alone and versions > 1 else DELTAS
+            signed = _SIGNED if num_variants == 2 and len(partition) == 1 < versions else ()
+            for base in BASES:
+                for delta in (NO_DELTA, *deltas, *signed):
+                    if alone and base == STORED:
+                        continue  # lossless already, above
+                    size = len(partition) * each[base]
+                    if delta != NO_DELTA:
+                        size += each[delta.removeprefix("±")] * (1 if delta.startswith("±") else versions)
+                    damage = energies.components(layer, expert, n, base, delta)
+                    merge = "own" if alone else "merged"
+                    options.append(Option(partition, base, merge, delta, size, damage))
+        if exact is not None and versions > 1:
+            changed = sum(int(exact[v, layer, expert]) for v in {int(v) for v in version} - {int(version[0])})
+            changed += 8 * (versions + 1) * len(sizes.tensors)  # where each delta's values start
+            together: Partition = (tuple(range(num_variants)),)
+            options.append(Option(together, STORED, "own", "exact", each[STORED] + changed, nothing))
+        found.append(options)
+    return found
+
+
+def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
+    """{"int4 + d2": int [P]}: all positions in one format with one width of deltas, all variants on one base, and, as
+    "int4 apart", each on its own. Where the variants are identical it may be without loss instead."""
+    found = {}
+    for base in BASES:
+        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *DELTAS, *_SIGNED)]
+        for together, delta in ways:
+            chosen = [_find(row, base, delta, together) for row in options]
+            if all(option is not None for option in chosen):
+                name = f"{base} + {delta}" if together else f"{base} apart"
+                found[name] = np.array(chosen, dtype=np.int64)
+    return found
+
+
+def _find(row: list[Option], base: str, delta: str, together: bool) -> int | None:
+    """The option of that kind. The first one of a position is every version by itself, as stored."""
+    versions = len(row[0].groups)
+    groups = 1 if together else versions
+    if row[0].base == HOST or (base == STORED and groups == versions):
+        return 0
+    for index, option in enumerate(row):
+        if (option.base, option.delta, len(option.groups)) == (base, delta, groups):
+            return index
+    return None
+
+
+def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan) -> None:
+    least = choices.least_bytes
+    if budget >= least:
+        return
+    damage = choices.total(choices.solve(least, np.ones(choices.damage.shape[2])))[1]
+    one_model = scan.expert_bytes * scan.expert_version[0].size
+    experts = f"{format_bytes(least)} ({least / one_model:.3g}x of one model's)"
+    if beside:
+        said = (
+            f"--memory {format_bytes(budget + beside)} is below the minimum of {format_bytes(least + beside)}: "
+            f"{format_bytes(beside)} of non-experts and tables, and {experts} of experts"
+        )
+    else:
+        said = f"the experts are left {format_bytes(budget)} ({budget / one_model:.3g}x); the minimum is {experts}"
+    raise PlanError(
+        f"{said}, which is predicted to cost {damage.mean():.2g} nats a token (worst variant {damage.max():.2g}). Give "
+        "more --memory, or fetch experts from the host tier with --host-share 0.1 or --policy separate."
+    )
+
+
+def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> Plan:
+    version = scan.expert_version
+    _, num_layers, num_experts = version.shape
+    serving, on_device = np.zeros_like(version), np.ones(version.shape, dtype=np.bool_)
+    base, merges, delta = (np.empty((num_layers, num_experts), dtype=object) for _ in range(3))
+    for p, option in enumerate(chosen.tolist()):
+        layer, expert = divmod(p, num_experts)
+        one = choices.options[p][option]
+        for group in one.groups:
+            serving[list(group), layer, expert] = min(group)
+        on_device[:, layer, expert] = one.base != HOST
+        base[layer, expert], delta[layer, expert] = STORED if one.base == HOST else one.base, one.delta
+        merges[layer, expert] = "own" if one.merge == "own" else merge
+    damage = choices.total(chosen)[1]
+    plan = Plan("auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_damage=damage)
+    return plan.with_shared_deltas(version)

@@ -1,0 +1,182 @@
+"""How much memory a plan may use, and the plan that a policy makes of it."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polymoe.config import format_bytes, parse_bytes
+from polymoe.console import Console
+from polymoe.errors import ConfigError, PlanError
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.plan.plan import STORED, Plan, paper_plan, separate_plan
+from polymoe.offline.plan.shared_plan import PositionBytes, delta_format, exact_delta_plan, fit, shared_plan
+from polymoe.offline.plan.sizes import ExpertSizes
+from polymoe.offline.similarity.scan import FamilyScan
+
+if TYPE_CHECKING:
+    from polymoe.offline.calibrate.calibrate import Calibration
+    from polymoe.offline.checkpoint.family import Family
+
+_FEWEST_BYTES = 1024  # a budget below, without a unit, is no number of bytes
+_MOST_MULTIPLES = 1e6
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`multiple` of one model's expert bytes, for the experts alone, or `num_bytes` for every weight on the device."""
+
+    text: str
+    multiple: float | None = None
+    num_bytes: int | None = None
+
+
+def parse_memory(text: str) -> Memory:
+    """`1.0x` -> a multiple, `24GiB` -> bytes. `0x` is allowed: then every expert comes from the host tier.
+
+    Raises `PlanError` for anything else, and asks back where `1.0` may have been meant as `1.0x`.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[xX×]\s*", text)
+    if match is not None and float(match[1]) <= _MOST_MULTIPLES:
+        return Memory(text.strip(), multiple=float(match[1]))
+    number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
+    if number is not None and float(number[1]) < _FEWEST_BYTES:
+        raise PlanError(
+            f"--memory {number[1]} would be {number[1]} bytes; did you mean {number[1]}x, multiples of one model's "
+            f"experts, or {number[1]}GiB for all weights?"
+        )
+    try:
+        return Memory(text.strip(), num_bytes=parse_bytes(text))
+    except ConfigError as error:
+        raise PlanError(
+            f"{text[:40]!r} is not a memory budget; write 1.0x (multiples of one model's experts) or 24GiB (or 24G, "
+            "which is the same)."
+        ) from error
+
+
+def expert_budget(memory: Memory, scan: FamilyScan, table_bytes: int | None = None) -> int:
+    """Bytes for experts and deltas. Raises `PlanError` that names the minimum when not even the rest fits.
+
+    table_bytes: of the tables on the device; default that of plans without deltas.
+    """
+    _, num_layers, num_experts = scan.expert_version.shape
+    if memory.multiple is not None:
+        # A product such as 1.1 · 40 may end in …999; nobody means one expert less.
+        return int((memory.multiple * num_layers * num_experts + 1e-6) * scan.expert_bytes)
+    assert memory.num_bytes is not None
+    fixed = scan.nonexpert_bytes_total + (scan.table_bytes if table_bytes is None else table_bytes)
+    if memory.num_bytes < fixed:
+        raise PlanError(
+            f"--memory {memory.text} is below the minimum of {format_bytes(fixed)} ({fixed} bytes): the non-experts of "
+            f"{len(scan.variant_names)} variants must be on the device, and each expert there adds "
+            f"{format_bytes(scan.expert_bytes)}."
+        )
+    return memory.num_bytes - fixed
+
+
+def expert_capacity(memory: Memory, scan: FamilyScan) -> int:
+    """How many experts, as stored, fit the budget. Raises as `expert_budget` does."""
+    return expert_budget(memory, scan) // scan.expert_bytes
+
+
+def build_plan(
+    scan: FamilyScan,
+    policy: str,
+    memory: str | None = None,
+    options: PlanOptions | None = None,
+    family: "Family | None" = None,
+    calibration: "Calibration | None" = None,
+    console: Console | None = None,
+) -> Plan:
+    """The plan of `policy` for a family.
+
+    Args:
+        memory: None: `paper` and `auto` take 1.0x, every other policy what it needs with everything on the device.
+        family: needed by everything but `paper` and `separate` with bases as stored.
+        calibration: activations of the variants on text; needed by `regmean`, used by `auto`.
+
+    Raises `PlanError` for an unknown policy, options that it does not have, a malformed budget or one below the
+    minimum.
+    """
+    options = options or PlanOptions()
+    options.check(policy)
+    version, base = scan.expert_version, options.base
+    if policy == "auto":
+        assert family is not None
+        return _auto_plan(family, scan, memory, options, calibration, console)
+    if policy == "regmean" and calibration is None:
+        raise PlanError("--policy regmean weighs experts by what they see; give text with --calibrate VARIANT=FILE.")
+    if policy == "paper" and memory is None:
+        memory = "1.0x"
+    budget = None if memory is None else parse_memory(memory)
+    text = "" if budget is None else budget.text
+    if policy in ("paper", "separate"):
+        expert_bytes = scan.expert_bytes if base == STORED else _sizes(family)(base)
+        capacity = None if budget is None else expert_budget(budget, scan) // expert_bytes
+        if policy == "separate":
+            plan = separate_plan(version, capacity, text)
+        else:
+            assert capacity is not None
+            plan = paper_plan(scan.distance, version, capacity, text)
+        return replace(plan, base=np.full(version.shape[1:], base, dtype=object))
+
+    assert family is not None
+    sizes = _sizes(family)
+    cost = PositionBytes(scan.expert_bytes, sizes, sizes)
+    if policy == "exact-delta":
+        from polymoe.offline.plan.merge import exact_delta_bytes
+
+        exact = exact_delta_bytes(family, scan)
+        exact += 16 * len(sizes.tensors)  # at most, for where each delta's values start
+        cost = replace(cost, delta=lambda _: exact)
+    if policy == "exact-delta":
+        plan = exact_delta_plan(version, cost, text)
+    else:
+        groups = np.zeros_like(version)
+        if policy == "cluster":
+            from polymoe.offline.plan.merge import cluster_positions
+
+            groups = cluster_positions(scan, options.clusters or 2)
+        merge = "regmean" if calibration is not None else "mean"
+        merge = "mean" if policy == "mean" else merge
+        delta = delta_format(groups, base, options.bits) if policy == "delta" else "none"
+        plan = shared_plan(policy, groups, version, base, merge, delta, text)
+    if budget is None:
+        return plan
+    return fit(plan, version, scan.distance, cost, expert_budget(budget, scan, _table_bytes(plan)))
+
+
+def _table_bytes(plan: Plan) -> int:
+    """Bytes of the tables that `plan` needs, whatever fits in the end."""
+    tables = 4 + 4 * bool((plan.delta_owner >= 0).any()) + bool((plan.sign < 0).any())
+    return tables * plan.serving.size
+
+
+def _sizes(family: "Family | None") -> ExpertSizes:
+    assert family is not None, "formats other than stored need the family"
+    return ExpertSizes.of(family)
+
+
+def _auto_plan(
+    family: "Family",
+    scan: FamilyScan,
+    memory: str | None,
+    options: PlanOptions,
+    calibration: "Calibration | None",
+    console: Console | None,
+) -> Plan:
+    from polymoe.offline.plan.allocate import auto_plan
+
+    if options.min_top1 is not None and memory is not None:
+        raise PlanError("give either --memory or --min-top1: one is the budget, the other the promise.")
+    if options.min_top1 is not None:
+        return auto_plan(family, scan, None, options, calibration, console)
+    budget = parse_memory("1.0x" if memory is None else memory)
+    beside = 0
+    if budget.num_bytes is not None:  # for all weights: non-experts, and tables of bases and deltas int32, signs int8
+        beside = scan.nonexpert_bytes_total + 9 * scan.expert_version.size
+    # May be below zero: what the minimum is, and what it costs, is said where that is known.
+    num_bytes = expert_budget(budget, scan) if budget.num_bytes is None else budget.num_bytes - beside
+    plan = auto_plan(family, scan, num_bytes, options, calibration, console, beside)
+    return replace(plan, memory=budget.text)

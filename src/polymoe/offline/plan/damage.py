@@ -1,0 +1,189 @@
+"""What each way to store a position costs each variant, predicted in nats a token, without encoding anything.
+
+Rounding a matrix to a format leaves the share D of its energy (`DISTORTION`), so three energies at a position and a
+partition of the variants into groups, for each variant, say what all formats cost. With M the group's merged expert:
+
+    coherent   the outputs' error for M in place of W_v
+    spread     ‖W_v − M‖², as noise at the outputs
+    base       ‖M‖², as noise at the outputs
+
+    damage(base b, no delta) = coherent + D_b · base
+    damage(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + R_bd · D_b · base
+
+since least-squares levels leave D_d of the difference itself (they shrink it) and D_d (1 − D_d) of its energy as noise,
+and R_bd (`REPAIR`) of the base's rounding error.
+
+From the weights alone, energies are relative to ‖W_v‖² and positions count by `importance`. With text, the error of the
+outputs of the tokens routed there is measured, Σ g² ‖E(x; W) − E(x; Ŵ)‖² a token: tr(ΔW G ΔWᵀ) for what is coherent,
+and what error feedback (GPTQ) leaves of rounding noise, D · ‖W‖² / I · Σ_j 1 / U_jj² with UᵀU = G⁻¹. One more factor
+turns it into KL: each layer's experts are disturbed alone, and the KL of the logits is measured (method.md, 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polymoe.offline.plan.merge import spread, ward_groups
+
+if TYPE_CHECKING:
+    from polymoe.offline.similarity.scan import FamilyScan
+
+FloatArray = NDArray[np.float64]
+Partition = tuple[tuple[int, ...], ...]
+
+# Share of a Gaussian matrix's energy that a format leaves as error (its own row scales, encoded without text).
+DISTORTION = {
+    "stored": 1.3e-6,
+    "fp8": 6.8e-4,
+    "int8": 4.8e-5,
+    **{f"int{bits}": left for bits, left in ((3, 0.0345), (4, 0.0095), (5, 0.0025), (6, 0.00064))},
+    **{f"d{bits}": left for bits, left in enumerate((0.363, 0.1175, 0.0345, 0.0095, 0.0025), start=1)},
+}
+# Share of a base's rounding error that is left below a delta, by the KL that bases with and without rounding left on
+# three families of fine-tunes. It is more than D_d, and falls little from d3 on: where a base clips a large weight, the
+# delta, whose values are small, clips what is missing again.
+REPAIR = {
+    base: dict(zip(("d1", "d2", "d3", "d4", "d5"), left, strict=True))
+    for base, left in {
+        "int8": (0.25, 0.060, 0.010, 0.0030, 0.0010),
+        "int6": (0.38, 0.200, 0.100, 0.0700, 0.0450),
+        "int5": (0.36, 0.160, 0.085, 0.0620, 0.0450),
+        "int4": (0.34, 0.120, 0.061, 0.0400, 0.0270),
+        "int3": (0.34, 0.130, 0.069, 0.0420, 0.0250),
+    }.items()
+}
+# From the weights alone: KL of a model for each unit of its experts' relative error as rounding noise. 0.8 to 5 were
+# measured on the three families; it scales all predictions alike and decides no plan.
+NATS_PER_ERROR = 1.5
+# How much more a delta's rounding, noise in the shape of what training changed, counts than noise in the shape of the
+# weights (1.5, 1.9 and 2.2 were measured).
+RELEVANCE = 1.8
+# Agreement was as promised on three families with so many times the damage that the weights alone predict.
+CAUTION = 2.0
+# 1 − top-1 agreement ≈ this · √KL, from the same measurements.
+TOP1_PER_ROOT_KL = 0.75
+
+
+def coherence(distance: float) -> float:
+    """How much more leaving out what training changed counts than rounding noise of the same energy.
+
+    `distance`: mean distance of a pair of variants relative to the norm of their weights. 10, 2 and 26 were measured
+    (without deltas and with 1-bit ones) at distances of 0.19, 0.078 and 0.03; not extrapolated far below.
+    """
+    return min(5 + 0.018 / max(distance, 1e-9) ** 2, 40.0)
+
+
+def importance(norm_square: FloatArray) -> FloatArray:
+    """float [L, E], mean 1: what a relative error of an expert counts, for ‖W‖² [L, E] of a family.
+
+    Experts that are used much grow in training, and the first layers' errors go through all others: beside energies
+    measured on text, ‖W‖⁴ and 1, 1/2, 1/3, 1/4, 1/4, … by layer rank the positions of three families with coefficients
+    of 0.4 to 0.8, relative errors alone with −0.5 to 0.
+    """
+    by_layer = np.maximum(1 / np.arange(1, len(norm_square) + 1), 0.25)[:, None]
+    weight: FloatArray = (norm_square / max(float(norm_square.mean()), 1e-30)) ** 2 * by_layer
+    return weight / max(float(weight.mean()), 1e-30)
+
+
+@dataclass(frozen=True, eq=False)
+class Energies:
+    """`partitions[l][e]`: the ways to group the variants there. `coherent`, `spread`, `base` float64 [L, E, N, V], in
+    nats a token, N the number of partitions at most (0 beyond a position's own).
+
+    top1_per_root_kl: float [V], 1 − top-1 agreement of a variant for a root of KL.
+    traffic: float [L, E], share of a layer's routed tokens (mean over the variants) that an expert gets.
+    caution: what is promised must hold for so many times the predicted damage.
+    repair: base -> delta -> the share of the base's rounding error that it leaves; elsewhere D_d. (With text, error
+    feedback fits the deltas to what matters, and plans by `REPAIR` were measured to be no better.)
+    """
+
+    partitions: tuple[tuple[tuple[Partition, ...], ...], ...]
+    coherent: FloatArray
+    spread: FloatArray
+    base: FloatArray
+    top1_per_root_kl: FloatArray
+    traffic: FloatArray
+    caution: float = 1.0
+    repair: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def damage(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
+        """float [V], nats a token, for a merged base in format `base` with deltas of format `delta` ("none": none)."""
+        damage: FloatArray = self.components(layer, expert, partition, base, delta).sum(axis=0)
+        return damage
+
+    def components(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
+        """float [3, V], nats a token: what is left of `coherent`, of `spread` and of `base`."""
+        where = layer, expert, partition
+        rounding = DISTORTION[base] * self.base[where]
+        if delta == "none":
+            return np.stack((self.coherent[where], np.zeros_like(rounding), rounding))
+        share = DISTORTION[delta.removeprefix("±")]
+        if not delta.startswith("±"):  # which is against the exact midpoint and does not repair the base's rounding
+            rounding = rounding * self.repair.get(base, DISTORTION)[delta]
+        # Of W_v − M the share is left of itself, shrunk towards M, and the rest of it as noise.
+        return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
+
+    @staticmethod
+    def of_weights(scan: FamilyScan) -> Energies:
+        """From the distances alone."""
+        version = scan.expert_version
+        num_variants, num_layers, num_experts = version.shape
+        square = scan.pair_square
+        coherent = coherence(float(scan.relative_distance.mean()))
+        partitions = tuple(
+            tuple(partitions_of(square[layer, expert]) for expert in range(num_experts)) for layer in range(num_layers)
+        )
+        filled = EnergyTable(partitions, num_variants)
+        counts = importance(square.diagonal(axis1=2, axis2=3).mean(axis=2))
+        for layer, expert in np.ndindex(num_layers, num_experts):
+            own = np.maximum(square[layer, expert].diagonal(), 1e-30)
+            factor = NATS_PER_ERROR * counts[layer, expert] / (num_layers * num_experts) / own
+            for n, partition in enumerate(partitions[layer][expert]):
+                for group in partition:
+                    inside = spread(square[layer, expert], group) / len(group)
+                    merged = own[list(group)].mean() - inside  # ‖mean‖²
+                    for v in group:
+                        # ‖W_v − mean‖² = mean over the group of ‖W_v − W_w‖² less the spread's mean
+                        away = max(0.0, sum(square[layer, expert, v, w] for w in group if w != v) / len(group) - inside)
+                        filled.spread[layer, expert, n, v] = factor[v] * away * RELEVANCE
+                        filled.coherent[layer, expert, n, v] = factor[v] * away * coherent
+                        filled.base[layer, expert, n, v] = factor[v] * merged
+        alike = np.full((num_layers, num_experts), 1 / num_experts)
+        return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, REPAIR)
+
+
+class EnergyTable:
+    """Energies while they are filled in."""
+
+    def __init__(self, partitions: Sequence[Sequence[tuple[Partition, ...]]], num_variants: int) -> None:
+        self.partitions = tuple(tuple(row) for row in partitions)
+        most = max(len(found) for row in self.partitions for found in row)
+        shape = (len(self.partitions), len(self.partitions[0]), most, num_variants)
+        self.coherent, self.spread, self.base = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def result(
+        self,
+        top1: FloatArray,
+        traffic: FloatArray,
+        caution: float = 1.0,
+        repair: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> Energies:
+        return Energies(self.partitions, self.coherent, self.spread, self.base, top1, traffic, caution, repair or {})
+
+
+def partitions_of(square: FloatArray) -> tuple[Partition, ...]:
+    """All variants together, in two groups (of three variants and more), and every version by itself. `square` as a
+    position of `FamilyScan.pair_square`; identical experts are always in one group."""
+    distinct = len(ward_groups(square, len(square)))
+    found: list[Partition] = []
+    for clusters in (1, 2, distinct):
+        if clusters <= distinct:
+            groups = tuple(sorted(ward_groups(square, clusters)))
+            if groups not in found:
+                found.append(groups)
+    return tuple(found)

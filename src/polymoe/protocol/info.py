@@ -1,0 +1,75 @@
+"""What an engine tells of itself, once at the start and again and again while it runs. Imports no torch."""
+
+import msgspec
+
+from polymoe.bundle.manifest import Fidelity
+from polymoe.protocol.fast_path import FastPath
+
+
+class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients may know of a variant."""
+
+    name: str
+    version: str
+    max_model_len: int  # tokens
+    vocab_size: int
+    root: str  # the checkpoint it was planned from
+    created: int  # seconds since the epoch
+    tokenizer_dir: str | None
+    eos_token_ids: list[int]  # of its configs; its tokenizer may know one more
+    generation: dict[str, int | float | list[str]]  # field of `SamplingParams` -> its own default
+    predicted_damage: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
+    fidelity: Fidelity | None = None  # to its original, as measured when it was planned
+    decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
+    fault: str | None = None  # why it cannot be served although others can; with paths, for the operator
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.decoder_start_token_id is not None
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Most tokens of a prompt. An encoder and its decoder have half of `max_model_len` each."""
+        return self.max_model_len // 2 if self.is_encoder_decoder else self.max_model_len - 1
+
+    def max_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Most tokens that can follow a prompt."""
+        return self.max_model_len // 2 - 1 if self.is_encoder_decoder else self.max_model_len - num_prompt_tokens
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided at start-up."""
+
+    variants: list[VariantInfo]
+    policy: str
+    resident_bytes: dict[str, int]
+    slots: int
+    num_kv_blocks: int
+    block_size: int
+    experts_resident: int
+    experts_absent: int
+    max_concurrency: float  # sequences of full length that the KV cache holds
+    device: str
+    dtype: str
+    fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start, gauges of now. Lists are per variant, in order; times are seconds."""
+
+    running: list[int]
+    waiting: list[int]
+    kv_usage: float
+    prefix_cache_queries: list[int]  # tokens
+    prefix_cache_hits: list[int]  # tokens
+    preemptions: list[int]
+    tokens_served: list[int]  # computed, of prompts and answers
+    deadline_misses: list[int]  # first tokens that came later than the request's SLO class says
+    reconfigurations: int
+    reconfiguration_seconds: float
+    reconfiguration_bytes: int
+    expert_hits: int
+    expert_misses: int
+    expert_host_bytes: int
+    expert_fetch_seconds: float
+    resident_bytes: dict[str, int]
