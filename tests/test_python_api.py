@@ -403,6 +403,10 @@ def test_a_plan_for_a_bundle_is_refused(bundle: Path) -> None:
             LLM(bundle, **options)
     with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
         LLM({"a": "/nowhere"}, max_num_seq=2)
+    with pytest.raises(ConfigError, match=r'memory must be a text such as "1.0x" or "24GiB", got 1\.0'):
+        LLM({"a": "/nowhere"}, memory=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"checkpoints are \{name: path, …\}, got 'a': 5"):
+        LLM({"a": 5})  # type: ignore[dict-item]
 
 
 # --- the bar

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from polymoe.bundle.verify import hashed_beside, verify_bundle
 from polymoe.cli.main import app
 from polymoe.config import EngineConfig
 from polymoe.errors import BundleError
+from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.report import run_eval
 from polymoe.offline.api import make_plan
 
@@ -149,6 +151,20 @@ class TestOriginals:
         assert "is not the one that was planned (weights changed)" in said
         assert "is not the one that was planned (chat_template.jinja, config.json changed)" in said
 
+    @pytest.mark.parametrize("policy", ["separate", "mean"])
+    def test_what_the_family_did_to_an_original_is_no_change(self, policy: str, tmp_path: Path) -> None:
+        """Its hash is taken of the weights after a cast, and with a head of its own where another variant has one."""
+        made = {
+            name: make_family("mixtral", tmp_path / name, 3, dtype=dtype, tie_word_embeddings=tied)[name]
+            for name, dtype, tied in (
+                ("base", torch.bfloat16, False), ("v1", torch.float32, False), ("v2", torch.bfloat16, True),
+            )
+        }  # fmt: skip
+        bundle = make_plan(made, policy, None, tmp_path / "b")
+        for variant, path in enumerate(made.values()):
+            assert changes_since_plan(bundle, variant, path) == []
+        assert changes_since_plan(bundle, 0, made["v1"])[0] == "weights"
+
 
 TWICE = """
 import sys
@@ -170,4 +186,4 @@ def test_two_starts_at_once_with_an_empty_cache(trio: dict[str, Path], tmp_path:
     said = [error for _, error in outputs]
     assert sum("Planned meanwhile by another polymoe" in text or "Planned before" in text for text in said) == 1
     Bundle.open(folder, verify=True)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {Path(folder).name, f".{Path(folder).name}.lock"}
+    assert not list((tmp_path / "cache").glob(".*.tmp-*")), "nothing unfinished is left"

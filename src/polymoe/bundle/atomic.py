@@ -25,6 +25,7 @@ from polymoe.bundle.manifest import why_not_only_a_bundle
 from polymoe.errors import PlanError, explain
 
 _MARK = ".polymoe-unfinished"  # in a folder while it is written: a later run may remove it
+_ASIDE = re.compile(r"\..+\.old-[a-z0-9_]{8}")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -148,13 +149,19 @@ def _named_by_us(target: Path, kind: str) -> list[Path]:
     return [path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether polymoe made all that is in `folder`, so that it may be removed: it is unfinished and marked, a bundle
+    and nothing else, or empty (killed before it was marked). Where an old bundle was put aside, what holds of that."""
+    if (folder / _MARK).exists() or why_not_only_a_bundle(folder) is None:
+        return True
+    inner = list(folder.iterdir())
+    return not inner or (_ASIDE.fullmatch(folder.name) is not None and len(inner) == 1 and is_ours(inner[0]))
+
+
 def _remove_ours(folder: Path) -> None:
     """Remove an unfinished folder or an old bundle; anything else stays."""
-    if (folder / _MARK).exists() or why_not_only_a_bundle(folder) is None:
+    if is_ours(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # killed before it was marked
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:

@@ -20,7 +20,12 @@ def planned_config(bundle: Source, policy: str, memory: str | None, options: Map
 
     Raises `ConfigError` for options that do not exist or do not go together, and what planning raises.
     """
+    if memory is not None and not isinstance(memory, str):
+        raise ConfigError(f'memory must be a text such as "1.0x" or "24GiB", got {memory!r}.')
     if isinstance(bundle, Mapping):
+        for name, path in bundle.items():
+            if not isinstance(name, str) or not isinstance(path, str | Path):
+                raise ConfigError(f"checkpoints are {{name: path, …}}, got {name!r}: {path!r}.")
         config = EngineConfig.of("", options)
         from polymoe.offline.cache import planned_bundle  # here, since bundles that exist do not need it
 

@@ -75,27 +75,35 @@ def plan_cached(specs: Specs, policy: str, memory: str | None, root: Path, conso
 @contextlib.contextmanager
 def _alone(folder: Path, console: Console | None) -> Iterator[None]:
     """Wait until no other process plans `folder`. Raises `PlanError` where nothing can be written."""
+    path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = _locked(path, f"Another polymoe plans {folder}; waiting for it …", console)
     except OSError as error:
         raise PlanError(
             f"{folder.parent} cannot be written ({error.strerror}); name a folder that can with --cache or "
             "$POLYMOE_CACHE, or plan a bundle with `polymoe plan … --out` and serve that."
         ) from error
     try:
-        _wait_for(lock, f"Another polymoe plans {folder}; waiting for it …", console)
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(lock)  # the lock ends with it, however the process ends
 
 
-def _wait_for(lock: int, waiting: str, console: Console | None) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _say(console, waiting)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _locked(path: Path, waiting: str, console: Console | None) -> int:
+    """A descriptor of the file `path`, locked. Who had it before us has removed the file, so that it is made again."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(console, waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        os.close(lock)
 
 
 def _say(console: Console | None, text: str) -> None:

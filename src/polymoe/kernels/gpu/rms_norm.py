@@ -10,7 +10,7 @@ import triton.language as tl
 from polymoe.kernels.cpu.rms_norm import rms_norm
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rms_norm(x, weights, version, out, eps, width, repeat, HAS_VERSION: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
