@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(
 def test_as_torch_encodes(name: str, shape: tuple[int, int]) -> None:
     """The same codes, but where a scale lies between two bfloat16 neighbours; rows of zeros and short groups too."""
     fmt = get_format(name)
+    assert isinstance(fmt, codec.Coded)
     generator = torch.Generator().manual_seed(shape[1])
     weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)
     weight[0, :64] = 0
-    fast, plain = codec._encode_fast(weight, fmt), codec._encode_plain(weight, fmt)
+    fast, plain = fmt.encode_fast(weight), fmt.encode_plain(weight)
     assert fast is not None
     assert {part: (t.dtype, t.shape) for part, t in fast.items()} == {p: (t.dtype, t.shape) for p, t in plain.items()}
     assert (fast["scales"] != plain["scales"]).sum() <= 0.01 * plain["scales"].numel()

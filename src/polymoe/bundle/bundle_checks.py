@@ -23,7 +23,7 @@ from polymoe.bundle.manifest import (
 from polymoe.bundle.plain_files import why_not_to_read
 from polymoe.bundle.tensor_file import TensorEntry, dtype_name, read_header
 from polymoe.errors import BundleError, CheckpointError
-from polymoe.quant.formats import get_format, parts
+from polymoe.quant.formats import EXACT, STORED, get_format
 
 FIX = "plan it again or copy it again"
 _HASH_STEP = 8 << 20
@@ -144,9 +144,9 @@ def _wanted(manifest: Manifest, path: str) -> dict[str, Wanted]:
             return {name: (set(), None) for name, s in manifest.nonexperts.items() if any(s) and index in s}
     for layer in layers:
         if path == resident_file(layer):
-            count = manifest.base_pools[layer].get("stored", 0)
+            count = manifest.base_pools[layer].get(STORED.name, 0)
             stored = {n: (_FLOATS, (count, *shape)) for n, shape in manifest.expert_shapes.items()}
-            packed = {n: c for n, c in manifest.base_pools[layer].items() if n != "stored"}
+            packed = {n: c for n, c in manifest.base_pools[layer].items() if get_format(n).is_packed}
             return stored | _packed(manifest, packed)
         if path == delta_file(layer):
             return _packed(manifest, manifest.delta_pools[layer])
@@ -160,23 +160,13 @@ def _wanted(manifest: Manifest, path: str) -> dict[str, Wanted]:
 
 
 def _packed(manifest: Manifest, pools: dict[str, int]) -> dict[str, Wanted]:
-    """The tensors of packed pools; see `polymoe.quant.formats.parts`."""
+    """The tensors of packed pools; see `polymoe.quant.format.Format.pool_parts`."""
     wanted: dict[str, Wanted] = {}
     flip = -1 if manifest.transposed else 1
     for name, count in pools.items():
         for tensor, stored in manifest.expert_shapes.items():
-            shape = tuple(stored[::flip])
-            if name == "exact":
-                *lead, inputs = shape
-                wanted[packed_name(name, tensor, "bitmap")] = {"U8"}, (count, *lead, -(-inputs // 8))
-                wanted[packed_name(name, tensor, "values")] = _FLOATS, (-1,)
-                wanted[packed_name(name, tensor, "starts")] = {"I64"}, (count + 1,)
-                continue
-            if len(shape) == 1:  # a bias, never quantised
-                wanted[packed_name(name, tensor, "")] = _FLOATS, (count, *shape)
-                continue
-            for part, (dtype, size) in parts(get_format(name), (count, *shape), torch.float32).items():
-                wanted[packed_name(name, tensor, part)] = {dtype_name(dtype)}, size
+            for part, (dtype, size) in get_format(name).pool_parts(count, tuple(stored[::flip])).items():
+                wanted[packed_name(name, tensor, part)] = _FLOATS if dtype is None else {dtype_name(dtype)}, size
     return wanted
 
 
@@ -201,8 +191,8 @@ def check_ids(path: Path, manifest: Manifest, table: Tensor, delta: Tensor | Non
             raise BundleError(f"{path} is damaged: it has no table of the deltas; {FIX}.")
         return
     deltas = [sum(pools.values()) for pools in manifest.delta_pools]
-    exact = [pools.get("exact", 0) for pools in manifest.delta_pools]  # the last of a layer
-    stored = [pools.get("stored", 0) for pools in manifest.base_pools]
+    exact = [pools.get(EXACT.name, 0) for pools in manifest.delta_pools]  # the last of a layer
+    stored = [pools.get(STORED.name, 0) for pools in manifest.base_pools]
     check((delta < -1) | (delta >= by_layer(deltas)), "it names a delta that does not exist")
     check((delta >= 0) & (table < 0), "it has a delta on a host expert")
     is_exact = (delta >= 0) & (delta >= by_layer(deltas) - by_layer(exact))

@@ -1,6 +1,7 @@
 """Is what a manifest says possible? A hash finds accidents; this finds what was written wrong."""
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from polymoe.bundle.manifest import (
@@ -104,7 +105,7 @@ def files_of(manifest: Manifest) -> list[str]:
     ]
 
 
-def _are_pools(pools: dict[str, int], formats: tuple[Format, ...]) -> bool:
+def _are_pools(pools: dict[str, int], formats: Sequence[Format]) -> bool:
     """Known formats, in the order in which physical ids run through them."""
     order = [fmt.name for fmt in formats]
     known = [order.index(name) for name in pools if name in order]

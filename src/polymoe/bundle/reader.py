@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,7 +35,7 @@ from polymoe.bundle.manifest import (
 )
 from polymoe.bundle.manifest_checks import check_manifest
 from polymoe.errors import BundleError
-from polymoe.quant.formats import get_format, parts
+from polymoe.quant.formats import get_format
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +173,7 @@ class Bundle:
     def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
         """Format -> packed bases of one layer, in the order of their ids, which follow those of `resident_experts`."""
         pools = self.manifest.base_pools[layer]
-        return {name: self._packed(resident_file(layer), name) for name in pools if name != "stored"}
+        return {name: self._packed(resident_file(layer), name) for name in pools if get_format(name).is_packed}
 
     def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:
         """Format -> deltas of one layer, in the order of their ids. Exact ones: the values of delta d are
@@ -187,19 +185,11 @@ class Bundle:
         fmt = get_format(format_name)
         found: PackedTensors = {}
         for tensor, shape in self.packed_shapes.items():
-            # The dtype of biases is the checkpoint's, which does not matter here.
-            names = ("bitmap", "values", "starts") if format_name == "exact" else parts(fmt, shape, torch.float32)
+            names = fmt.pool_parts(1, shape)
             found[tensor] = {part: self._tensor(file, packed_name(format_name, tensor, part)) for part in names}
-            if format_name == "exact":
-                self._check_exact(file, tensor, found[tensor])
+            if (wrong := fmt.contradiction(found[tensor])) is not None:
+                raise damaged(self.path, file, f"has {format_name} deltas of {tensor} that {wrong}")
         return found
-
-    def _check_exact(self, file: str, tensor: str, found: Mapping[str, Tensor]) -> None:
-        """Raise `BundleError` where the values are not those that the bitmaps count: a kernel would read past them."""
-        starts, changes = found["starts"], np.bitwise_count(found["bitmap"].numpy()).reshape(len(found["bitmap"]), -1)
-        ends = torch.from_numpy(changes.sum(axis=1, dtype=np.int64)).cumsum(0)
-        if int(starts[0]) != 0 or not torch.equal(starts[1:], ends) or int(starts[-1]) != len(found["values"]):
-            raise damaged(self.path, file, f"has exact deltas of {tensor} that do not fit their bitmaps")
 
     def host_experts(self, layer: int) -> int:
         """How many experts the layer has in the host tier."""

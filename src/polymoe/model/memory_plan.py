@@ -16,6 +16,7 @@ import torch
 from polymoe.config import format_bytes
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability
+from polymoe.quant.formats import STORED
 
 if TYPE_CHECKING:
     from polymoe.bundle.reader import Bundle
@@ -84,7 +85,7 @@ def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: i
         itemsize: bytes of the dtype that stored experts and non-experts are computed in.
     """
     manifest = bundle.manifest
-    stored = sum(pools.get("stored", 0) for pools in manifest.base_pools)
+    stored = sum(pools.get(STORED.name, 0) for pools in manifest.base_pools)
     # Packed pools stay as they are; stored experts are converted to the dtype of the computation.
     packed = manifest.resident_bytes["resident_experts"] - stored * manifest.expert_bytes
     experts = packed + stored * manifest.expert_parameters * itemsize

@@ -3,7 +3,7 @@
 import torch
 
 from polymoe.native.library import cpu_kernels, kernel_threads
-from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, num_groups, row_bytes
+from polymoe.quant.format import SCALE_DTYPE, Format, group_size, num_groups, row_bytes
 
 
 def fast_encode(

@@ -4,11 +4,14 @@ Fine-tuning by reinforcement or preferences leaves most bfloat16 values as they 
 of changed values this takes (1 + 16 ρ) / 8 bytes a value. The base must be stored in the checkpoint's dtype.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from polymoe.quant.format import Format, Kind, Parts, PoolParts
 
 _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -55,3 +58,42 @@ def decode_exact_torch(tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=base.device)
     bits = ((tensors["bitmap"][..., None] >> places) & 1).flatten(-2)[..., : base.shape[-1]]
     return base.masked_scatter(bits.bool(), tensors["values"])
+
+
+class Exact(Format):
+    """The lossless delta. In a pool the values of all lie back to back: delta d's are `starts[d] : starts[d + 1]`."""
+
+    kind = Kind.CHANGES
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> Parts:
+        raise AssertionError("the size of an exact delta is only known from the weights")
+
+    def pool_parts(self, count: int, shape: tuple[int, ...]) -> PoolParts:
+        *lead, inputs = shape
+        bitmap = (count, *lead, -(-inputs // 8))
+        return {"bitmap": (torch.uint8, bitmap), "values": (None, (-1,)), "starts": (torch.int64, (count + 1,))}
+
+    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Those of the matrix itself, which a delta hardly ever exceeds; `exact_bytes` where the changes are known."""
+        return math.prod(shape) * dtype.itemsize
+
+    def encode_delta(self, weight: Tensor, base: Tensor, second_moment: Tensor | None = None) -> dict[str, Tensor]:
+        return encode_exact(weight, base)
+
+    def corrected(self, base: Tensor, tensors: Mapping[str, Tensor], sign: int = 1) -> Tensor:
+        return decode_exact(tensors, base)
+
+    def pool(self, entries: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+        values = [entry["values"] for entry in entries]
+        ends = torch.tensor([0, *map(len, values)]).cumsum(0)
+        return {"bitmap": [entry["bitmap"][None] for entry in entries], "values": values, "starts": [ends]}
+
+    def entry(self, pool: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+        start, stop = pool["starts"][index : index + 2].tolist()
+        return {"bitmap": pool["bitmap"][index], "values": pool["values"][start:stop]}
+
+    def contradiction(self, pool: Mapping[str, Tensor]) -> str | None:
+        starts, bitmap = pool["starts"], pool["bitmap"]
+        changes = np.bitwise_count(bitmap.numpy()).reshape(len(bitmap), -1).sum(axis=1, dtype=np.int64)
+        fit = torch.equal(starts[1:], torch.from_numpy(changes).cumsum(0)) and int(starts[-1]) == len(pool["values"])
+        return None if fit and int(starts[0]) == 0 else "do not fit their bitmaps"

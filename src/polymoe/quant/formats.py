@@ -1,41 +1,29 @@
-"""How an expert's matrices are stored: the formats of bases and of deltas, their tensors and their bytes.
+"""The formats there are. Adding one: an entry here (or `register`, from outside), what its kernels do with its `Kind`
+where that is a new one, and its test; nothing else asks a format for its name."""
 
-A matrix is [O, I]: O outputs, I inputs (the reduction axis, last). Modules that hold [in, out] (`is_transposed`) are
-packed as [out, in] too. A vector (a bias) is never quantised. Each value is `levels[code] · scale of its group`.
-
-Groups: a row is cut into the fewest groups of at most `Format.group` values, each a multiple of 64 but the last.
-
-    I = 192, group 256: |---------- 192 ----------|          I = 384: |--- 192 ---|--- 192 ---|
-
-Packing, along I: 32 bytes hold 256 / bits consecutive values; byte j has value j in its low bits, value j + 32 above,
-and so on, so that one 32-byte load gives 32 lanes a shift. The last block of a row may be shorter: n bytes then hold
-its values with stride n in place of 32, without padding beyond the last byte. Widths that are no power of two are
-planes, one after the other in the row: 3 bits = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, low bits first.
-"""
-
-import math
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from polymoe.errors import PlanError
+from polymoe.quant.codec import Centred, Float8, Levels
+from polymoe.quant.exact import Exact
+from polymoe.quant.format import (
+    BLOCK_BYTES,
+    PLANES,
+    SCALE_DTYPE,
+    Format,
+    Kind,
+    Parts,
+    group_size,
+    num_groups,
+    row_bytes,
+)
 
-BLOCK_BYTES = 32
-SCALE_DTYPE = torch.bfloat16
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-
-
-@dataclass(frozen=True)
-class Format:
-    """`bits` a value; `group`: most values along I that share a scale; `levels`: the code's value before the scale.
-
-    `levels` is empty for formats without a table: "stored", "none", "fp8" (codes are float8_e4m3fn) and "exact".
-    """
-
-    name: str
-    bits: int
-    group: int
-    levels: tuple[float, ...] = ()
+__all__ = [
+    "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "PLANES", "SCALE_DTYPE", "STORED", "Format", "Kind",
+    "Parts", "get_format", "group_size", "num_bytes", "num_groups", "parts", "register", "row_bytes",
+]  # fmt: skip
 
 
 def _mirrored(*positive: float) -> tuple[float, ...]:
@@ -43,89 +31,82 @@ def _mirrored(*positive: float) -> tuple[float, ...]:
 
 
 # The least-squares (Lloyd-Max) levels of a Gaussian with variance 1: rows of trained weights and of their deltas are
-# close to it. In brackets the share of the variance that is left.
+# close to it.
 _GAUSSIAN = {
-    1: _mirrored(0.7979),  # .363
-    2: _mirrored(0.4528, 1.5104),  # .117
-    3: _mirrored(0.2451, 0.7560, 1.3439, 2.1519),  # .0345
-    4: _mirrored(0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326),  # .0095
+    1: _mirrored(0.7979),
+    2: _mirrored(0.4528, 1.5104),
+    3: _mirrored(0.2451, 0.7560, 1.3439, 2.1519),
+    4: _mirrored(0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326),
     5: _mirrored(
         *(0.0659, 0.1981, 0.3314, 0.4667, 0.6049, 0.7471, 0.8946, 1.0488),
         *(1.2118, 1.3863, 1.5762, 1.7872, 2.0287, 2.3177, 2.6911, 3.2607),
-    ),  # .0025
+    ),
     6: _mirrored(
         *(0.0334, 0.1003, 0.1673, 0.2346, 0.3022, 0.3703, 0.4389, 0.5083, 0.5785, 0.6497, 0.7219, 0.7955, 0.8705),
         *(0.9472, 1.0257, 1.1065, 1.1897, 1.2758, 1.3651, 1.4583, 1.5558, 1.6586, 1.7675, 1.8840, 2.0096, 2.1468),
         *(2.2990, 2.4713, 2.6723, 2.9174, 3.2404, 3.7441),
-    ),  # .0006
+    ),
 }
+_EVEN = tuple(float(code - 128) for code in range(256))
 _GROUP = 256
 
-BASE_FORMATS = (
-    Format("stored", 16, 1),
-    Format("fp8", 8, _GROUP),
-    # code 128 is zero; 0 is not used, so that the levels are symmetric
-    Format("int8", 8, _GROUP, tuple(float(code - 128) for code in range(256))),
-    Format("int6", 6, _GROUP, _GAUSSIAN[6]),
-    Format("int5", 5, _GROUP, _GAUSSIAN[5]),
-    Format("int4", 4, _GROUP, _GAUSSIAN[4]),
-    Format("int3", 3, _GROUP, _GAUSSIAN[3]),
-)
-DELTA_FORMATS = (
-    *(Format(f"d{bits}", bits, _GROUP, _GAUSSIAN[bits]) for bits in (1, 2, 3, 4, 5)),
-    Format("exact", 0, 1),
-)
-_FORMATS = {fmt.name: fmt for fmt in (*BASE_FORMATS, *DELTA_FORMATS)}
-SIGNED = "±"  # "±d2": midpoint base of two variants, one d2 delta that the first adds and the second subtracts
 
-Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+def _repair(*left: float) -> dict[str, float]:
+    """Of a base's rounding error, the share left below d1, d2, …, by the KL that bases with and without rounding left
+    on three families of fine-tunes. It is more than the delta's distortion, and falls little from d3 on: where a base
+    clips a large weight, the delta, whose values are small, clips what is missing again."""
+    return {f"d{bits}": share for bits, share in enumerate(left, start=1)}
 
 
+STORED = Format("stored", 16, 1, distortion=1.3e-6)
+EXACT = Exact("exact", 0, 1, is_delta=True)
+# Physical ids run through a layer's pools in the order of these lists; the lossless delta stays the last.
+BASE_FORMATS: list[Format] = [
+    STORED,
+    Float8("fp8", 8, _GROUP, (), 6.8e-4),
+    Centred("int8", 8, _GROUP, _EVEN, 4.8e-5, _repair(0.25, 0.060, 0.010, 0.0030, 0.0010)),
+    Levels("int6", 6, _GROUP, _GAUSSIAN[6], 0.00064, _repair(0.38, 0.200, 0.100, 0.0700, 0.0450)),
+    Levels("int5", 5, _GROUP, _GAUSSIAN[5], 0.0025, _repair(0.36, 0.160, 0.085, 0.0620, 0.0450)),
+    Levels("int4", 4, _GROUP, _GAUSSIAN[4], 0.0095, _repair(0.34, 0.120, 0.061, 0.0400, 0.0270)),
+    Levels("int3", 3, _GROUP, _GAUSSIAN[3], 0.0345, _repair(0.34, 0.130, 0.069, 0.0420, 0.0250)),
+]
+DELTA_FORMATS: list[Format] = [
+    Levels("d1", 1, _GROUP, _GAUSSIAN[1], 0.363, is_delta=True),
+    Levels("d2", 2, _GROUP, _GAUSSIAN[2], 0.1175, is_delta=True),
+    Levels("d3", 3, _GROUP, _GAUSSIAN[3], 0.0345, is_delta=True),
+    Levels("d4", 4, _GROUP, _GAUSSIAN[4], 0.0095, is_delta=True),
+    Levels("d5", 5, _GROUP, _GAUSSIAN[5], 0.0025, is_delta=True),
+    EXACT,
+]
+
+
+@cache
 def get_format(name: str) -> Format:
     """The format called `name`. Raises `PlanError` with the list of them."""
-    if name not in _FORMATS:
-        bases, deltas = (", ".join(fmt.name for fmt in fmts) for fmts in (BASE_FORMATS, DELTA_FORMATS))
-        raise PlanError(f"unknown format {name!r}; bases are {bases}, deltas {deltas}.")
-    return _FORMATS[name]
+    for fmt in (*BASE_FORMATS, *DELTA_FORMATS):
+        if fmt.name == name:
+            return fmt
+    bases, deltas = (", ".join(fmt.name for fmt in fmts) for fmts in (BASE_FORMATS, DELTA_FORMATS))
+    raise PlanError(f"unknown format {name!r}; bases are {bases}, deltas {deltas}.")
 
 
-def group_size(fmt: Format, inputs: int) -> int:
-    """Values that share a scale in a row of `inputs`; the last group may have fewer."""
-    groups = math.ceil(inputs / fmt.group)
-    return math.ceil(inputs / groups / 64) * 64
+def register(fmt: Format) -> None:
+    """Make a format from outside known to planning, bundles and serving, before any of them is asked for.
 
-
-def num_groups(fmt: Format, inputs: int) -> int:
-    return math.ceil(inputs / group_size(fmt, inputs))
-
-
-def plane_bytes(bits: int, inputs: int) -> int:
-    """Bytes of one plane of a row. A short last block takes whole bytes."""
-    return math.ceil(inputs * bits / 8)
-
-
-def row_bytes(fmt: Format, inputs: int) -> int:
-    """Bytes of the codes of one row."""
-    return sum(plane_bytes(bits, inputs) for bits in PLANES[fmt.bits])
+    Its kernels: those of its `kind`; elsewhere the experts are computed in torch by `Format.decode`.
+    Raises `PlanError` for a name that is taken.
+    """
+    if any(fmt.name == known.name for known in (*BASE_FORMATS, *DELTA_FORMATS)):
+        raise PlanError(f"there is a format {fmt.name!r} already.")
+    formats = DELTA_FORMATS if fmt.is_delta else BASE_FORMATS
+    formats.insert(len(formats) - formats[-1].is_lossless, fmt)
 
 
 def parts(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Parts:
-    """{part: (dtype, shape)} of the tensors that store one matrix [O, I] (or a bias [O], which is stored plainly).
-
-    Leading axes are kept. A delta's bias is the difference in float32. "exact" has a length of its own for every
-    expert and is not described here: see `polymoe.quant.exact`.
-    """
-    assert fmt.name != "exact", "the size of an exact delta is only known from the weights"
-    if len(shape) == 1 or fmt.name == "stored":
-        return {"": (torch.float32 if fmt in DELTA_FORMATS else dtype, shape)}
-    *lead, inputs = shape
-    codes = torch.float8_e4m3fn if fmt.name == "fp8" else torch.uint8
-    return {
-        "codes": (codes, (*lead, row_bytes(fmt, inputs))),
-        "scales": (SCALE_DTYPE, (*lead, num_groups(fmt, inputs))),
-    }
+    """`Format.parts`."""
+    return fmt.parts(shape, dtype)
 
 
 def num_bytes(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of one matrix or bias, scales counted."""
-    return sum(math.prod(part) * kind.itemsize for kind, part in parts(fmt, shape, dtype).values())
+    """`Format.num_bytes`."""
+    return fmt.num_bytes(shape, dtype)

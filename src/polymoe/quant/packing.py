@@ -1,9 +1,9 @@
-"""Codes of 1 to 8 bits in bytes, in the layout that `polymoe.quant.formats` describes."""
+"""Codes of 1 to 8 bits in bytes, in the layout that `polymoe.quant.format` describes."""
 
 import torch
 from torch import Tensor
 
-from polymoe.quant.formats import BLOCK_BYTES, PLANES, plane_bytes
+from polymoe.quant.format import BLOCK_BYTES, PLANES, plane_bytes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

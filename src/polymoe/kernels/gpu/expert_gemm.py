@@ -40,7 +40,6 @@ WEIGHTED = tl.constexpr(2)
 NONE = tl.constexpr(-1)  # no base, or no delta, in this launch
 
 _TILES_TOGETHER = 8
-_UNPACKED = ("stored", "exact")
 # block_m -> candidates for stored weights alone, and where something is packed. The first is used where nothing is
 # timed. A tile is block_m by block_n, in steps of block_k inputs.
 _STORED = {
@@ -109,9 +108,10 @@ def expert_gemm(
             BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
-    formats = ["none" if m is None else m.format for m in (base, delta)]
+    formats = ["none" if m is None else m.format.name for m in (base, delta)]
+    unpacked = base is not None and not any(m is not None and m.format.is_coded for m in (base, delta))
     shape = (x.dtype, kind, add, *formats, matrix.outputs, matrix.inputs, rows.block_m, row_bucket(len(rows.order)))
-    candidates = (_STORED if formats[0] == "stored" and formats[1] in ("none", "exact") else _PACKED)[rows.block_m]
+    candidates = (_STORED if unpacked else _PACKED)[rows.block_m]
     launch(choose("expert_gemm", shape, candidates, lambda config: launch(config, out.clone() if add else out)))
 
 
@@ -141,7 +141,7 @@ def expert_gemm_torch(
             z = torch.zeros((), device=x.device) if base is None else base.product(tile_base, row)
             if delta is not None and rows.delta is not None and rows.sign is not None and int(rows.delta[r]) in delta:
                 own = int(rows.delta[r])
-                if delta.format == "exact" and base is not None:
+                if delta.format.is_lossless and base is not None:
                     z = z + delta.changes(own, base, tile_base) @ row
                 else:
                     z = z + rows.sign[r] * delta.product(own, row)
@@ -171,8 +171,8 @@ def _check(
     assert (kind == WEIGHTED.value) == (routing_weight is not None)
     assert routing_weight is None or routing_weight.is_contiguous()
     assert delta is None or rows.delta is not None, "deltas without a delta table"
-    exact = delta is not None and delta.format == "exact"
-    assert not exact or (base is not None and base.format == "stored"), "lossless deltas are against a stored base"
+    exact = delta is not None and delta.format.is_lossless
+    assert not exact or (base is not None and not base.format.is_packed), "lossless deltas are against a stored base"
 
 
 def _arguments(matrix: PoolMatrix | None, nothing: Tensor) -> tuple[Any, ...]:
@@ -188,7 +188,7 @@ def _constants(prefix: str, matrix: PoolMatrix | None, block_k: int) -> dict[str
     if matrix is not None:
         own = {
             **matrix.constants,
-            "LANES": 0 if matrix.format in _UNPACKED else lanes(matrix.constants, matrix.inputs, block_k),
+            "LANES": 0 if not matrix.format.is_coded else lanes(matrix.constants, matrix.inputs, block_k),
             "ROW": matrix.values.shape[2],
             "GROUPS": 0 if matrix.scales is None else matrix.scales.shape[2],
             "BIAS": matrix.bias is not None,

@@ -171,7 +171,7 @@ def _passes(
     first = deltas[0] if deltas else None
     for number, base in enumerate(bases):
         # Lossless deltas are of stored bases alone.
-        own = None if first is not None and first.format == "exact" and base.format != "stored" else first
+        own = None if first is not None and first.format.is_lossless and base.format.is_packed else first
         multiply(kind, x, rows, base, own, out, routing_weight, zero_absent=zero_absent and number == 0)
     for delta in deltas[1:]:
         multiply(kind, x, rows, None, delta, out, routing_weight, add=True)
@@ -215,7 +215,7 @@ def _layer_pools(weights: CompressedLayer, name: str, dtype: torch.dtype, transp
         else:
             deltas.append(exact_matrix(delta, name, bases[0].inputs, first, dtype))
         first += len(delta)
-    return bases, sorted(deltas, key=lambda matrix: matrix.format != "exact")  # theirs is the pass with the base
+    return bases, sorted(deltas, key=lambda matrix: not matrix.format.is_lossless)  # theirs is the pass with the base
 
 
 def _num_stored(stored: Weights) -> int:

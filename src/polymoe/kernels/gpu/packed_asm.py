@@ -15,7 +15,7 @@ does Triton's interpreter, which knows no PTX. The test runs these very lines in
 
 import torch
 
-from polymoe.quant.formats import PLANES, Format
+from polymoe.quant.formats import PLANES, Format, Kind
 
 
 def assembly(fmt: Format) -> tuple[str, ...]:
@@ -25,9 +25,9 @@ def assembly(fmt: Format) -> tuple[str, ...]:
     wide plane gives tiles q · 2d + p ($0 $1) and q · 2d + p + d ($2 $3) of 32 inputs a block from $4, the q-th load of
     the wide plane, and $5, the narrow plane.
     """
-    if fmt.name == "fp8":
+    if fmt.kind is Kind.FLOAT8:
         return (_fp8(),)
-    if fmt.name == "int8":
+    if fmt.kind is Kind.CENTRED:
         return (_int8(),)
     planes = PLANES[fmt.bits]
     if planes not in ((1,), (2,), (4,), (2, 1), (4, 1)):

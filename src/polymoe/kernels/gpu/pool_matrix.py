@@ -12,9 +12,9 @@ from torch import Tensor
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
 from polymoe.kernels.gpu.packed_asm import assembly
 from polymoe.kernels.gpu.packed_product import EXACT, FP8, INT8, ONE_BIT, STORED, TABLE, TWO_BITS
-from polymoe.quant.codec import decode
+from polymoe.quant import formats
 from polymoe.quant.exact import changes_before_rows, decode_exact_torch
-from polymoe.quant.formats import PLANES, Format, get_format, group_size
+from polymoe.quant.formats import PLANES, Format, Kind, group_size
 
 CONSTANTS = ("KIND", "WIDE", "NARROW", "GROUP", "LOW", "HIGH", "STEP0", "STEP1", "STEP2", "STEP3")
 Constant = int | float | str
@@ -37,7 +37,7 @@ class PoolMatrix:
     levels: Tensor | None
     first: int
     inputs: int
-    format: str
+    format: Format
     constants: Mapping[str, Constant]
 
     @property
@@ -54,13 +54,12 @@ class PoolMatrix:
     def product(self, index: int, x: Tensor) -> Tensor:
         """float32 `[..., O]` of expert `index` in the layer's numbering: the reference of the kernels."""
         here = index - self.first
-        assert self.format != "exact", "of a lossless delta there is a product only with its base"
+        assert not self.format.is_lossless, "of a lossless delta there is a product only with its base"
         if self.scales is None:
             weight = self.values[here].float()
         else:
-            codes = self.values[here].view(torch.float8_e4m3fn) if self.format == "fp8" else self.values[here]
-            parts = {"codes": codes, "scales": self.scales[here]}
-            weight = decode(parts, get_format(self.format), (self.outputs, self.inputs), torch.float32)
+            parts = {"codes": self.values[here].view(self.format.code_dtype), "scales": self.scales[here]}
+            weight = self.format.decode(parts, (self.outputs, self.inputs), torch.float32)
         out = x.float() @ weight.T
         return out if self.bias is None else out + self.bias[here].float()
 
@@ -83,7 +82,7 @@ def stored_matrix(values: Tensor, bias: Tensor | None, first: int = 0) -> PoolMa
     """Weights as the stock module has them, `[P, O, I]`, on the device or in pinned memory of the host."""
     assert values.is_contiguous()
     constants = _constants(STORED.value)
-    return PoolMatrix(values, None, _contiguous(bias), None, first, values.shape[2], "stored", constants)
+    return PoolMatrix(values, None, _contiguous(bias), None, first, values.shape[2], formats.STORED, constants)
 
 
 def packed_matrix(pool: PackedPool, name: str, first: int, dtype: torch.dtype) -> PoolMatrix:
@@ -94,9 +93,9 @@ def packed_matrix(pool: PackedPool, name: str, first: int, dtype: torch.dtype) -
     values = parts["codes"].view(torch.uint8)
     assert values.is_contiguous()
     assert parts["scales"].is_contiguous()
-    constants = _packed_constants(pool.fmt.name, inputs, dtype)
+    constants = _packed_constants(pool.fmt, inputs, dtype)
     levels = _levels(pool.fmt, dtype, values.device) if constants["KIND"] == TABLE.value else None
-    return PoolMatrix(values, parts["scales"], own_bias, levels, first, inputs, pool.fmt.name, constants)
+    return PoolMatrix(values, parts["scales"], own_bias, levels, first, inputs, pool.fmt, constants)
 
 
 def exact_matrix(pool: ExactPool, name: str, inputs: int, first: int, dtype: torch.dtype) -> PoolMatrix:
@@ -106,17 +105,16 @@ def exact_matrix(pool: ExactPool, name: str, inputs: int, first: int, dtype: tor
     assert bits.is_contiguous()
     begins = changes_before_rows(bits) + parts["starts"][:-1, None].to(bits.device)
     values = parts["values"].to(dtype)
-    return PoolMatrix(bits, begins[..., None], None, values, first, inputs, "exact", _constants(EXACT.value))
+    return PoolMatrix(bits, begins[..., None], None, values, first, inputs, formats.EXACT, _constants(EXACT.value))
 
 
 @cache
-def _packed_constants(name: str, inputs: int, dtype: torch.dtype) -> dict[str, Constant]:
-    fmt = get_format(name)
+def _packed_constants(fmt: Format, inputs: int, dtype: torch.dtype) -> dict[str, Constant]:
     wide, narrow = (*PLANES[fmt.bits], 0)[:2]
     kind, low, high = TABLE.value, 0.0, 0.0
-    if name == "fp8":
+    if fmt.kind is Kind.FLOAT8:
         kind = FP8.value
-    elif name == "int8":
+    elif fmt.kind is Kind.CENTRED:
         kind = INT8.value
     elif fmt.bits == 1:
         kind, low, high = ONE_BIT.value, *fmt.levels

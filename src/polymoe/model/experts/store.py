@@ -77,8 +77,8 @@ def load_packed(
         resident,
         tuple(PackedPool(get_format(name), load(tensors), shapes) for name, tensors in bases.items()),
         tuple(
-            ExactPool(load(tensors)) if name == "exact" else PackedPool(get_format(name), load(tensors), shapes)
-            for name, tensors in deltas.items()
+            ExactPool(load(tensors)) if fmt.is_lossless else PackedPool(fmt, load(tensors), shapes)
+            for fmt, tensors in ((get_format(name), tensors) for name, tensors in deltas.items())
         ),
         transposed,
     )

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from polymoe.offline.checkpoint.matrices import as_matrix
 from polymoe.offline.distill.learned import Learned
-from polymoe.quant.codec import decode
-from polymoe.quant.exact import decode_exact
 from polymoe.quant.formats import Format, get_format, group_size
 
 if TYPE_CHECKING:
@@ -137,17 +135,13 @@ class ServedVariant:
             sign = 1 if bundle.sign is None else int(bundle.sign[self.variant, layer, expert])
             assert bundle.delta is not None
             alone = int((bundle.delta[:, layer] == place).sum()) == 1
-            if fmt.name == "exact":
-                start, stop = parts["starts"][row], parts["starts"][row + 1]
-                changed = {"bitmap": parts["bitmap"][row], "values": parts["values"][start:stop]}
-                fixed[expert] = decode_exact(changed, self._stored_base(layer, tensor, expert)).float()
-            elif "scales" not in parts or not alone:
-                one = {part: value[row] for part, value in parts.items()}
-                fixed[expert] = fixed[expert] + sign * decode(one, fmt, shape, torch.float32)
+            one = fmt.entry(parts, row)
+            if "scales" not in parts or not alone:
+                base = self._stored_base(layer, tensor, expert) if fmt.is_lossless else fixed[expert]
+                fixed[expert] = fmt.corrected(base, one, sign).float()
             else:
-                ones = {"codes": parts["codes"][row], "scales": torch.ones_like(parts["scales"][row])}
-                levels = sign * decode(ones, fmt, shape, torch.float32)
-                found.setdefault(fmt.name, []).append((expert, levels, parts["scales"][row], row))
+                levels = sign * fmt.decode({**one, "scales": torch.ones_like(one["scales"])}, shape, torch.float32)
+                found.setdefault(fmt.name, []).append((expert, levels, one["scales"], row))
         deltas = {
             name: (torch.tensor(experts), torch.stack(levels), torch.stack(scales), torch.tensor(rows))
             for name, (experts, levels, scales, rows) in ((n, zip(*v, strict=True)) for n, v in found.items())
@@ -159,11 +153,9 @@ class ServedVariant:
         for stored in self.bundle.resident_experts(layer)[tensor]:
             yield as_matrix(stored, self.bundle.manifest.transposed).float()
         for name, pool in self.bundle.packed_bases(layer).items():
-            parts = pool[tensor]
+            fmt = get_format(name)
             for row in range(self.bundle.manifest.base_pools[layer][name]):
-                yield decode(
-                    {part: value[row] for part, value in parts.items()}, get_format(name), shape, torch.float32
-                )
+                yield fmt.decode(fmt.entry(pool[tensor], row), shape, torch.float32)
 
     def _stored_base(self, layer: int, tensor: str, expert: int) -> Tensor:
         place = int(self.bundle.table[self.variant, layer, expert])

@@ -102,7 +102,7 @@ class CalibratedEncoder:
                 packed[tensor] = _found(found, group, tensor)
             else:
                 moments = None
-                if each[group.leader].ndim == 2 and not group.is_verbatim | (group.delta == "exact"):
+                if each[group.leader].ndim == 2 and not group.is_lossless:
                     moments = self._moments(group, seen, tokens, routed)
                 packed[tensor] = encode_tensor(group, each, version, moments)
             for v, weight in served_weights(group, each, packed[tensor]).items():

@@ -14,7 +14,7 @@ from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.encode.encoded_layer import EncodedLayer
 from polymoe.offline.encode.position_codec import Group, PackedTensor, encode_tensor, groups_of
-from polymoe.offline.plan.plan import NO_DELTA, Plan
+from polymoe.offline.plan.plan import Plan
 from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.thread_pool import thread_pool
 
@@ -58,7 +58,7 @@ class PlainEncoder:
     def layer(self, layer: int) -> EncodedLayer:
         """Holds one tensor of the layer's experts V times, and the packed result."""
         encoded = EncodedLayer()
-        groups = [g for g in groups_of(self.plan, layer) if not (g.is_verbatim and g.delta == NO_DELTA)]
+        groups = [g for g in groups_of(self.plan, layer) if not (g.is_verbatim and g.delta is None)]
         info, version = self.family.architecture, self.scan.expert_version[:, layer]
         used = {int(version[v, group.expert]) for group in groups for v in group.members}
         with thread_pool() as pool:

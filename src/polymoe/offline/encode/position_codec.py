@@ -12,40 +12,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polymoe.offline.plan.correction import Correction, correction
 from polymoe.offline.plan.merge import mean, regmean, weighted_mean
-from polymoe.offline.plan.plan import NO_DELTA, STORED, Plan
-from polymoe.quant.codec import decode, encode
-from polymoe.quant.exact import decode_exact, encode_exact
-from polymoe.quant.formats import SIGNED, get_format
+from polymoe.offline.plan.plan import Plan
+from polymoe.quant.formats import STORED, Format, get_format
 
 Parts = dict[str, Tensor]  # part -> packed tensor
 
 
 @dataclass(frozen=True)
 class Group:
-    """The variants that build on one base at a position, and how it is stored (`Plan`'s words)."""
+    """The variants that build on one base at a position, and how it is stored."""
 
     leader: int
     expert: int
     members: tuple[int, ...]
-    base: str = STORED
-    merge: str = "own"
-    delta: str = NO_DELTA
+    base: Format = STORED
+    merge: str = "own"  # `Plan`'s word
+    delta: Correction | None = None
 
     @property
     def is_verbatim(self) -> bool:
         """The base is the leader's expert as the checkpoint stores it."""
-        return self.base == STORED and self.merge == "own"
+        return not self.base.is_packed and self.merge == "own"
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.is_verbatim or (self.delta is not None and self.delta.fmt.is_lossless)
+
+    @property
+    def is_mirrored(self) -> bool:
+        return self.delta is not None and self.delta.mirrored
 
 
 def groups_of(plan: Plan, layer: int) -> Iterator[Group]:
     """All groups of a layer; a variant whose expert is absent is a group of its own, verbatim."""
     for expert in range(plan.serving.shape[2]):
         served, on_device = plan.serving[:, layer, expert], plan.resident[:, layer, expert]
-        stored_as = [str(field[layer, expert]) for field in (plan.base, plan.merge, plan.delta)]
+        base, merge, delta = (str(field[layer, expert]) for field in (plan.base, plan.merge, plan.delta))
+        stored_as = get_format(base), merge, correction(delta)
         for leader in sorted({int(v) for v in served}):
             members = tuple(int(v) for v in (served == leader).nonzero()[0])
-            yield Group(leader, expert, members, *(stored_as if on_device[members[0]] else ()))
+            yield (
+                Group(leader, expert, members, *stored_as) if on_device[members[0]] else Group(leader, expert, members)
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,26 +79,23 @@ def encode_tensor(
     first = own[group.leader]
     used = moments if moments is not None and first.ndim == 2 else None
     base = _encode_base(group, own, used)
-    if group.delta == NO_DELTA:
+    if group.delta is None:
         return PackedTensor(base, {})
-    stored = _base_of(group, first, base)
-    kind = get_format(group.delta.removeprefix(SIGNED))
+    stored, fmt = _base_of(group, first, base), group.delta.fmt
     deltas: dict[int, Parts] = {}
-    if group.delta.startswith(SIGNED):
+    if group.delta.mirrored:
         half = (first.float() - own[group.members[1]].float()) / 2
         moment = None if used is None else _sum(used)
-        return PackedTensor(base, {group.leader: encode(half, kind, _known(moment))})
+        return PackedTensor(base, {group.leader: fmt.encode(half, _known(moment))})
     for v, weight in own.items():
         if group.is_verbatim and version[v] == version[group.leader]:
             continue  # it is the base
         twin = next((w for w in deltas if version[w] == version[v]), None)
         if twin is not None:
             deltas[v] = deltas[twin]
-        elif kind.name == "exact":
-            deltas[v] = encode_exact(weight, stored)
         else:
             moment = None if used is None else _sum({w: used[w] for w in own if version[w] == version[v]})
-            deltas[v] = encode(weight.float() - stored.float(), kind, _known(moment))
+            deltas[v] = fmt.encode_delta(weight, stored, _known(moment))
     return PackedTensor(base, deltas)
 
 
@@ -98,16 +105,11 @@ def served_weights(
     """member -> the weight that it will be served with: base + sign · delta. `own` as in `encode_tensor`."""
     stored = _base_of(group, own[group.leader], packed.base)
     served = dict.fromkeys(group.members, stored.to(dtype))
-    kind = get_format(group.delta.removeprefix(SIGNED)) if packed.deltas else None
     for v, parts in packed.deltas.items():
-        assert kind is not None
-        if kind.name == "exact":
-            served[v] = decode_exact(parts, stored).to(dtype)
-            continue
-        delta = decode(parts, kind, tuple(stored.shape), torch.float32)
-        served[v] = (stored.float() + delta).to(dtype)
-        if group.delta.startswith(SIGNED):
-            served[group.members[1]] = (stored.float() - delta).to(dtype)
+        assert group.delta is not None
+        served[v] = group.delta.fmt.corrected(stored, parts).to(dtype)
+        if group.delta.mirrored:
+            served[group.members[1]] = group.delta.fmt.corrected(stored, parts, -1).to(dtype)
     return served
 
 
@@ -120,31 +122,31 @@ def merge_weights(group: Group, own: Mapping[int, Tensor], moments: Mapping[int,
     weights = list(own.values())
     if group.merge == "own":
         return own[group.leader].float()
-    if group.merge == "mean" or moments is None or weights[0].ndim == 1 or group.delta.startswith(SIGNED):
+    if group.merge == "mean" or moments is None or weights[0].ndim == 1 or group.is_mirrored:
         return mean(weights)  # two variants that add and subtract one delta lie opposite the midpoint
     known = [moments[v] for v in own]
     if _known(_sum(moments)) is None:
         return mean(weights)
-    return regmean(weights, known) if group.delta == NO_DELTA else weighted_mean(weights, known)
+    return regmean(weights, known) if group.delta is None else weighted_mean(weights, known)
 
 
 def _encode_base(group: Group, own: Mapping[int, Tensor], moments: Mapping[int, Tensor] | None) -> Parts | None:
     if group.is_verbatim:
         return None
-    first, fmt = own[group.leader], get_format(group.base)
+    first = own[group.leader]
     merged = merge_weights(group, own, moments)
-    if fmt.name == STORED or merged.ndim == 1:
+    if not group.base.is_packed or merged.ndim == 1:
         return {"": merged.to(first.dtype)}
     # Below deltas error feedback would only make them larger.
-    moment = _known(_sum(moments)) if moments is not None and group.delta == NO_DELTA else None
-    return encode(merged, fmt, moment)
+    moment = _known(_sum(moments)) if moments is not None and group.delta is None else None
+    return group.base.encode(merged, moment)
 
 
 def _base_of(group: Group, first: Tensor, base: Parts | None) -> Tensor:
     """The base as stored: in the stored dtype where it is not quantised, else float32."""
     if base is None:
         return first
-    return base[""] if "" in base else decode(base, get_format(group.base), tuple(first.shape), torch.float32)
+    return base[""] if "" in base else group.base.decode(base, tuple(first.shape), torch.float32)
 
 
 def _sum(moments: Mapping[int, Tensor]) -> Tensor:

@@ -14,22 +14,30 @@ import numpy as np
 from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
+from polymoe.offline.plan.correction import NO_DELTA, Correction, correction
 from polymoe.offline.plan.damage import Energies, FloatArray, Partition
 from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
 from polymoe.offline.plan.merge import exact_delta_bytes
 from polymoe.offline.plan.options import PlanOptions
-from polymoe.offline.plan.plan import NO_DELTA, STORED, Plan
+from polymoe.offline.plan.plan import STORED, Plan
 from polymoe.offline.plan.sizes import ExpertSizes
+from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, EXACT
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate.calibrate import Calibration
     from polymoe.offline.checkpoint.family import Family
     from polymoe.offline.similarity.scan import FamilyScan
 
-BASES = ("int3", "int4", "int5", "int6", "int8", "stored")
-DELTAS = ("d1", "d2", "d3", "d4", "d5")
+# By bits; without those that others of no more bits leave less error than.
+BASES = tuple(
+    fmt.name
+    for fmt in reversed(BASE_FORMATS)
+    if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
+)
+_DELTAS = tuple(fmt for fmt in DELTA_FORMATS if not fmt.is_lossless)
+DELTAS = tuple(fmt.name for fmt in _DELTAS)
 HOST = "host"  # in place of a base: not on the device
-_SIGNED = tuple(f"±{delta}" for delta in DELTAS)
+_MIRRORED = tuple(str(Correction(fmt, mirrored=True)) for fmt in _DELTAS)
 
 
 def auto_plan(
@@ -107,14 +115,14 @@ def position_options(family: Family, scan: FamilyScan, energies: Energies) -> li
         for n, partition in enumerate(energies.partitions[layer][expert]):
             alone = len(partition) == versions
             deltas = () if alone and versions > 1 else DELTAS
-            signed = _SIGNED if num_variants == 2 and len(partition) == 1 < versions else ()
+            mirrored = _MIRRORED if num_variants == 2 and len(partition) == 1 < versions else ()
             for base in BASES:
-                for delta in (NO_DELTA, *deltas, *signed):
+                for delta in (NO_DELTA, *deltas, *mirrored):
                     if alone and base == STORED:
                         continue  # lossless already, above
                     size = len(partition) * each[base]
-                    if delta != NO_DELTA:
-                        size += each[delta.removeprefix("±")] * (1 if delta.startswith("±") else versions)
+                    if (kind := correction(delta)) is not None:
+                        size += each[kind.fmt.name] * (1 if kind.mirrored else versions)
                     damage = energies.components(layer, expert, n, base, delta)
                     merge = "own" if alone else "merged"
                     options.append(Option(partition, base, merge, delta, size, damage))
@@ -122,7 +130,7 @@ def position_options(family: Family, scan: FamilyScan, energies: Energies) -> li
             changed = sum(int(exact[v, layer, expert]) for v in {int(v) for v in version} - {int(version[0])})
             changed += 8 * (versions + 1) * len(sizes.tensors)  # where each delta's values start
             together: Partition = (tuple(range(num_variants)),)
-            options.append(Option(together, STORED, "own", "exact", each[STORED] + changed, nothing))
+            options.append(Option(together, STORED, "own", EXACT.name, each[STORED] + changed, nothing))
         found.append(options)
     return found
 
@@ -132,7 +140,7 @@ def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
     "int4 apart", each on its own. Where the variants are identical it may be without loss instead."""
     found = {}
     for base in BASES:
-        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *DELTAS, *_SIGNED)]
+        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *DELTAS, *_MIRRORED)]
         for together, delta in ways:
             chosen = [_find(row, base, delta, together) for row in options]
             if all(option is not None for option in chosen):

@@ -1,7 +1,8 @@
 """What each way to store a position costs each variant, predicted in nats a token, without encoding anything.
 
-Rounding a matrix to a format leaves the share D of its energy (`DISTORTION`), so three energies at a position and a
-partition of the variants into groups, for each variant, say what all formats cost. With M the group's merged expert:
+Rounding a matrix to a format leaves the share D of its energy (`Format.distortion`), so three energies at a position
+and a partition of the variants into groups, for each variant, say what all formats cost. With M the group's merged
+expert:
 
     coherent   the outputs' error for M in place of W_v
     spread     ‖W_v − M‖², as noise at the outputs
@@ -11,7 +12,7 @@ partition of the variants into groups, for each variant, say what all formats co
     damage(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + R_bd · D_b · base
 
 since least-squares levels leave D_d of the difference itself (they shrink it) and D_d (1 − D_d) of its energy as noise,
-and R_bd (`REPAIR`) of the base's rounding error.
+and R_bd (`Format.repair`) of the base's rounding error.
 
 From the weights alone, energies are relative to ‖W_v‖² and positions count by `importance`. With text, the error of the
 outputs of the tokens routed there is measured, Σ g² ‖E(x; W) − E(x; Ŵ)‖² a token: tr(ΔW G ΔWᵀ) for what is coherent,
@@ -21,14 +22,16 @@ turns it into KL: each layer's experts are disturbed alone, and the KL of the lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polymoe.offline.plan.correction import correction
 from polymoe.offline.plan.merge import spread, ward_groups
+from polymoe.quant.formats import get_format
 
 if TYPE_CHECKING:
     from polymoe.offline.similarity.scan import FamilyScan
@@ -36,27 +39,6 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 Partition = tuple[tuple[int, ...], ...]
 
-# Share of a Gaussian matrix's energy that a format leaves as error (its own row scales, encoded without text).
-DISTORTION = {
-    "stored": 1.3e-6,
-    "fp8": 6.8e-4,
-    "int8": 4.8e-5,
-    **{f"int{bits}": left for bits, left in ((3, 0.0345), (4, 0.0095), (5, 0.0025), (6, 0.00064))},
-    **{f"d{bits}": left for bits, left in enumerate((0.363, 0.1175, 0.0345, 0.0095, 0.0025), start=1)},
-}
-# Share of a base's rounding error that is left below a delta, by the KL that bases with and without rounding left on
-# three families of fine-tunes. It is more than D_d, and falls little from d3 on: where a base clips a large weight, the
-# delta, whose values are small, clips what is missing again.
-REPAIR = {
-    base: dict(zip(("d1", "d2", "d3", "d4", "d5"), left, strict=True))
-    for base, left in {
-        "int8": (0.25, 0.060, 0.010, 0.0030, 0.0010),
-        "int6": (0.38, 0.200, 0.100, 0.0700, 0.0450),
-        "int5": (0.36, 0.160, 0.085, 0.0620, 0.0450),
-        "int4": (0.34, 0.120, 0.061, 0.0400, 0.0270),
-        "int3": (0.34, 0.130, 0.069, 0.0420, 0.0250),
-    }.items()
-}
 # From the weights alone: KL of a model for each unit of its experts' relative error as rounding noise. 0.8 to 5 were
 # measured on the three families; it scales all predictions alike and decides no plan.
 NATS_PER_ERROR = 1.5
@@ -98,8 +80,8 @@ class Energies:
     top1_per_root_kl: float [V], 1 − top-1 agreement of a variant for a root of KL.
     traffic: float [L, E], share of a layer's routed tokens (mean over the variants) that an expert gets.
     caution: what is promised must hold for so many times the predicted damage.
-    repair: base -> delta -> the share of the base's rounding error that it leaves; elsewhere D_d. (With text, error
-    feedback fits the deltas to what matters, and plans by `REPAIR` were measured to be no better.)
+    measured_repair: R_bd is as measured, else D_d. (With text, error feedback fits the deltas to what matters, and
+        plans by the measured ones were no better.)
     """
 
     partitions: tuple[tuple[tuple[Partition, ...], ...], ...]
@@ -109,7 +91,7 @@ class Energies:
     top1_per_root_kl: FloatArray
     traffic: FloatArray
     caution: float = 1.0
-    repair: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    measured_repair: bool = False
 
     def damage(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [V], nats a token, for a merged base in format `base` with deltas of format `delta` ("none": none)."""
@@ -119,12 +101,13 @@ class Energies:
     def components(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [3, V], nats a token: what is left of `coherent`, of `spread` and of `base`."""
         where = layer, expert, partition
-        rounding = DISTORTION[base] * self.base[where]
-        if delta == "none":
+        fmt, deltas = get_format(base), correction(delta)
+        rounding = fmt.distortion * self.base[where]
+        if deltas is None:
             return np.stack((self.coherent[where], np.zeros_like(rounding), rounding))
-        share = DISTORTION[delta.removeprefix("±")]
-        if not delta.startswith("±"):  # which is against the exact midpoint and does not repair the base's rounding
-            rounding = rounding * self.repair.get(base, DISTORTION)[delta]
+        share = deltas.fmt.distortion
+        if not deltas.mirrored:  # which is against the exact midpoint and does not repair the base's rounding
+            rounding = rounding * (fmt.repair.get(deltas.fmt.name, share) if self.measured_repair else share)
         # Of W_v − M the share is left of itself, shrunk towards M, and the rest of it as noise.
         return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
 
@@ -154,7 +137,7 @@ class Energies:
                         filled.coherent[layer, expert, n, v] = factor[v] * away * coherent
                         filled.base[layer, expert, n, v] = factor[v] * merged
         alike = np.full((num_layers, num_experts), 1 / num_experts)
-        return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, REPAIR)
+        return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, measured_repair=True)
 
 
 class EnergyTable:
@@ -171,9 +154,10 @@ class EnergyTable:
         top1: FloatArray,
         traffic: FloatArray,
         caution: float = 1.0,
-        repair: Mapping[str, Mapping[str, float]] | None = None,
+        measured_repair: bool = False,
     ) -> Energies:
-        return Energies(self.partitions, self.coherent, self.spread, self.base, top1, traffic, caution, repair or {})
+        found = self.partitions, self.coherent, self.spread, self.base
+        return Energies(*found, top1, traffic, caution, measured_repair)
 
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polymoe.offline.plan.plan import Plan
-from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, Format
+from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, Format, get_format
 
 Owners = tuple[tuple[int, int], ...]  # (variant, expert) of each physical expert, by expert, then variant
 Pools = dict[str, Owners]  # format -> what its pool holds, in the order of numbering; no empty pools
@@ -43,9 +43,10 @@ class PhysicalLayout:
         delta = self.delta.nbytes if any(self.deltas) else 0
         return self.table.nbytes + delta + (0 if self.sign is None else self.sign.nbytes)
 
-    def num_deltas(self, format_name: str) -> int:
-        """Physical deltas of all layers in one format."""
-        return sum(len(pools.get(format_name, ())) for pools in self.deltas)
+    @property
+    def has_lossless_deltas(self) -> bool:
+        """Then their bytes are known when they are made."""
+        return any(get_format(name).is_lossless for pools in self.deltas for name in pools)
 
 
 class _Numbering:

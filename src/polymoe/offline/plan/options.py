@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polymoe.errors import PlanError
-from polymoe.quant.formats import BASE_FORMATS
+from polymoe.quant.formats import BASE_FORMATS, STORED
 
 POLICIES = {
     "auto": "the best use of every byte, chosen position by position",
@@ -32,7 +32,7 @@ class PlanOptions:
     accept_unrelated: merge variants that plainly have another ancestor all the same.
     """
 
-    base: str = "stored"
+    base: str = STORED.name
     delta_bits: int | None = None
     clusters: int | None = None
     min_top1: float | None = None
@@ -54,7 +54,7 @@ class PlanOptions:
         bases = [fmt.name for fmt in BASE_FORMATS]
         if self.base not in bases:
             raise PlanError(f"--base {self.base} is unknown; use {', '.join(bases)}.")
-        if self.base != "stored" and policy in ("auto", "exact-delta"):
+        if self.base != STORED.name and policy in ("auto", "exact-delta"):
             why = "chooses the formats itself" if policy == "auto" else "needs bases as they are stored"
             raise PlanError(f"--policy {policy} {why}; leave --base out.")
         for value, option, owner in (

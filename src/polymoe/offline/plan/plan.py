@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polymoe.errors import PlanError
-from polymoe.quant.formats import SIGNED
+from polymoe.offline.plan.correction import NO_DELTA, correction
+from polymoe.quant import formats
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 StrArray = NDArray[np.object_]
-STORED, NO_DELTA = "stored", "none"
+STORED = formats.STORED.name
 MERGES = ("own", "mean", "regmean")
 
 
@@ -40,7 +41,7 @@ class Plan:
     memory: the budget as it was asked for; "" for the policy's default.
     base: str [L, E], format of the position's resident bases.
     merge: str [L, E], "own", "mean" or "regmean".
-    delta: str [L, E], "none", a delta format, or "±" and one: then two variants add and subtract the same delta.
+    delta: str [L, E], the position's `Correction`.
     delta_owner: int [V, L, E], the variant whose delta v uses, −1 for none. Default: everyone has an own one, but not
         where it is zero (the owner of a base stored as it is).
     predicted_damage: float [V], nats a token; None when it was not predicted.
@@ -83,8 +84,8 @@ class Plan:
     @property
     def plus_minus(self) -> BoolArray:
         """bool [L, E]: two variants share one delta with opposite signs."""
-        found: BoolArray = np.char.startswith(self.delta.astype(str), SIGNED)
-        return found
+        mirrored = [(found := correction(str(name))) is not None and found.mirrored for name in self.delta.flat]
+        return np.array(mirrored, dtype=np.bool_).reshape(self.delta.shape)
 
     @property
     def sign(self) -> NDArray[np.int8]:
@@ -93,8 +94,9 @@ class Plan:
         return np.where(second, -1, 1).astype(np.int8)
 
     def delta_format(self, layer: int, expert: int) -> str:
-        """The format of a position's deltas, without the sign."""
-        return str(self.delta[layer, expert]).removeprefix(SIGNED)
+        """The format of a position's deltas, "none" for none."""
+        found = correction(str(self.delta[layer, expert]))
+        return NO_DELTA if found is None else found.fmt.name
 
     def is_verbatim(self, layer: int, expert: int) -> bool:
         """The position's bases are experts as the checkpoints store them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from polymoe.offline.plan.correction import correction
 from polymoe.offline.plan.damage import Energies
 from polymoe.offline.plan.plan import STORED, Plan
 
@@ -19,7 +20,9 @@ def predicted_damage(plan: Plan, energies: Energies) -> NDArray[np.float64] | No
         groups = tuple(tuple(int(v) for v in (served == leader).nonzero()[0]) for leader in np.unique(served))
         known = energies.partitions[layer][expert]
         alone = groups == known[-1]
-        lossless = plan.delta[layer, expert] == "exact" or (alone and plan.base[layer, expert] == STORED)
+        found = correction(str(plan.delta[layer, expert]))
+        exact = found is not None and found.fmt.is_lossless
+        lossless = exact or (alone and plan.base[layer, expert] == STORED)
         if lossless or not plan.resident[:, layer, expert].all():
             continue  # as is what comes from the host
         if groups not in known or (merge == "own" and not alone):

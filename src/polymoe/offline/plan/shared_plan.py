@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polymoe.offline.plan.plan import NO_DELTA, STORED, IntArray, Plan, StrArray
+from polymoe.offline.plan.correction import NO_DELTA, Correction
+from polymoe.offline.plan.plan import STORED, IntArray, Plan, StrArray
+from polymoe.quant.formats import EXACT, get_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,8 @@ def delta_format(groups: IntArray, base: str, bits: int) -> StrArray:
     """str [L, E]: "d2" …, and "±d2" for pairs on a base that is not quantised: they lie opposite its midpoint."""
     sizes = (groups[:, None] == groups[None]).sum(axis=1)
     pairs = (sizes == 2).all(axis=0) & (len(groups) == 2) & (base == STORED)
-    return np.where(pairs, f"±d{bits}", f"d{bits}").astype(object)
+    fmt = get_format(f"d{bits}")
+    return np.where(pairs, str(Correction(fmt, mirrored=True)), fmt.name).astype(object)
 
 
 def shared_plan(
@@ -107,7 +110,7 @@ def fit(plan: Plan, version: IntArray, distance: np.ndarray, cost: PositionBytes
 def exact_delta_plan(version: IntArray, cost: PositionBytes, memory: str = "") -> Plan:
     """Lossless: the lowest variant's expert and an exact delta for each other one, or every variant its own expert
     where that is smaller."""
-    together = shared_plan("exact-delta", np.zeros_like(version), version, STORED, "own", "exact", memory)
+    together = shared_plan("exact-delta", np.zeros_like(version), version, STORED, "own", EXACT.name, memory)
     apart = shared_plan("exact-delta", version, version, STORED, "own", NO_DELTA, memory)
     deltas = cost.of(together) < cost.of(apart)
     return Plan(

@@ -8,7 +8,7 @@ import torch
 
 from polymoe.offline.checkpoint.matrices import is_transposed, matrix_shape
 from polymoe.offline.plan.layout import PhysicalLayout
-from polymoe.quant.formats import get_format, num_bytes
+from polymoe.quant.formats import get_format
 
 if TYPE_CHECKING:
     from polymoe.offline.checkpoint.family import Family
@@ -32,17 +32,13 @@ class ExpertSizes:
         )
 
     def __call__(self, format_name: str) -> int:
-        """Bytes of one expert's base or delta, scales counted; not for "exact", whose size depends on the weights."""
+        """Bytes of one expert's base or delta, scales counted; of a lossless delta the most."""
         fmt = get_format(format_name)
-        return sum(num_bytes(fmt, shape, dtype) for shape, dtype in self.tensors.values())
+        return sum(fmt.num_bytes(shape, dtype) for shape, dtype in self.tensors.values())
 
 
 def plan_bytes(layout: PhysicalLayout, sizes: ExpertSizes) -> tuple[int, int]:
     """(bytes of all bases, of all deltas); an exact delta counts as a whole expert, which it hardly ever exceeds."""
     bases = sum(len(pool) * sizes(name) for pools in layout.bases for name, pool in pools.items())
-    deltas = sum(
-        len(pool) * sizes("stored" if name == "exact" else name)
-        for pools in layout.deltas
-        for name, pool in pools.items()
-    )
+    deltas = sum(len(pool) * sizes(name) for pools in layout.deltas for name, pool in pools.items())
     return bases, deltas

@@ -10,6 +10,7 @@ from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.offline.plan.plan import Plan
 from polymoe.offline.similarity.scan import FamilyScan
+from polymoe.quant.formats import get_format
 
 _KINDS = {
     "resident_experts": "experts",
@@ -30,7 +31,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"{counts['separate']} separate, {counts['absent']} absent (fetched from the host).",
         soft_wrap=True,
     )
-    if set(manifest.format_counts()) - {"stored"}:
+    if any(get_format(name).is_packed for name in manifest.format_counts()):
         console.print(_format_table(manifest))
 
 

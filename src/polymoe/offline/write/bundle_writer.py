@@ -197,7 +197,7 @@ class _Writer:
 
     def _packed_hashes(self, variant: int) -> dict[tuple[int, int], bytes]:
         """(layer, expert) -> SHA-256 of what serves the variant where that is not a checkpoint's expert verbatim."""
-        plan, hashes, found = self.plan, self.layers.hashes, {}
+        plan, hashes, signs, found = self.plan, self.layers.hashes, self.plan.sign, {}
         for layer, expert in np.ndindex(*plan.serving.shape[1:]):
             leader, owner = int(plan.serving[variant, layer, expert]), int(plan.delta_owner[variant, layer, expert])
             if not plan.resident[variant, layer, expert] or (plan.is_verbatim(layer, expert) and owner < 0):
@@ -205,7 +205,7 @@ class _Writer:
             base = hashes.get((layer, leader, expert, "base"), self.scan.expert_hash[leader, layer, expert].tobytes())
             digest = hashlib.sha256(f"{plan.base[layer, expert]}\0".encode() + base)
             if owner >= 0:
-                sign = int(plan.sign[variant, layer, expert])
+                sign = int(signs[variant, layer, expert])
                 digest.update(f"{plan.delta_format(layer, expert)}\0{sign}\0".encode())
                 digest.update(hashes[layer, owner, expert, "delta"])
             found[layer, expert] = digest.digest()
@@ -216,7 +216,7 @@ class _Writer:
         parameters = info.num_layers * info.num_experts * info.expert_parameters
         base_bytes, delta_bytes = self.layers.base_bytes, self.layers.delta_bytes
         planned = self.base_bytes, self.delta_bytes
-        same = base_bytes == planned[0] and (self.layout.num_deltas("exact") or delta_bytes == planned[1])
+        same = base_bytes == planned[0] and (self.layout.has_lossless_deltas or delta_bytes == planned[1])
         assert same, f"{base_bytes} + {delta_bytes} bytes were written, {planned[0]} + {planned[1]} planned"
         return Manifest(
             format_version=FORMAT_VERSION,

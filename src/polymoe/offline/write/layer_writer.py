@@ -14,6 +14,7 @@ from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.encode.encoded_layer import EncodedLayer, Packed
 from polymoe.offline.plan.layout import Owners, PhysicalLayout
 from polymoe.offline.plan.plan import STORED, Plan
+from polymoe.quant.formats import get_format
 from polymoe.thread_pool import thread_pool
 
 Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -37,7 +38,9 @@ class LayerWriter:
     def write(self, folder: Path, layer: int, encoded: EncodedLayer, advance: Advance) -> None:
         """`encoded` holds what is not verbatim; see `polymoe.offline.encode.encode`."""
         pools = self.layout.bases[layer]
-        packed = [_pool(n, [encoded.bases[o] for o in owners]) for n, owners in pools.items() if n != STORED]
+        packed = [
+            _pool(n, [encoded.bases[o] for o in owners]) for n, owners in pools.items() if get_format(n).is_packed
+        ]
         deltas = [_pool(n, [encoded.deltas[o] for o in owners]) for n, owners in self.layout.deltas[layer].items()]
         self._experts(folder, layer, pools.get(STORED, ()), encoded, _joined(packed), advance)
         if any(self.layout.deltas):
@@ -117,19 +120,13 @@ def open_tensors(folder: Path, path: str, tensors: Declared, files: list[FileRec
 
 
 def _pool(format_name: str, experts: list[Packed]) -> Pieces:
-    """The tensors of one pool, an expert a piece. Exact values lie back to back, with int64 `starts` [P + 1]."""
-    pieces: Pieces = {}
-    for tensor, parts in experts[0].items():
-        for part in parts:
-            own = [expert[tensor][part] for expert in experts]
-            name = packed_name(format_name, tensor, part)
-            if format_name == "exact" and part == "values":
-                pieces[name] = own
-                ends = torch.tensor([0, *(len(piece) for piece in own)]).cumsum(0)
-                pieces[packed_name(format_name, tensor, "starts")] = [ends]
-            else:
-                pieces[name] = [piece[None] for piece in own]
-    return pieces
+    """The tensors of one pool, as its format puts experts together."""
+    fmt = get_format(format_name)
+    return {
+        packed_name(format_name, tensor, part): pieces
+        for tensor in experts[0]
+        for part, pieces in fmt.pool([expert[tensor] for expert in experts]).items()
+    }
 
 
 def _joined(pools: Iterable[Pieces]) -> Pieces:
