@@ -1,4 +1,4 @@
-"""Policy `auto`: the knapsack against brute force, its promises, and predicted damage against measured."""
+"""Policy `auto`: the knapsack against brute force, its targets, and predicted error against measured."""
 
 import itertools
 from pathlib import Path
@@ -15,12 +15,12 @@ from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.allocate import auto_plan, position_options, uniform_answers
 from polymoe.offline.plan.budget import build_plan
-from polymoe.offline.plan.calibrated_damage import energies_on_text
-from polymoe.offline.plan.damage import Energies, partitions_of
+from polymoe.offline.plan.error_on_text import errors_on_text
 from polymoe.offline.plan.knapsack import WORST_TO_MEAN, Choices, Option, fewest_bytes
 from polymoe.offline.plan.layout import lay_out
 from polymoe.offline.plan.options import PlanOptions
 from polymoe.offline.plan.plan import Plan
+from polymoe.offline.plan.quantisation_error import QuantisationErrors, partitions_of
 from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
 from polymoe.offline.similarity.scan import scan_family
 
@@ -46,26 +46,26 @@ def test_the_knapsack_is_near_brute_force_and_never_over_budget(seed: int) -> No
     given, weights = choices(seed), np.array([0.5, 0.5])
     everything = [np.array(c) for c in itertools.product(range(5), repeat=4)]
     for budget in np.linspace(given.least_bytes, given.bytes.max(axis=1).sum(), 7).astype(int):
-        size, damage = given.total(given.solve(int(budget), weights))
+        size, error = given.total(given.solve(int(budget), weights))
         assert size <= budget
         fitting = [given.total(c)[1] @ weights for c in everything if given.total(c)[0] <= budget]
-        step = ((given.damage[:, 0] - given.damage[:, -1]) @ weights).max()
-        assert min(fitting) <= damage @ weights + 1e-12 <= min(fitting) + step + 1e-9
+        step = ((given.error[:, 0] - given.error[:, -1]) @ weights).max()
+        assert min(fitting) <= error @ weights + 1e-12 <= min(fitting) + step + 1e-9
 
 
 def test_more_bytes_never_hurt_and_the_ends_are_the_ends() -> None:
     given, weights = choices(3), np.array([0.5, 0.5])
     budgets = range(given.least_bytes, int(given.bytes.max(axis=1).sum()) + 1, 5)
-    damages = [given.total(given.solve(budget, weights))[1] @ weights for budget in budgets]
-    assert damages[0] == max(damages)
-    assert given.total(given.solve(10**9, weights))[1] @ weights == pytest.approx(given.damage[:, -1].mean(1).sum())
+    errors = [given.total(given.solve(budget, weights))[1] @ weights for budget in budgets]
+    assert errors[0] == max(errors)
+    assert given.total(given.solve(10**9, weights))[1] @ weights == pytest.approx(given.error[:, -1].mean(1).sum())
 
 
 def test_the_worst_variant_is_bounded() -> None:
     """Variant 3 gains less from a byte than the other three together; left to the sum alone it would get none."""
     everyone = ((0, 1, 2, 3),)
-    damages = [(0, (1.0, 1.0, 1.0, 4.0)), (10, (0.0, 0.0, 0.0, 4.0)), (10, (1.0, 1.0, 1.0, 2.0))]
-    given = Choices([[Option(everyone, "", "own", "none", size, np.array([damage])) for size, damage in damages]] * 10)
+    errors = [(0, (1.0, 1.0, 1.0, 4.0)), (10, (0.0, 0.0, 0.0, 4.0)), (10, (1.0, 1.0, 1.0, 2.0))]
+    given = Choices([[Option(everyone, "", "own", "none", size, np.array([error])) for size, error in errors]] * 10)
     alone = given.total(given.solve(60, np.full(4, 0.25)))[1]
     assert alone.max() > WORST_TO_MEAN * alone.mean()
     bounded = given.total(given.best(60, trusted=True))[1]
@@ -73,9 +73,9 @@ def test_the_worst_variant_is_bounded() -> None:
 
 
 def test_without_text_nothing_gets_worse_than_uniform() -> None:
-    """Two options that trade one kind of damage for another are no way up, however good the sum is predicted to be."""
-    kinds = [(10, (2.0, 2.0)), (20, (0.1, 2.5)), (25, (1.0, 2.0)), (40, (0.5, 1.0))]  # damage by kind, one variant
-    row = [Option(((0,),), "", "own", "none", size, np.array(damage)[:, None]) for size, damage in kinds]
+    """Two options that trade one kind of error for another are no way up, however good the sum is predicted to be."""
+    kinds = [(10, (2.0, 2.0)), (20, (0.1, 2.5)), (25, (1.0, 2.0)), (40, (0.5, 1.0))]  # error by kind, one variant
+    row = [Option(((0,),), "", "own", "none", size, np.array(error)[:, None]) for size, error in kinds]
     given = Choices([row] * 4, {"first": np.zeros(4, np.int64), "last": np.full(4, 3)})
     for budget in range(40, 161, 5):
         chosen = given.best(budget, trusted=False)
@@ -86,12 +86,12 @@ def test_without_text_nothing_gets_worse_than_uniform() -> None:
     assert 1 in given.best(100, trusted=True)
 
 
-def test_fewest_bytes_keep_the_promise() -> None:
+def test_fewest_bytes_meet_the_target() -> None:
     given = choices(5)
-    limit = 2.0 * given.damage[:, -1].sum(axis=0)
+    limit = 2.0 * given.error[:, -1].sum(axis=0)
     chosen = fewest_bytes(given, limit, trusted=True)
-    size, damage = given.total(chosen)
-    assert (damage <= limit).all()
+    size, error = given.total(chosen)
+    assert (error <= limit).all()
     assert size <= given.bytes.max(axis=1).sum()
     if size > 1.1 * given.least_bytes:  # a tenth less does not keep it
         tighter = given.total(given.best(int(0.9 * size), trusted=True))[1]
@@ -139,21 +139,21 @@ def test_plans_keep_their_budget_and_get_better(family: Family, with_text: bool)
         plan = auto_plan(family, scan, budget_bytes=budget, calibration=calibration)
         plan.check_integrity()
         assert sum(plan_bytes(lay_out(plan), sizes)) <= budget
-        assert plan.predicted_damage is not None
-        assert plan.predicted_damage.shape == (3,)
-        assert plan.predicted_damage.mean() <= before
-        before = plan.predicted_damage.mean()
+        assert plan.predicted_error is not None
+        assert plan.predicted_error.shape == (3,)
+        assert plan.predicted_error.mean() <= before
+        before = plan.predicted_error.mean()
     assert before == 0
     assert is_lossless(plan)
 
 
 def test_without_text_a_plan_is_no_worse_than_any_uniform_one(family: Family) -> None:
-    options = position_options(family, scan_family(family), Energies.of_weights(scan_family(family)))
+    options = position_options(family, scan_family(family), QuantisationErrors.of_weights(scan_family(family)))
     given = Choices(options, uniform_answers(options))
     assert {"int4 + d2", "int8 + none", "stored + d1", "int4 apart"} <= set(given.uniform)
     for name, chosen in given.uniform.items():
-        size, damage = given.total(chosen)
-        assert given.total(given.best(size, trusted=False))[1].mean() <= damage.mean(), name
+        size, error = given.total(chosen)
+        assert given.total(given.best(size, trusted=False))[1].mean() <= error.mean(), name
 
 
 def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) -> None:
@@ -173,7 +173,7 @@ def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text
     scan, calibration = scan_family(family), Calibration(texts()) if with_text else None
     traffic = np.full(scan.expert_version.shape[1:], 1 / scan.expert_version.shape[2])
     if calibration is not None:
-        traffic = energies_on_text(family, scan, calibration).traffic
+        traffic = errors_on_text(family, scan, calibration).traffic
         assert traffic.sum(axis=1) == pytest.approx(1)
         assert traffic.std() > 0
     budget = one_model(family) // 10  # below the minimum of everything in three bits
@@ -186,7 +186,7 @@ def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text
     assert (plan.serving == scan.expert_version)[:, absent].all()  # as the checkpoints have it
 
 
-def test_a_promise_of_agreement_costs_bytes(family: Family) -> None:
+def test_a_target_of_agreement_costs_bytes(family: Family) -> None:
     scan, sizes = scan_family(family), ExpertSizes.of(family)
     plans = [auto_plan(family, scan, None, PlanOptions(min_top1=share)) for share in (0.5, 0.97, 0.99, 1.0)]
     used = [sum(plan_bytes(lay_out(plan), sizes)) for plan in plans]
@@ -217,13 +217,13 @@ def ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def test_predicted_and_measured_damage_rank_options_the_same(tmp_path: Path) -> None:
+def test_predicted_and_measured_error_rank_options_the_same(tmp_path: Path) -> None:
     """Spearman's coefficient over ten uniform options, measured by the logits of the served models."""
     torch.manual_seed(0)  # of the fine-tunes
     paths = make_family("mixtral", tmp_path, 3, perturb=0.2, num_hidden_layers=3)
     family, (seen, unseen) = Family.open(paths), (texts(48), texts(16, 8))
     calibration, scan = Calibration(seen), scan_family(family)
-    energies = {False: Energies.of_weights(scan), True: energies_on_text(family, scan, calibration)}
+    predictions = {False: QuantisationErrors.of_weights(scan), True: errors_on_text(family, scan, calibration)}
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths.values()]
     info = family.architecture
 
@@ -245,10 +245,10 @@ def test_predicted_and_measured_damage_rank_options_the_same(tmp_path: Path) -> 
 
     options = [("int4", "d1"), ("int4", "d2"), ("int4", "d4"), ("int5", "d1"), ("int3", "none"), ("stored", "none"),
                ("int3", "d2"), ("int6", "d3"), ("int8", "d1"), ("int5", "d3")]  # fmt: skip
-    for with_text, energy in energies.items():
+    for with_text, found in predictions.items():
         predicted = [
             sum(
-                energy.damage(layer, expert, 0, *option).sum()
+                found.of(layer, expert, 0, *option).sum()
                 for layer in range(info.num_layers)
                 for expert in range(info.num_experts)
             )

@@ -14,8 +14,8 @@ from polymoe.bundle.reader import Bundle
 from polymoe.errors import PlanError
 from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
-from polymoe.offline.distill.distill import _mean_kl, distill
 from polymoe.offline.distill import distill as distilling
+from polymoe.offline.distill.distill import _mean_kl, distill
 from polymoe.offline.distill.learned import rewrite
 from polymoe.offline.distill.served_variant import ServedVariant
 from polymoe.offline.plan.budget import build_plan

@@ -5,18 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 
 from damage import Liar
 from families import make_family
-from polymoe.bundle.manifest import Fidelity
+from polymoe.bundle.manifest import Fidelity, VariantRecord
 from polymoe.bundle.reader import Bundle, record_fidelity
 from polymoe.cli.main import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
 from polymoe.evaluate import fidelity
-from polymoe.evaluate.promise import keep_promise
+from polymoe.evaluate.target import meet_target
 from polymoe.offline.api import inspect_bundle, make_plan
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.budget import build_plan, expert_budget, parse_memory
@@ -211,7 +212,7 @@ class TestBundle:
     def test_fidelity_is_recorded_and_shown(self, family: Family, scan: FamilyScan, tmp_path: Path) -> None:
         path = write_bundle(family, scan, build_plan(scan, "auto", "0.8x", None, family), tmp_path / "b").path
         before = Bundle.open(path)
-        predicted = before.variants[1].predicted_damage
+        predicted = before.variants[1].predicted_error
         assert predicted is not None
         assert all(variant.fidelity is None for variant in before.variants)
         measured = Fidelity(
@@ -222,7 +223,7 @@ class TestBundle:
         after = Bundle.open(path, verify=True)
         assert [v.fidelity is None for v in after.variants] == [False, False, True]
         assert after.variants[1].fidelity is not None
-        assert (after.variants[1].fidelity.kl, after.variants[1].fidelity.predicted_damage) == (0.0123, predicted)
+        assert (after.variants[1].fidelity.kl, after.variants[1].fidelity.predicted_error) == (0.0123, predicted)
         assert [v.version for v in after.variants] == [v.version for v in before.variants]
         with pytest.raises(BundleError, match="no variant v9; there are base, v1, v2"):
             record_fidelity(path, {"v9": measured})
@@ -236,12 +237,12 @@ class TestBundle:
 @pytest.mark.parametrize(
     ("agreements", "cautions", "said"),
     [
-        ([0.995], [1.0], "Promise kept: math"),
+        ([0.995], [1.0], "Target met: math"),
         ([0.97, 0.992], [1.0, 9.0], "planning again with more bytes (2 of 3)"),
         ([0.98, 0.989, 0.985], [1.0, 4.0, 6.0], "warning: math agrees with its original on 98.50% of tokens"),
     ],
 )
-def test_a_promise_that_is_missed_is_planned_again(agreements: list[float], cautions: list[float], said: str) -> None:
+def test_a_target_that_is_missed_is_planned_again(agreements: list[float], cautions: list[float], said: str) -> None:
     """Three times at most, and what is missing in the end is said."""
     console = Console(record=True, width=200)
     asked: list[float] = []
@@ -257,10 +258,19 @@ def test_a_promise_that_is_missed_is_planned_again(agreements: list[float], caut
         )
         return {"base": replace(worst, top1_agreement=1.0), "math": worst}
 
-    keep_promise(make, measure, PlanOptions(min_top1=0.99), False, console)
+    meet_target(make, measure, PlanOptions(min_top1=0.99), False, console)
     assert asked == pytest.approx(cautions)
     assert overwritten == [False, True, True][: len(asked)]
     assert said in console.export_text()
+
+
+def test_manifests_keep_the_name_that_predictions_are_stored_under() -> None:
+    """Bundles of earlier versions have `predicted_damage`; with another name their digests and figures were lost."""
+    stored = {"text": "t", "tokens": 1, "kl": 0.1, "top1": 0.9, "perplexity_original": 2.0, "perplexity_served": 2.5}
+    figures = msgspec.convert({**stored, "predicted_damage": 0.02}, Fidelity)
+    assert figures.predicted_error == 0.02
+    assert msgspec.to_builtins(figures) == {**stored, "predicted_damage": 0.02}
+    assert "predicted_damage" in VariantRecord.__struct_encode_fields__
 
 
 def test_every_policy_is_listed() -> None:

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from polymoe.errors import PlanError
-from polymoe.quant.codec import Coded, decode, encode
+from polymoe.quant import formats
+from polymoe.quant.codec import Coded, Levels, decode, encode
 from polymoe.quant.exact import changed, decode_exact, decode_exact_torch, encode_exact, exact_bytes
-from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, PLANES, get_format, group_size, num_bytes, parts
+from polymoe.quant.formats import (
+    BASE_FORMATS,
+    DELTA_FORMATS,
+    PLANES,
+    get_format,
+    group_size,
+    num_bytes,
+    parts,
+    register,
+)
 from polymoe.quant.packing import pack, unpack
 
 PACKED = [fmt for fmt in (*BASE_FORMATS, *DELTA_FORMATS) if isinstance(fmt, Coded)]
@@ -169,6 +179,24 @@ def test_exact_deltas_are_lossless(dtype: torch.dtype, shape: tuple[int, ...]) -
     count = int(changed(weight, base).sum())
     assert 0 < count < weight.numel()
     assert sum(t.nbytes for t in tensors.values()) == exact_bytes(shape, count, dtype)
+
+
+def test_a_format_from_outside_is_planned_and_packed_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry is all that it takes; the lossless delta stays the last, as bundles number them."""
+    monkeypatch.setattr(formats, "BASE_FORMATS", list(BASE_FORMATS))
+    monkeypatch.setattr(formats, "DELTA_FORMATS", list(DELTA_FORMATS))
+    ternary = (-1.2240, -0.0001, 0.0001, 1.2240)  # two codes for zero
+    for fmt in (Levels("t2", 2, 128, ternary, 0.19), Levels("dt2", 2, 128, ternary, 0.19, is_delta=True)):
+        register(fmt)
+        assert get_format(fmt.name) is fmt
+        weight = gaussian(64, 1024)
+        decoded = fmt.decode(fmt.encode(weight), (64, 1024), torch.float32)
+        assert left(weight, decoded) == pytest.approx(fmt.distortion, rel=0.1)
+    assert formats.BASE_FORMATS[-1].name == "t2"
+    assert [fmt.name for fmt in formats.DELTA_FORMATS[-2:]] == ["dt2", "exact"]
+    with pytest.raises(PlanError, match="there is a format 't2' already"):
+        register(fmt=get_format("t2"))
+    get_format.cache_clear()
 
 
 def test_unknown_formats_are_named() -> None:

@@ -172,7 +172,7 @@ def test_answers_are_as_documented(server: ThreadServer) -> None:
 
 
 def test_the_card_of_a_measured_variant() -> None:
-    assert set(MeasuredFidelity.model_fields) == set(Fidelity.__struct_fields__)
+    assert set(MeasuredFidelity.model_fields) == set(Fidelity.__struct_encode_fields__)
 
 
 def test_types_of_content(server: ThreadServer) -> None:

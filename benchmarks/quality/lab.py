@@ -23,10 +23,10 @@ from polymoe.console import Console
 from polymoe.evaluate.texts import MAX_WINDOWS, WINDOW
 from polymoe.native.library import cpu_kernels
 from polymoe.offline.checkpoint.family import Family
-from polymoe.offline.plan.calibrated_damage import energies_on_text
-from polymoe.offline.plan.damage import Energies
+from polymoe.offline.plan.error_on_text import errors_on_text
 from polymoe.offline.plan.plan import Plan
-from polymoe.offline.plan.predicted import predicted_damage
+from polymoe.offline.plan.predicted_error import predicted_error
+from polymoe.offline.plan.quantisation_error import QuantisationErrors
 
 _HERE = Path(__file__).parent
 
@@ -87,21 +87,21 @@ class Lab:
         return row
 
     @cached_property
-    def _energies_of_weights(self) -> Energies:
-        return Energies.of_weights(self.comparison.scan)
+    def _errors_of_weights(self) -> QuantisationErrors:
+        return QuantisationErrors.of_weights(self.comparison.scan)
 
     @cached_property
-    def _energies_on_text(self) -> Energies:
+    def _errors_on_text(self) -> QuantisationErrors:
         assert self.comparison.calibration is not None
-        return energies_on_text(self.comparison.family, self.comparison.scan, self.comparison.calibration)
+        return errors_on_text(self.comparison.family, self.comparison.scan, self.comparison.calibration)
 
     def _predicted(self, plan: Plan, on_text: bool) -> dict[str, float] | None:
         """Variant -> nats a token, as the planner would predict it."""
-        damage = plan.predicted_damage
-        if damage is None:
-            energies = self._energies_on_text if on_text else self._energies_of_weights
-            damage = predicted_damage(plan.with_shared_deltas(self.comparison.scan.expert_version), energies)
-        return None if damage is None else dict(zip(self.comparison.family.names, damage.tolist(), strict=True))
+        error = plan.predicted_error
+        if error is None:
+            errors = self._errors_on_text if on_text else self._errors_of_weights
+            error = predicted_error(plan.with_shared_deltas(self.comparison.scan.expert_version), errors)
+        return None if error is None else dict(zip(self.comparison.family.names, error.tolist(), strict=True))
 
     def settings(self) -> dict[str, Any]:
         """What a reader of the table must know."""

@@ -66,7 +66,8 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
     top1: float  # share of tokens where both rank the same one first
     perplexity_original: float
     perplexity_served: float
-    predicted_damage: float | None = None  # nats a token, what the planner expected
+    # Nats a token, what the planner expected; stored under its old name.
+    predicted_error: float | None = msgspec.field(default=None, name="predicted_damage")
 
 
 class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +82,8 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int  # rows of its embeddings
     dtype: str  # of the experts as stored: "bfloat16", …
     has_tokenizer: bool
-    predicted_damage: float | None = None  # nats a token; None when the policy does not predict
+    # Nats a token; None when the policy does not predict. Stored under its old name.
+    predicted_error: float | None = msgspec.field(default=None, name="predicted_damage")
     fidelity: Fidelity | None = None  # None until measured
 
 

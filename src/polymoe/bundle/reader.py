@@ -262,6 +262,6 @@ def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
 def _measured(variant: VariantRecord, fidelity: Fidelity | None) -> VariantRecord:
     if fidelity is None:
         return variant
-    if fidelity.predicted_damage is None:
-        fidelity = msgspec.structs.replace(fidelity, predicted_damage=variant.predicted_damage)
+    if fidelity.predicted_error is None:
+        fidelity = msgspec.structs.replace(fidelity, predicted_error=variant.predicted_error)
     return msgspec.structs.replace(variant, fidelity=fidelity)

@@ -161,10 +161,10 @@ def plan(
     if not texts:
         make(options, force)
         return
-    from polymoe.evaluate.promise import keep_promise
     from polymoe.evaluate.record import measure_and_record
+    from polymoe.evaluate.target import meet_target
 
-    keep_promise(make, lambda b: measure_and_record(b, checkpoints, texts, samples, console), options, force, console)
+    meet_target(make, lambda b: measure_and_record(b, checkpoints, texts, samples, console), options, force, console)
 
 
 @app.command()

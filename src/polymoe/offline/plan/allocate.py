@@ -1,6 +1,6 @@
-"""Policy `auto`: for every position the way to store it, so that the bytes go where they save the most damage.
+"""Policy `auto`: each position stored so that the bytes go where they save the most quantisation error.
 
-The options of each position with their bytes and predicted damage, and the plan that the chosen ones make; how they are
+The options of each position with their bytes and predicted error, and the plan that the chosen ones make; how they are
 chosen is in `polymoe.offline.plan.knapsack`.
 """
 
@@ -15,11 +15,11 @@ from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.plan.correction import NO_DELTA, Correction, correction
-from polymoe.offline.plan.damage import Energies, FloatArray, Partition
 from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
 from polymoe.offline.plan.merge import exact_delta_bytes
 from polymoe.offline.plan.options import PlanOptions
 from polymoe.offline.plan.plan import STORED, Plan
+from polymoe.offline.plan.quantisation_error import FloatArray, Partition, QuantisationErrors
 from polymoe.offline.plan.sizes import ExpertSizes
 from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, EXACT
 
@@ -49,7 +49,7 @@ def auto_plan(
     console: Console | None = None,
     beside: int = 0,
 ) -> Plan:
-    """The plan with the least predicted damage for `budget_bytes` of bases and deltas or, without a budget, the fewest
+    """The plan with the least predicted error for `budget_bytes` of bases and deltas or, without a budget, the fewest
     bytes for which every variant is predicted to agree with its original on a share `options.min_top1` of tokens.
 
     Everything is resident but what `options.host_share` allows. `beside`: bytes of what else is on the device, where
@@ -58,18 +58,18 @@ def auto_plan(
     options = options or PlanOptions()
     assert (budget_bytes is None) != (options.min_top1 is None)
     if calibration is None:
-        energies = Energies.of_weights(scan)
+        errors = QuantisationErrors.of_weights(scan)
     else:
-        from polymoe.offline.plan.calibrated_damage import energies_on_text
+        from polymoe.offline.plan.error_on_text import errors_on_text
 
-        energies = energies_on_text(family, scan, calibration, console)
-    found = position_options(family, scan, energies)
+        errors = errors_on_text(family, scan, calibration, console)
+    found = position_options(family, scan, errors)
     if options.host_share:
-        offer_host(found, energies.traffic, options.host_share, console)
+        offer_host(found, errors.traffic, options.host_share, console)
     choices, on_text = Choices(found, uniform_answers(found)), calibration is not None
     if options.min_top1 is not None:
-        missed = max(0.0, 1 - options.min_top1) / energies.top1_per_root_kl
-        limit = missed**2 / (energies.caution * options.caution)
+        missed = max(0.0, 1 - options.min_top1) / errors.top1_per_root_kl
+        limit = missed**2 / (errors.caution * options.caution)
         chosen = fewest_bytes(choices, limit, trusted=on_text)
     else:
         assert budget_bytes is not None
@@ -98,7 +98,7 @@ def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, c
         console.print(f"Host tier: {count} of {len(options)} positions, within {share:.1%} of what is routed.")
 
 
-def position_options(family: Family, scan: FamilyScan, energies: Energies) -> list[list[Option]]:
+def position_options(family: Family, scan: FamilyScan, errors: QuantisationErrors) -> list[list[Option]]:
     """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
     in one group, two and one a version; separate experts as stored; exact deltas."""
     sizes = ExpertSizes.of(family)
@@ -112,7 +112,7 @@ def position_options(family: Family, scan: FamilyScan, energies: Energies) -> li
         versions = len(np.unique(version))
         own: Partition = tuple(tuple(int(v) for v in (version == first).nonzero()[0]) for first in np.unique(version))
         options = [Option(own, STORED, "own", NO_DELTA, versions * each[STORED], nothing)]
-        for n, partition in enumerate(energies.partitions[layer][expert]):
+        for n, partition in enumerate(errors.partitions[layer][expert]):
             alone = len(partition) == versions
             deltas = () if alone and versions > 1 else DELTAS
             mirrored = _MIRRORED if num_variants == 2 and len(partition) == 1 < versions else ()
@@ -123,9 +123,9 @@ def position_options(family: Family, scan: FamilyScan, energies: Energies) -> li
                     size = len(partition) * each[base]
                     if (kind := correction(delta)) is not None:
                         size += each[kind.fmt.name] * (1 if kind.mirrored else versions)
-                    damage = energies.components(layer, expert, n, base, delta)
+                    error = errors.components(layer, expert, n, base, delta)
                     merge = "own" if alone else "merged"
-                    options.append(Option(partition, base, merge, delta, size, damage))
+                    options.append(Option(partition, base, merge, delta, size, error))
         if exact is not None and versions > 1:
             changed = sum(int(exact[v, layer, expert]) for v in {int(v) for v in version} - {int(version[0])})
             changed += 8 * (versions + 1) * len(sizes.tensors)  # where each delta's values start
@@ -165,7 +165,7 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
     least = choices.least_bytes
     if budget >= least:
         return
-    damage = choices.total(choices.solve(least, np.ones(choices.damage.shape[2])))[1]
+    error = choices.total(choices.solve(least, np.ones(choices.error.shape[2])))[1]
     one_model = scan.expert_bytes * scan.expert_version[0].size
     experts = f"{format_bytes(least)} ({least / one_model:.3g}x of one model's)"
     if beside:
@@ -176,7 +176,7 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
     else:
         said = f"the experts are left {format_bytes(budget)} ({budget / one_model:.3g}x); the minimum is {experts}"
     raise PlanError(
-        f"{said}, which is predicted to cost {damage.mean():.2g} nats a token (worst variant {damage.max():.2g}). Give "
+        f"{said}, which is predicted to cost {error.mean():.2g} nats a token (worst variant {error.max():.2g}). Give "
         "more --memory, or fetch experts from the host tier with --host-share 0.1 or --policy separate."
     )
 
@@ -194,6 +194,6 @@ def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> P
         on_device[:, layer, expert] = one.base != HOST
         base[layer, expert], delta[layer, expert] = STORED if one.base == HOST else one.base, one.delta
         merges[layer, expert] = "own" if one.merge == "own" else merge
-    damage = choices.total(chosen)[1]
-    plan = Plan("auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_damage=damage)
+    error = choices.total(chosen)[1]
+    plan = Plan("auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_error=error)
     return plan.with_shared_deltas(version)

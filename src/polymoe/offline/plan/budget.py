@@ -169,7 +169,7 @@ def _auto_plan(
     from polymoe.offline.plan.allocate import auto_plan
 
     if options.min_top1 is not None and memory is not None:
-        raise PlanError("give either --memory or --min-top1: one is the budget, the other the promise.")
+        raise PlanError("give either --memory or --min-top1: one is the budget, the other the target.")
     if options.min_top1 is not None:
         return auto_plan(family, scan, None, options, calibration, console)
     budget = parse_memory("1.0x" if memory is None else memory)

@@ -26,7 +26,7 @@ class PlanOptions:
 
     base: format of the bases. delta_bits: bits a value of policy `delta`. clusters: groups of policy `cluster`.
     min_top1: share of tokens on which every variant must agree with its original, policy `auto`.
-    caution: `min_top1` is to hold for so many times the predicted damage.
+    caution: `min_top1` is to hold for so many times the predicted error.
     host_share: of what is routed, the share that may be fetched from the host tier, policy `auto`.
     calibrate: variant -> text files. distill: steps of distillation on them after the plan.
     accept_unrelated: merge variants that plainly have another ancestor all the same.

@@ -44,7 +44,7 @@ class Plan:
     delta: str [L, E], the position's `Correction`.
     delta_owner: int [V, L, E], the variant whose delta v uses, −1 for none. Default: everyone has an own one, but not
         where it is zero (the owner of a base stored as it is).
-    predicted_damage: float [V], nats a token; None when it was not predicted.
+    predicted_error: float [V], nats a token; None when it was not predicted.
 
     The fields [L, E] may be given as anything that broadcasts to that shape.
     """
@@ -57,7 +57,7 @@ class Plan:
     merge: StrArray = "own"  # type: ignore[assignment]
     delta: StrArray = NO_DELTA  # type: ignore[assignment]
     delta_owner: IntArray = None  # type: ignore[assignment]
-    predicted_damage: NDArray[np.float64] | None = None
+    predicted_error: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         for name in ("base", "merge", "delta"):

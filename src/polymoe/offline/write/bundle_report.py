@@ -42,7 +42,7 @@ def print_variants(bundle: Bundle, console: Console) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in ("variant", "text") else "right")
     for variant in bundle.variants:
-        predicted = "" if variant.predicted_damage is None else f"{variant.predicted_damage:.5f}"
+        predicted = "" if variant.predicted_error is None else f"{variant.predicted_error:.5f}"
         measured = variant.fidelity
         if measured is None:
             table.add_row(variant.name, "–", predicted, "–", "–", "–", "–", "not measured")

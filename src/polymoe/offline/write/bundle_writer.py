@@ -192,7 +192,7 @@ class _Writer:
             vocab_size=self.family.vocab_sizes[variant],
             dtype=str(checkpoint.dtype(tensor)).removeprefix("torch."),
             has_tokenizer=any(Path(file) in copied for file in TOKENIZER_FILES),
-            predicted_damage=None if self.plan.predicted_damage is None else float(self.plan.predicted_damage[variant]),
+            predicted_error=None if self.plan.predicted_error is None else float(self.plan.predicted_error[variant]),
         )
 
     def _packed_hashes(self, variant: int) -> dict[tuple[int, int], bytes]:

@@ -1,4 +1,4 @@
-"""The energies of `polymoe.offline.plan.damage` measured on text, in one streaming pass of all variants.
+"""What `polymoe.offline.plan.quantisation_error` predicts from, measured on text in one pass of all variants.
 
 Some windows of each variant's text run along in L + 1 copies: in copy l the experts of layer l alone are disturbed, the
 last copy is clean. KL between their logits, over the error put into the layer's output, turns the errors of outputs
@@ -29,8 +29,15 @@ from polymoe.offline.calibrate.calibrate import (
 from polymoe.offline.calibrate.family_run import FamilyRun, Routed
 from polymoe.offline.calibrate.switch_run import in_encoder
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
-from polymoe.offline.plan.damage import TOP1_PER_ROOT_KL, Energies, EnergyTable, FloatArray, Partition, partitions_of
 from polymoe.offline.plan.merge import regmean, weighted_mean
+from polymoe.offline.plan.quantisation_error import (
+    TOP1_PER_ROOT_KL,
+    ErrorTable,
+    FloatArray,
+    Partition,
+    QuantisationErrors,
+    partitions_of,
+)
 from polymoe.progress import step_progress
 from polymoe.quant.codec import inverse_factor
 
@@ -45,15 +52,15 @@ _NOISE = 0.05  # of a matrix's spread
 _GAIN_ROWS = 256
 _LOGITS = 1 << 28  # most logits in memory, a variant
 # Layers are disturbed one by one, on the text that everything is fitted to. KL on other text with all layers packed
-# was measured 3 to 6 times higher (docs/quality.md). It changes no plan but what `--min-top1` promises.
+# was measured 3 to 6 times higher (docs/quality.md). It changes no plan but how a target (`--min-top1`) is met.
 _OTHER_TEXT = 4.5
 
 Matrices = dict[str, Tensor]  # tensor -> float32 [out, in] or [out], of one expert
 
 
-def energies_on_text(
+def errors_on_text(
     family: Family, scan: FamilyScan, calibration: Calibration, console: Console | None = None
-) -> Energies:
+) -> QuantisationErrors:
     """Measure on `calibration`. Finished layers are kept in its folder; a later run only repeats the forward pass."""
     pass_ = _Pass(family, scan, calibration)
     info = family.architecture
@@ -61,10 +68,10 @@ def energies_on_text(
         layers = [pass_.layer(layer, advance) for layer in range(info.num_layers)]
         factor, top1 = pass_.nats_per_error()
     partitions = tuple(found for found, _ in layers)
-    table = EnergyTable(partitions, len(family.names))
-    for layer, (_, energies) in enumerate(layers):
+    table = ErrorTable(partitions, len(family.names))
+    for layer, (_, errors) in enumerate(layers):
         for kind, target in enumerate((table.coherent, table.spread, table.base)):
-            values = energies[kind]  # [E, N, V]
+            values = errors[kind]  # [E, N, V]
             target[layer, :, : values.shape[1]] = values[:, : target.shape[2]] * factor[:, layer] * _OTHER_TEXT
     return table.result(top1, np.array(pass_.traffic))
 
@@ -104,7 +111,7 @@ class _Pass:
         self.traffic.append(self._traffic(layer, routed))
         outputs: list[dict[int, tuple[Tensor, Tensor, Tensor]]] = [{} for _ in routed]
         partitions: list[tuple[Partition, ...]] = []
-        energies = np.zeros((3, info.num_experts, 3, len(routed)))
+        errors = np.zeros((3, info.num_experts, 3, len(routed)))
         for expert in range(info.num_experts):
             weights: list[Matrices] = [
                 {tensor: as_matrix(rows[v][expert], self.transposed).float() for tensor, rows in stacks.items()}
@@ -121,15 +128,15 @@ class _Pass:
                     statistics.append(_Statistics(one, hidden[own], gates[own], weights[v], self.tokens[layer][v]))
             for n, partition in enumerate(partitions[-1] if found is None else ()):
                 for group in partition:
-                    energies[:, expert, n, list(group)] = _group_energies(
+                    errors[:, expert, n, list(group)] = _group_errors(
                         [weights[v] for v in group], [statistics[v] for v in group]
                     )
             advance()
         self.run.proceed([weighted_sum(one, pieces) for one, pieces in zip(routed, outputs, strict=True)])
         if found is not None:
             return tuple(partitions), found
-        self._write(layer, energies)
-        return tuple(partitions), energies
+        self._write(layer, errors)
+        return tuple(partitions), errors
 
     def _traffic(self, layer: int, routed: list[Routed]) -> FloatArray:
         """float64 [E]: share of the text's routed tokens that each expert gets, the mean over the variants."""
@@ -183,11 +190,11 @@ class _Pass:
         found: FloatArray = np.load(path)
         return found
 
-    def _write(self, layer: int, energies: FloatArray) -> None:
+    def _write(self, layer: int, errors: FloatArray) -> None:
         path = self._file(layer)
         if path is not None:
             with whole_file(path) as unfinished, unfinished.open("wb") as file:
-                np.save(file, energies)
+                np.save(file, errors)
 
 
 class _Statistics:
@@ -217,9 +224,9 @@ class _Statistics:
             self.gain[first] = float((out * g).square().sum()) / max(put, 1e-30)
 
 
-def _group_energies(weights: list[Matrices], statistics: list[_Statistics]) -> FloatArray:
-    """float64 [3, group size]: coherent, spread and base energy of each member, as errors of the layer's output."""
-    energies = np.zeros((3, len(weights)))
+def _group_errors(weights: list[Matrices], statistics: list[_Statistics]) -> FloatArray:
+    """float64 [3, group size]: `coherent`, `spread` and `base` of each member, as errors of the layer's output."""
+    errors = np.zeros((3, len(weights)))
     for name in statistics[0].moments:
         own, moments = [one[name] for one in weights], [one.moments[name] for one in statistics]
         seen = any(float(moment.diagonal().sum()) > 0 for moment in moments)
@@ -231,8 +238,8 @@ def _group_energies(weights: list[Matrices], statistics: list[_Statistics]) -> F
             coherent = float(((away @ one.moments[name]) * away).sum())
             rounding = one.rounding[name]
             parts = (coherent, rounding * float((weight - merged).square().sum()), rounding * norm)
-            energies[:, index] += one.gain[name] * np.maximum(parts, 0)
-    return energies
+            errors[:, index] += one.gain[name] * np.maximum(parts, 0)
+    return errors
 
 
 def _disturbed(weight: Tensor, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What each way to store a position costs each variant, predicted in nats a token, without encoding anything.
 
-Rounding a matrix to a format leaves the share D of its energy (`Format.distortion`), so three energies at a position
+Rounding a matrix to a format leaves the share D of its energy (`Format.distortion`), so three figures at a position
 and a partition of the variants into groups, for each variant, say what all formats cost. With M the group's merged
 expert:
 
@@ -8,13 +8,13 @@ expert:
     spread     ‖W_v − M‖², as noise at the outputs
     base       ‖M‖², as noise at the outputs
 
-    damage(base b, no delta) = coherent + D_b · base
-    damage(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + R_bd · D_b · base
+    quantisation error(base b, no delta) = coherent + D_b · base
+    quantisation error(base b, delta d)  = D_d² · coherent + D_d (1 − D_d) · spread + R_bd · D_b · base
 
 since least-squares levels leave D_d of the difference itself (they shrink it) and D_d (1 − D_d) of its energy as noise,
 and R_bd (`Format.repair`) of the base's rounding error.
 
-From the weights alone, energies are relative to ‖W_v‖² and positions count by `importance`. With text, the error of the
+From the weights alone, errors are relative to ‖W_v‖² and positions count by `importance`. With text, the error of the
 outputs of the tokens routed there is measured, Σ g² ‖E(x; W) − E(x; Ŵ)‖² a token: tr(ΔW G ΔWᵀ) for what is coherent,
 and what error feedback (GPTQ) leaves of rounding noise, D · ‖W‖² / I · Σ_j 1 / U_jj² with UᵀU = G⁻¹. One more factor
 turns it into KL: each layer's experts are disturbed alone, and the KL of the logits is measured (method.md, 4).
@@ -45,7 +45,7 @@ NATS_PER_ERROR = 1.5
 # How much more a delta's rounding, noise in the shape of what training changed, counts than noise in the shape of the
 # weights (1.5, 1.9 and 2.2 were measured).
 RELEVANCE = 1.8
-# Agreement was as promised on three families with so many times the damage that the weights alone predict.
+# The target of agreement was met on three families with so many times the error that the weights alone predict.
 CAUTION = 2.0
 # 1 − top-1 agreement ≈ this · √KL, from the same measurements.
 TOP1_PER_ROOT_KL = 0.75
@@ -63,7 +63,7 @@ def coherence(distance: float) -> float:
 def importance(norm_square: FloatArray) -> FloatArray:
     """float [L, E], mean 1: what a relative error of an expert counts, for ‖W‖² [L, E] of a family.
 
-    Experts that are used much grow in training, and the first layers' errors go through all others: beside energies
+    Experts that are used much grow in training, and the first layers' errors go through all others: beside errors
     measured on text, ‖W‖⁴ and 1, 1/2, 1/3, 1/4, 1/4, … by layer rank the positions of three families with coefficients
     of 0.4 to 0.8, relative errors alone with −0.5 to 0.
     """
@@ -73,13 +73,13 @@ def importance(norm_square: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, eq=False)
-class Energies:
+class QuantisationErrors:
     """`partitions[l][e]`: the ways to group the variants there. `coherent`, `spread`, `base` float64 [L, E, N, V], in
     nats a token, N the number of partitions at most (0 beyond a position's own).
 
     top1_per_root_kl: float [V], 1 − top-1 agreement of a variant for a root of KL.
     traffic: float [L, E], share of a layer's routed tokens (mean over the variants) that an expert gets.
-    caution: what is promised must hold for so many times the predicted damage.
+    caution: a target must be met for so many times the predicted error.
     measured_repair: R_bd is as measured, else D_d. (With text, error feedback fits the deltas to what matters, and
         plans by the measured ones were no better.)
     """
@@ -93,10 +93,10 @@ class Energies:
     caution: float = 1.0
     measured_repair: bool = False
 
-    def damage(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
+    def of(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [V], nats a token, for a merged base in format `base` with deltas of format `delta` ("none": none)."""
-        damage: FloatArray = self.components(layer, expert, partition, base, delta).sum(axis=0)
-        return damage
+        total: FloatArray = self.components(layer, expert, partition, base, delta).sum(axis=0)
+        return total
 
     def components(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [3, V], nats a token: what is left of `coherent`, of `spread` and of `base`."""
@@ -112,7 +112,7 @@ class Energies:
         return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
 
     @staticmethod
-    def of_weights(scan: FamilyScan) -> Energies:
+    def of_weights(scan: FamilyScan) -> QuantisationErrors:
         """From the distances alone."""
         version = scan.expert_version
         num_variants, num_layers, num_experts = version.shape
@@ -121,7 +121,7 @@ class Energies:
         partitions = tuple(
             tuple(partitions_of(square[layer, expert]) for expert in range(num_experts)) for layer in range(num_layers)
         )
-        filled = EnergyTable(partitions, num_variants)
+        filled = ErrorTable(partitions, num_variants)
         counts = importance(square.diagonal(axis1=2, axis2=3).mean(axis=2))
         for layer, expert in np.ndindex(num_layers, num_experts):
             own = np.maximum(square[layer, expert].diagonal(), 1e-30)
@@ -140,8 +140,8 @@ class Energies:
         return filled.result(np.full(num_variants, TOP1_PER_ROOT_KL), alike, CAUTION, measured_repair=True)
 
 
-class EnergyTable:
-    """Energies while they are filled in."""
+class ErrorTable:
+    """`QuantisationErrors` while they are filled in."""
 
     def __init__(self, partitions: Sequence[Sequence[tuple[Partition, ...]]], num_variants: int) -> None:
         self.partitions = tuple(tuple(row) for row in partitions)
@@ -155,9 +155,9 @@ class EnergyTable:
         traffic: FloatArray,
         caution: float = 1.0,
         measured_repair: bool = False,
-    ) -> Energies:
+    ) -> QuantisationErrors:
         found = self.partitions, self.coherent, self.spread, self.base
-        return Energies(*found, top1, traffic, caution, measured_repair)
+        return QuantisationErrors(*found, top1, traffic, caution, measured_repair)
 
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:
