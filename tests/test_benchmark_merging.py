@@ -155,16 +155,16 @@ def test_the_variant_itself_is_perfect(decoders: dict[str, Path], text: Path, tm
     for weights in (iter([]), ((n, own.tensor(n)) for n in own.target_names)):
         same = evaluation.of_weights(weights, nothing).fidelity
         assert same.kl < 1e-6
-        assert same.ppl_served == pytest.approx(alone.fidelity.ppl_served)
+        assert same.perplexity_served == pytest.approx(alone.fidelity.perplexity_served)
     swapped = evaluation.of_weights(((n, other.tensor(n)) for n in other.target_names), nothing)
     assert swapped.fidelity.kl > 0.01
-    assert swapped.fidelity.ppl_original == alone.fidelity.ppl_original
-    assert swapped.fidelity.ppl_served != alone.fidelity.ppl_served
+    assert swapped.fidelity.perplexity_original == alone.fidelity.perplexity_original
+    assert swapped.fidelity.perplexity_served != alone.fidelity.perplexity_served
     bundle = make_plan(decoders, "separate", None, tmp_path / "bundle")
     served = evaluation.of_engine(served_by(bundle, evaluation), nothing).fidelity
     assert served.kl < 1e-6
-    assert served.top1_agreement == 1
-    assert served.ppl_served == pytest.approx(alone.fidelity.ppl_served, rel=1e-5)
+    assert served.top1 == 1
+    assert served.perplexity_served == pytest.approx(alone.fidelity.perplexity_served, rel=1e-5)
 
 
 def test_the_whole_table_of_a_decoder_only_family(decoders: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_variant_is_perfect_on_its_own_task(switches: dict[str, Path], task:
     served = evaluation.of_engine(served_by(bundle, evaluation), nothing)
     assert served.rouge == alone.rouge
     assert served.fidelity.kl < 1e-6
-    assert served.fidelity.top1_agreement == 1
+    assert served.fidelity.top1 == 1
     assert served.fidelity.tokens == alone.fidelity.tokens
     own, other = family.checkpoints[1], family.checkpoints[2]
     same = evaluation.of_weights(((n, own.tensor(n)) for n in own.target_names), nothing)

@@ -70,7 +70,7 @@ def test_every_fine_tune_is_best_in_its_own_domain() -> None:
             windows, sums = windows_of(ids, 256, 8), _Sums()
             for window, logits in zip(windows, model.logits(windows), strict=True):
                 sums.add(window, logits, logits)
-            perplexity.setdefault(domain, {})[name] = sums.result().ppl_original
+            perplexity.setdefault(domain, {})[name] = sums.result().perplexity_original
     for domain in ("math", "drama", "code"):
         assert min(perplexity[domain], key=perplexity[domain].__getitem__) == domain, perplexity[domain]
 
@@ -89,8 +89,8 @@ def test_the_sums_are_the_definitions() -> None:
         agreed += (a.index(max(a)) == b.index(max(b))) / 4
         nll -= math.log(b[window[t + 1]]) / 4
     assert result.kl == pytest.approx(kl, rel=1e-5)
-    assert result.top1_agreement == agreed
-    assert result.ppl_served == pytest.approx(math.exp(nll), rel=1e-5)
+    assert result.top1 == agreed
+    assert result.perplexity_served == pytest.approx(math.exp(nll), rel=1e-5)
     assert result.tokens == 4
 
 

@@ -1,7 +1,6 @@
 """Plans with merged, packed and corrected experts: what they hold, what they cost, and what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from polymoe.bundle.manifest import Fidelity, VariantRecord
 from polymoe.bundle.reader import Bundle, record_fidelity
 from polymoe.cli.main import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
-from polymoe.evaluate import fidelity
 from polymoe.evaluate.target import meet_target
 from polymoe.offline.api import inspect_bundle, make_plan
 from polymoe.offline.checkpoint.family import Family
@@ -252,11 +250,11 @@ def test_a_target_that_is_missed_is_planned_again(agreements: list[float], cauti
         asked.append(options.caution)
         overwritten.append(overwrite)
 
-    def measure(_: Any) -> dict[str, fidelity.Fidelity]:
-        worst = fidelity.Fidelity(
-            ppl_original=5, ppl_served=5, kl=0.01, top1_agreement=agreements[len(asked) - 1], tokens=1000
+    def measure(_: Any) -> dict[str, Fidelity]:
+        worst = Fidelity(
+            perplexity_original=5, perplexity_served=5, kl=0.01, top1=agreements[len(asked) - 1], tokens=1000
         )
-        return {"base": replace(worst, top1_agreement=1.0), "math": worst}
+        return {"base": msgspec.structs.replace(worst, top1=1.0), "math": worst}
 
     meet_target(make, measure, PlanOptions(min_top1=0.99), False, console)
     assert asked == pytest.approx(cautions)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.weights import Weights, put_weights
-from polymoe.evaluate.fidelity import Fidelity, Logits, OriginalModel, Samples, check_token_ids, compare, served_logits
+from polymoe.bundle.manifest import Fidelity
+from polymoe.evaluate.fidelity import Logits, OriginalModel, Samples, check_token_ids, compare, served_logits
 from polymoe.evaluate.texts import WINDOW, encode_texts, spread_windows
 from polymoe.llm.llm import LLM
 from polymoe.offline.checkpoint.family import Family, max_model_len

@@ -186,8 +186,8 @@ def _row(
         "expert_multiple": 1.0 if measured is None else measured.expert_multiple,
         "resident_bytes": None if measured is None else measured.resident_bytes,
         "kl": fidelity.kl,
-        "top1": fidelity.top1_agreement,
-        "perplexity": fidelity.ppl_served,
+        "top1": fidelity.top1,
+        "perplexity": fidelity.perplexity_served,
         "tokens": fidelity.tokens,
     }
     for kind in KINDS:

@@ -47,14 +47,14 @@ def row_of(
         resident_bytes=measured.resident_bytes,
         kl_mean=statistics.fmean(kl),
         kl_worst=max(kl),
-        top1_mean=statistics.fmean(found.top1_agreement for found in fidelity.values()),
+        top1_mean=statistics.fmean(found.top1 for found in fidelity.values()),
         predicted_kl_mean=None if predicted is None else statistics.fmean(predicted[name] for name in fidelity),
         variants={
             name: {
                 "kl": found.kl,
-                "top1": found.top1_agreement,
-                "perplexity_original": found.ppl_original,
-                "perplexity_served": found.ppl_served,
+                "top1": found.top1,
+                "perplexity_original": found.perplexity_original,
+                "perplexity_served": found.perplexity_served,
                 "tokens": found.tokens,
                 "predicted_kl": None if predicted is None else predicted[name],
             }

@@ -60,7 +60,7 @@ def variant_folder(variant: str) -> str:
 class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
     """How close a served variant is to its original on one text; means over `tokens` predicted tokens."""
 
-    text: str  # what it was measured on
+    text: str = ""  # the file that it was measured on, once it is kept
     tokens: int
     kl: float  # KL(original ‖ served), nats a token
     top1: float  # share of tokens where both rank the same one first

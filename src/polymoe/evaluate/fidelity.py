@@ -17,19 +17,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from polymoe.bundle.manifest import Fidelity
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """One variant on one text; all figures are means over `tokens` predicted tokens."""
-
-    ppl_original: float
-    ppl_served: float
-    kl: float  # KL(original ‖ served), nats a token
-    top1_agreement: float  # share of positions where both rank the same token first
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -128,10 +118,10 @@ class _Sums:
     def result(self) -> Fidelity:
         n = self.tokens
         return Fidelity(
-            ppl_original=math.exp(self.nll_original / n),
-            ppl_served=math.exp(self.nll_served / n),
+            perplexity_original=math.exp(self.nll_original / n),
+            perplexity_served=math.exp(self.nll_served / n),
             kl=max(0.0, self.kl / n),
-            top1_agreement=self.agreed / n,
+            top1=self.agreed / n,
             tokens=n,
         )
 

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from polymoe.bundle import manifest
+from polymoe.bundle.manifest import Fidelity
 from polymoe.bundle.reader import Bundle, record_fidelity
 from polymoe.config import EngineConfig
 from polymoe.console import Console
 from polymoe.engine.core import EngineCore
-from polymoe.evaluate.fidelity import Fidelity, Samples, measure
+from polymoe.evaluate.fidelity import Samples, measure
 from polymoe.evaluate.report import fidelity_table, window_progress
 
 _BATCH = 8  # windows a pass
@@ -36,21 +37,9 @@ def measure_and_record(
     with window_progress(samples, console) as advance:
         results = measure(engine, dict(checkpoints), dict(samples), torch.float32, _BATCH, advance)
     console.print(fidelity_table(results))
-    record_fidelity(
-        bundle.path,
-        {
-            name: manifest.Fidelity(
-                text=str(texts[name]),
-                tokens=found.tokens,
-                kl=found.kl,
-                top1=found.top1_agreement,
-                perplexity_original=found.ppl_original,
-                perplexity_served=found.ppl_served,
-            )
-            for name, found in results.items()
-        },
-    )
-    return results
+    named = {name: msgspec.structs.replace(found, text=str(texts[name])) for name, found in results.items()}
+    record_fidelity(bundle.path, named)
+    return named
 
 
 def float32_options(window: int, batch: int = _BATCH) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from polymoe.bundle.manifest import Fidelity
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console, DescriptionColumn, warn
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError, UnknownVariantError
-from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
+from polymoe.evaluate.fidelity import Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW
@@ -114,10 +115,10 @@ def window_progress(samples: Mapping[str, Samples], console: Console) -> Iterato
 def vars_of(result: Fidelity) -> dict[str, float]:
     """A `Fidelity` as the JSON line has it."""
     return {
-        "ppl_original": result.ppl_original,
-        "ppl_served": result.ppl_served,
+        "ppl_original": result.perplexity_original,
+        "ppl_served": result.perplexity_served,
         "kl": result.kl,
-        "top1_agreement": result.top1_agreement,
+        "top1_agreement": result.top1,
         "tokens": result.tokens,
     }
 
@@ -144,10 +145,10 @@ def fidelity_table(results: dict[str, Fidelity]) -> Table:
     for name, r in results.items():
         table.add_row(
             name,
-            f"{r.ppl_original:.2f}",
-            f"{r.ppl_served:.2f}",
+            f"{r.perplexity_original:.2f}",
+            f"{r.perplexity_served:.2f}",
             f"{r.kl:.5f}",
-            f"{r.top1_agreement:.3f}",
+            f"{r.top1:.3f}",
             f"{r.tokens:,}",
         )
     return table

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from polymoe.bundle.manifest import Fidelity
 from polymoe.bundle.reader import Bundle
 from polymoe.console import Console, warn
-from polymoe.evaluate.fidelity import Fidelity
 from polymoe.offline.plan.options import PlanOptions
 
 ATTEMPTS = 3
@@ -30,8 +30,8 @@ def meet_target(
         results = measure(bundle)
         if target is None:
             return bundle
-        name = min(results, key=lambda variant: results[variant].top1_agreement)
-        found = results[name].top1_agreement
+        name = min(results, key=lambda variant: results[variant].top1)
+        found = results[name].top1
         if found >= target:
             console.print(f"Target met: {name}, the worst, agrees on {found:.2%} of tokens, {target:.2%} were asked.")
             return bundle
