@@ -2,7 +2,7 @@
 
     acc[m, n] += f_m · Σ_groups scale[n, g] · Σ_{k in g} x[m, k] · level(code[n, k])
 
-A 32-byte block of a plane gives 32 neighbouring values a shift (`polymoe.quant.formats`), so a tile of codes
+A 32-byte block of a plane gives 32 neighbouring values a shift (`polymoe.quant.format`), so a tile of codes
 `[lanes, BN]` gives, shift by shift, tiles of weights whose inputs are columns of x that a strided load finds. Nothing
 is shuffled between registers. Scales multiply partial sums, not values.
 
