@@ -1,29 +1,52 @@
-# `make demo` and `make test` need nothing but Python >= 3.11: the first run makes .venv and installs.
+# `make demo` and `make test` need nothing but Python 3.11 to 3.14: the first run makes .venv and installs.
+#
+# torch comes from PyPI, as everything else does; on Linux that build brings CUDA (2.8 GB to download, 5.8 GB on disk).
+# Another build comes from an index of its own, the URL that pytorch.org's install page gives after `--index-url`:
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# It is remembered in .venv; `make demo TORCH_INDEX=` goes back to PyPI's.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
+REMEMBERED_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
+TORCH_INDEX ?= $(REMEMBERED_INDEX)
+TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-slow lint types tests format bench compare family switch-family architectures clean
+.PHONY: install dev demo test test-bounds test-slow lint types tests format bench compare vllm family switch-family \
+	architectures clean another-torch
 
-# What the package needs to run. torch is pinned in constraints.txt to a build without CUDA; for a GPU see the README.
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/kernels/*.cpp src/polymoe/kernels/*.h)
-	$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e . -c constraints.txt
+# Another build of torch than the one that is installed was asked for.
+another-torch:
+
+ifneq ($(TORCH_INDEX),$(REMEMBERED_INDEX))
+ANOTHER_TORCH := another-torch
+FORCED := --force-reinstall
+endif
+FROM_INDEX = $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+# What the package needs to run. Without dependencies from TORCH_INDEX: an index of torch builds need not have them.
+# A venv that could not get its pip (Debian without python3-venv) is made again.
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/kernels/*.cpp src/polymoe/kernels/*.h) $(ANOTHER_TORCH)
+	@$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
+	@echo "Installing into $(VENV); torch from $(or $(TORCH_INDEX),PyPI (on Linux with CUDA: 2.8 GB. README: what is installed))."
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX)$(ANOTHER_TORCH),$(strip $(PIP_INSTALL) $(FORCED) --no-deps $(FROM_INDEX) torch))
+	$(PIP_INSTALL) -e .
+	@echo "$(TORCH_INDEX)" > $(VENV)/.torch-index
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(PIP_INSTALL) -e '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed
 
 dev: $(VENV)/.installed-dev
 
+# The package's own models; POLICY=paper shares each expert as the paper does.
 demo: install
-	$(BIN)/polymoe demo --port $(PORT)
+	$(BIN)/polymoe demo --port $(PORT) $(and $(POLICY),--policy $(POLICY))
 
 test: lint types tests
 
@@ -41,6 +64,11 @@ tests: dev
 test-slow: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow
 
+# The tests of what depends on torch's and transformers' private parts, with the oldest and the newest releases that
+# pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.
+test-bounds:
+	$(PYTHON) tools/try_bounds.py $(BOUNDS) $(TORCH_OPTION)
+
 format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -49,9 +77,13 @@ format: dev
 bench: install
 	$(BIN)/polymoe bench throughput $(BENCH)
 
-# polymoe beside vLLM on the CPU (installed in .venv-vllm) and transformers' generate; options in COMPARE.
+# The README's speed table: polymoe, vLLM on the CPU and transformers' generate; options in COMPARE.
 compare: install
-	$(BIN)/python benchmarks/compare/run.py $(COMPARE)
+	$(BIN)/python benchmarks/compare/run.py $(TORCH_OPTION) $(COMPARE)
+
+# vLLM for CPUs in .venv-vllm, for `make compare` (which makes it too).
+vllm: install
+	$(BIN)/python benchmarks/compare/run.py --install $(TORCH_OPTION)
 
 # Train the demo family again (about an hour on 4 cores) from a folder of texts; see src/polymoe/demo/MODEL_CARD.md.
 family: dev
@@ -61,9 +93,11 @@ family: dev
 switch-family: dev
 	$(BIN)/python tools/train_switch_family.py --corpus $(CORPUS) --out $(or $(OUT),switch-family)
 
-# Try every architecture of transformers' experts registry with tiny random checkpoints.
+# Try every architecture of transformers' experts registry with tiny random checkpoints, then time packed experts against
+# stored ones in small bfloat16 families of those that are served (docs/architectures.md).
 architectures: dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/try_architectures.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/time_architectures.py --out docs/architectures.md
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .mypy_cache .ruff_cache

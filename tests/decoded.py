@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polymoe.bench.rivals import put_weights
+from benchmarks.baselines.weights import put_weights
 from polymoe.offline.bundle import Bundle, PackedTensors
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import decode_exact

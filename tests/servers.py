@@ -1,6 +1,7 @@
 """Real servers for the tests: a tiny random bundle, the engine in its own process, HTTP on a free port."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -14,8 +15,9 @@ import uvicorn
 
 from families import make_family
 from polymoe.config import EngineConfig
-from polymoe.engine.client import AsyncEngineClient
+from polymoe.engine.client import AsyncEngineClient, Prompt
 from polymoe.engine.info import EngineStats
+from polymoe.engine.request import SamplingParams
 from polymoe.offline.api import make_plan
 from polymoe.server.app import create_app
 from polymoe.server.settings import ServerSettings
@@ -79,6 +81,26 @@ class ThreadServer:
         stats = self.stats()
         left = [*stats.running, *stats.waiting, self.client.processor.num_sequences, len(self.client.open_streams)]
         return not any(left) and stats.kv_usage == 0
+
+    @contextlib.contextmanager
+    def full(self, variant: str) -> Iterator[None]:
+        """Long requests for `variant` hold every place of a batch and fill the queue, so that one more is refused."""
+        config, streams = self.client.config, []
+        long = SamplingParams(max_tokens=CONTEXT - 2, ignore_eos=True)
+
+        async def close() -> None:
+            for stream in streams:
+                stream.close()
+
+        try:
+            for kind, count in (("running", config.max_num_seqs), ("waiting", config.max_waiting)):
+                prompts: list[Prompt] = [(None, [5])] * count
+                streams.append(self.call(self.client.submit(f"full-{kind}", variant, prompts, long)))
+                self.wait_for(lambda kind=kind, count=count: sum(getattr(self.stats(), kind)) == count)  # type: ignore[misc]
+            yield
+        finally:
+            self.call(close())
+            self.wait_for(self.is_idle)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
         wait_for(condition, timeout)

@@ -19,6 +19,7 @@ from polymoe.cli import app
 from polymoe.cli_cache import console as cli_console
 from polymoe.console import Console
 from polymoe.errors import ConfigError
+from polymoe.offline import atomic
 from polymoe.offline.cache import plan_cached, planned_bundle
 from polymoe.offline.cache_items import cache_items
 from servers import free_port, wait_for
@@ -177,6 +178,7 @@ def test_prune_removes_what_can_never_be_used_again(trio: dict[str, Path], tmp_p
         (other / "manifest.json").write_text(json.dumps(manifest | {field: value}))
     unfinished = bundle.with_name(f".{bundle.name}.tmp-abcdefgh")
     unfinished.mkdir()
+    (unfinished / atomic._MARK).touch()
     (unfinished / "half").touch()
     assert [item.useless for item in cache_items(cache)].count(None) == 1
     assert "in 3 folders were removed" in cache_command("prune", cache=cache).output
@@ -193,6 +195,8 @@ def test_prune_touches_nothing_that_is_not_ours(trio: dict[str, Path], tmp_path:
         cache / "bundles" / f"photos-{digest}" / "cat.jpg",
         cache / "bundles" / f"app-{digest}" / "manifest.json",
         cache / "bundles" / "mine" / "manifest.json",
+        cache / "bundles" / f".mine-{digest}.tmp-abcdefgh" / "thesis.tex",
+        cache / "bundles" / f".mine-{digest}.old-abcdefgh" / f"mine-{digest}" / "thesis.tex",
         cache / "families" / "smith-01234567" / "tree.txt",
         cache / "families" / "v0-01234567" / "v0" / "notes.txt",
         cache / "quality" / "report.txt",

@@ -86,7 +86,7 @@ def make_case(layout: tuple[bool, bool, bool], dtype: torch.dtype) -> Case:
 
     stored = [stock(base[0]), stock(base[2])]
     stacks = {name: torch.stack([expert[name] for expert in stored]) for name in shapes}
-    layer = CompressedLayer(stacks, (fp8, int8, int4), (d1, d2, ExactPool(exact)))
+    layer = CompressedLayer(stacks, (fp8, int8, int4), (d1, d2, ExactPool(exact)), flip)
     absent = {n: noise(n).to(dtype).float() for n in shapes}
     # ids: stored 0 1, fp8 2, int8 3, int4 4; deltas: d1 0, d2 1 2 3, exact 4 5
     table = torch.tensor([[0, 4, 1, 3], [0, 4, 1, 3], [0, 4, -1, 2]], dtype=torch.int32)

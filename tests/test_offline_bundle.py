@@ -224,9 +224,10 @@ class TestOpen:
         path = folder / file
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        Bundle.open(folder)
+        if file.startswith(("experts/", "host/", "nonexperts/")):  # the large ones are not hashed to open them
+            Bundle.open(folder)
         with pytest.raises(BundleError, match=f"{file} has changed"):
-            Bundle.open(folder, verify=True)
+            Bundle.open(folder, verify=file.endswith(".safetensors"))
         path.write_bytes(content[:-1])
         with pytest.raises(BundleError, match=f"{file} has {len(content) - 1} bytes, not {len(content)}"):
             Bundle.open(folder)
@@ -368,7 +369,7 @@ elif moment == "before the manifest":
 elif moment == "before the exchange":
     atomic._publish = stop
 elif moment == "after the exchange":
-    atomic.shutil.rmtree = stop
+    atomic.shutil = type("shutil", (), {"rmtree": stop})  # not everybody's: planning clears temporary folders
 make_plan(specs, "separate", None, out, overwrite=True)
 """
 

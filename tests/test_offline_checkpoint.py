@@ -118,11 +118,24 @@ def test_tied_embeddings(stored: str, tmp_path: Path) -> None:
     assert checkpoint.architecture.vocab_tensors == ("model.embed_tokens.weight",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_and_stored_twice_with_equal_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Equal in the less precise dtype of the two: some trainers keep the head in float32."""
+    path = make_family("mixtral", tmp_path, num_variants=1, tie_word_embeddings=True, dtype=torch.bfloat16)["base"]
+    edit_tensors(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone().to(dtype)}))
+    checkpoint = Checkpoint.open(path, "x")
+    assert checkpoint.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert checkpoint.notes == []
+
+
 def test_tied_but_stored_with_different_values(tmp_path: Path) -> None:
+    """transformers then ties nothing and says so; this was refused."""
     path = make_family("mixtral", tmp_path, num_variants=1, tie_word_embeddings=True)["base"]
     edit_tensors(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(CheckpointError, match='set "tie_word_embeddings": false'):
-        Checkpoint.open(path, "x")
+    checkpoint = assert_reads_like_transformers(path)
+    assert checkpoint.tied == {}
+    assert "lm_head.weight" in checkpoint.architecture.nonexperts
+    assert ['"tie_word_embeddings": false would say so' in note for note in checkpoint.notes] == [True]
 
 
 def test_not_a_checkpoint(tmp_path: Path, copy: Path) -> None:
@@ -260,11 +273,42 @@ class TestShards:
         with pytest.raises(CheckpointError, match=f"names {shard.name}, which is missing"):
             Checkpoint.open(sharded, "x")
 
-    def test_tensor_in_two_shards(self, sharded: Path) -> None:
+    @pytest.mark.parametrize("stale_in", ["earlier", "later"])
+    def test_a_stale_copy_in_another_shard(self, sharded: Path, stale_in: str) -> None:
+        """The index decides. transformers reads the last shard; where that is the stale one the note says so."""
         first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
-        save_file(load_file(second) | dict([next(iter(load_file(first).items()))]), second)
-        with pytest.raises(CheckpointError, match="is stored twice, in "):
-            Checkpoint.open(sharded, "x")
+        good, stale = (second, first) if stale_in == "earlier" else (first, second)
+        name, value = next(iter(load_file(good).items()))
+        save_file(load_file(stale) | {name: torch.zeros_like(value)}, stale)
+        checkpoint = Checkpoint.open(sharded, "x")
+        assert torch.equal(checkpoint._load(name), value)
+        (note,) = checkpoint.notes
+        assert f"{name} is stored again in {stale.name}; the copy in {good.name} is read" in note
+        assert ("transformers itself takes" in note) == (stale_in == "later")
+
+    def test_a_tensor_that_the_index_does_not_name(self, sharded: Path) -> None:
+        """transformers reads whole shards."""
+        weight_map = self.index(sharded)
+        weight_map.pop("model.norm.weight")
+        self.write(sharded, weight_map)
+        assert_reads_like_transformers(sharded)
+
+    def test_a_tensor_in_another_shard_than_the_index_says(self, sharded: Path) -> None:
+        weight_map = self.index(sharded)
+        wrong = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+        self.write(sharded, weight_map | {"model.norm.weight": wrong})
+        (note,) = assert_reads_like_transformers(sharded).notes
+        assert note.startswith(f"model.safetensors.index.json says that {wrong} holds model.norm.weight; it is read")
+
+    def test_files_that_the_index_does_not_name(self, sharded: Path) -> None:
+        save_file({"model.norm.weight": torch.zeros(32)}, sharded / "consolidated.safetensors")
+        (note,) = assert_reads_like_transformers(sharded).notes
+        assert note.startswith("model.safetensors.index.json names other files; left out: consolidated.safetensors (")
+
+    def test_a_single_file_beside_shards(self, sharded: Path, mixtral: Path) -> None:
+        shutil.copy(mixtral / "model.safetensors", sharded)
+        (note,) = assert_reads_like_transformers(sharded).notes
+        assert note.startswith("model.safetensors is read alone, as transformers does; left out: model-00001-of-00009")
 
     def test_index_promises_too_much(self, sharded: Path) -> None:
         weight_map = self.index(sharded)

@@ -153,7 +153,7 @@ def test_logprobs_in_vllms_form(processor: OutputProcessor) -> None:
         ("a", [-1], SamplingParams(), RequestError, "prompt"),
         ("b", "text", SamplingParams(), RequestError, "prompt"),
         ("b", [5], SamplingParams(stop=["x"]), RequestError, "stop"),
-        ("a", [5] * 17, SamplingParams(max_tokens=16), ContextLengthError, "messages"),
+        ("a", [5] * 17, SamplingParams(max_tokens=16), ContextLengthError, "prompt"),
         ("a", [5], SamplingParams(stop_token_ids=[112]), RequestError, "stop_token_ids"),
         ("a", [5], SamplingParams(logit_bias={112: 1.0}), RequestError, "logit_bias"),
     ],
@@ -184,3 +184,17 @@ def test_abort_ends_what_still_runs(processor: OutputProcessor) -> None:
     late = processor.process(outputs_of("r-1", [5]))
     assert not late.deltas
     assert processor.num_sequences == 0
+
+
+@pytest.mark.parametrize("seed", [-2, -5, -64, 0, 2**63 - 1, -(2**63)])
+def test_none_of_n_sequences_loses_its_seed(processor: OutputProcessor, seed: int) -> None:
+    """-1 means "no seed", and the sequences of a request count up from its seed: the second of -2 would have none."""
+    requests = processor.add_request("r", next(iter(processor.variants)), [5], SamplingParams(seed=seed, n=64))
+    seeds = [request.sampling.seed for request in requests]
+    assert None not in seeds
+    assert len(set(seeds)) == 64
+    assert seeds[0] == seed
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams()

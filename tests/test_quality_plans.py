@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from damage import Liar
 from families import make_family
 from polymoe.cli import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
@@ -196,13 +197,10 @@ class TestBundle:
             Bundle.open(bundle.path)
 
     def test_pools_of_another_size_are_refused(self, bundle: Bundle) -> None:
-        path = bundle.path / "manifest.json"
-        manifest = json.loads(path.read_text())
-        layer = next(index for index, pools in enumerate(manifest["delta_pools"]) if pools)
-        manifest["delta_pools"][layer]["d3"] += 1
-        path.write_text(json.dumps(manifest))
-        with pytest.raises(BundleError, match=r"d3\..* has another size than planned"):
-            Bundle.open(bundle.path).packed_deltas(layer)
+        layer = next(index for index, pools in enumerate(bundle.manifest.delta_pools) if pools)
+        Liar(bundle.path).edit_manifest(lambda m: m["delta_pools"][layer].update(d3=1000))
+        with pytest.raises(BundleError, match=rf"deltas/layer-00{layer}\.safetensors has d3\..* not as planned"):
+            Bundle.open(bundle.path)
 
     def test_bundles_of_the_first_version_are_refused(self, bundle: Bundle) -> None:
         path = bundle.path / "manifest.json"

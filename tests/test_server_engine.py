@@ -131,13 +131,13 @@ def test_wrong_requests_and_too_many(client: AsyncEngineClient, runner: asyncio.
         with pytest.raises(RequestError, match="outside the vocabulary"):
             await client.submit("a", "base", [(None, [5]), (None, [112])], LONG)
         assert await is_idle(client)
-        limit = client.config.max_num_seqs + client.config.max_waiting
-        with await client.submit("b", "base", [(None, [5])], LONG) as stream:
+        most = client.config.max_waiting
+        with await client.submit("b", "base", [(None, [5])] * (client.config.max_num_seqs + 1), LONG) as stream:
             await anext(stream)
             with pytest.raises(OverloadedError) as refused:
-                await client.submit("c", "base", [(None, [5])] * limit, LONG)
+                await client.submit("c", "base", [(None, [5])] * most, LONG)
             assert refused.value.retry_after > 0
-            assert client.processor.num_sequences == 1
+            assert client.processor.num_sequences == client.config.max_num_seqs + 1
         assert await is_idle(client)
 
     runner.run(scenario())

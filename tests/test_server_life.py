@@ -1,8 +1,13 @@
 """`run_server` from the start to the exit code, as a supervisor sees it."""
 
+import contextlib
+import fcntl
+import os
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from polymoe.server.serve import stop_signals
 from servers import CONTEXT, events, free_port, make_bundle, wait_for
 
 BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True}
@@ -20,7 +26,7 @@ BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True
 class ProcessServer:
     """A server in its own process, with its output in a file."""
 
-    def __init__(self, bundle: Path, folder: Path, grace: float) -> None:
+    def __init__(self, bundle: Path, folder: Path, grace: float, **popen: Any) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -29,8 +35,7 @@ class ProcessServer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", "16MB"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
             )
 
     def wait_until_ready(self) -> None:
@@ -77,6 +82,33 @@ class ProcessServer:
         self.process.send_signal(signal.SIGTERM)
 
 
+class Terminal:
+    """A pseudo-terminal, which somebody reads until it is closed."""
+
+    def __init__(self) -> None:
+        self.printed = b""
+        self._ours, self.theirs = os.openpty()
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    @staticmethod
+    def take() -> None:
+        """In a new session: make standard input its terminal, so that closing it sends SIGHUP."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # the other side is closed
+            while not self._closing.is_set():
+                if select.select([self._ours], [], [], 0.02)[0]:
+                    self.printed += os.read(self._ours, 1 << 16)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._reader.join()
+        os.close(self._ours)
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("life"))
@@ -93,9 +125,9 @@ def server(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Iter
 
 def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
     def stop(engine: psutil.Process) -> None:
-        # A supervisor or Ctrl-C signals the whole group; the engine must not die of it.
-        engine.send_signal(signal.SIGTERM)
-        engine.send_signal(signal.SIGINT)
+        # A supervisor, Ctrl-C or a closed terminal signals the whole group; the engine must not die of it.
+        for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            engine.send_signal(sent)
         server.stop(engine)
         wait_for(lambda: not accepts(server.port))
 
@@ -108,6 +140,33 @@ def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
     for words in ("base", "v1", "16 resident, 0 absent", "slots", "KV cache", f"{server.url}/v1", "curl "):
         assert words in printed
     assert "Traceback" not in printed
+
+
+def test_a_closed_terminal_lets_running_requests_finish(bundle: Path, tmp_path: Path) -> None:
+    """SIGHUP ended the server at once, and clients got half an answer. Nothing can be printed any more by then."""
+    terminal = Terminal()
+    options = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+    server = ProcessServer(bundle, tmp_path, 30.0, start_new_session=True, preexec_fn=terminal.take, **options)
+    os.close(terminal.theirs)
+    try:
+        seen, code = server.during_a_stream(lambda _: terminal.close())
+    finally:
+        server.process.kill()
+        server.process.wait()
+    assert code == 0
+    assert seen[-1] == "[DONE]"
+    assert seen[-2]["choices"][0]["finish_reason"] == "length"
+    assert b"curl " in terminal.printed
+
+
+def test_nohup_keeps_a_server_running() -> None:
+    """A shell starts it with SIGHUP ignored, and that is meant to stay so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("server", [0.0], indirect=True)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
@@ -38,6 +38,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.engine import EngineCore
 from polymoe.engine.request import EngineRequest, SamplingParams
 from polymoe.errors import UnsupportedModelError
@@ -124,13 +125,13 @@ def architectures() -> dict[str, str]:
     return found
 
 
-def tiny_config(model_type: str) -> Any:
-    """The architecture's own config class with every size made small."""
+def small_config(model_type: str, sizes: Mapping[str, Any] = SMALL) -> Any:
+    """The architecture's own config class with every size made small: where `sizes` has the field, from there."""
     default = CONFIG_MAPPING[model_type]()
     fields = {key: value for key, value in default.to_dict().items() if not isinstance(value, dict)}
     if getattr(default, "vision_config", None) is not None:
         return default  # refused before anything is built
-    values = {k: v for k, v in SMALL.items() if k in fields and (fields[k] is not None or k.endswith("_id"))}
+    values = {k: v for k, v in sizes.items() if k in fields and (fields[k] is not None or k.endswith("_id"))}
     depth = getattr(default, "num_hidden_layers", None)
     for key, value in fields.items():
         if isinstance(value, list | tuple) and len(value) == depth:  # one entry a layer: every kind, in turn
@@ -139,7 +140,10 @@ def tiny_config(model_type: str) -> Any:
     if "kv_lora_rank" in fields:  # latent attention has no grouped heads, and its own head sizes
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)
-    return AutoConfig.for_model(model_type, **{**values, **OVERRIDES.get(model_type, {})})
+    more = OVERRIDES.get(model_type, {})
+    if sizes is not SMALL:
+        more = {k: sizes.get(k, v) for k, v in more.items()}
+    return AutoConfig.for_model(model_type, **{**values, **more})
 
 
 @torch.no_grad()
@@ -220,7 +224,7 @@ def try_one(name: str, model_type: str) -> Outcome:
     transformers.logging.set_verbosity_error()
     if model_type not in CONFIG_MAPPING_NAMES:
         return Outcome(name, model_type, "refused", "transformers has no config of this type")
-    config = tiny_config(model_type)
+    config = small_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "vision_config", None) is not None:
@@ -280,7 +284,7 @@ def short_note(outcome: Outcome) -> str:
     """The reason of a refusal, without what only says that this is a tiny model."""
     if outcome.result == "exact":
         return f"logits within {outcome.error:.0e}"
-    note = re.sub(r"^.*?cannot be served: ", "", outcome.note).rstrip(".")
+    note = re.sub(r"^.*?cannot be served: ", "", outcome.note).partition(". ")[0].rstrip(".")
     note = re.sub(r"^\d+ of its \d+ layers are (.*) layers, whose", r"it has \1 layers, whose", note)
     return re.sub(r"^\S+ is an? (\w+), a state-space.*layer, whose", r"it has \1 layers, whose", note)
 

@@ -1,40 +1,60 @@
-"""`make compare`: polymoe beside vLLM (CPU) and transformers' `generate`, same load, same machine, one run.
+"""`make compare`: polymoe beside vLLM (CPU) and transformers' `generate`, same load, same machine, one table.
 
-Two groups, each loaded together and interleaved (A B C A B C …), so that a ratio is of systems that met the same noise:
+    one variant    `single`, one vLLM process with all cores, `generate` in one batch
+    all variants   `mixed:auto`, `mixed`, `per-variant` and `paper` as `polymoe bench` has them; a vLLM process a
+                   variant (1/N of the cores and of the load each, started together); `generate` variant after variant
 
-    one model      polymoe `single`, one vLLM process with all cores, `generate` in one batch
-    all variants   polymoe `mixed`, a vLLM process a variant (1/N of the cores and of the load each, started together),
-                   `generate` variant after variant
+Systems are interleaved (A B C A B C …), so that all meet the same noise. They would not fit a computer's memory
+together: each is loaded when its turn comes, runs once to warm up and once to be measured, and ends.
 
-All get the same prompts of token ids, greedy, exactly as many tokens out, through their offline calls, in processes
-of their own. polymoe comes a second time as `bench throughput` measures it, through its load generator and its engine's
-process: what a server adds.
+All get the same prompts of token ids, greedy, exactly as many tokens out, in processes of their own. vLLM and
+transformers are called through their offline classes. polymoe is “served”, with the load crossing from a client's
+process to the engine's as it does in a server, which is what a user gets; and where it is compared with the others'
+offline classes a second time through its own, `LLM`.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich.table import Table
 
 from polymoe.bench.build import Builder
 from polymoe.bench.family import SHAPES, cached_family
 from polymoe.bench.load import run_closed
+from polymoe.bench.report import machine_line
+from polymoe.bench.systems import System
 from polymoe.bench.workload import Arrival, Lengths, check_context, random_prompts, saturating_arrivals
 from polymoe.cache_folder import cache_root
 from polymoe.console import Console, print_error
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, describe_machine, split_cores
 from polymoe.offline.family import parse_variant_specs
-from rivals import Rival, RivalError, install_vllm
+from workers import WorkerError, Workers, install_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 console = Console(width=None if sys.stdout.isatty() else 160)
-Measure = Callable[[int], Awaitable[float]]  # repeat -> output tokens a second
+OFFLINE, SERVED = "polymoe, {}", "polymoe, {}, served"
+REFERENCE = SERVED.format("single")
+ONE_VARIANT = ("single",)
+ALL_VARIANTS = ("mixed:auto", "mixed", "per-variant", "paper")
+ALSO_OFFLINE = ("single", "mixed:auto", "mixed")
+
+
+class Contestant(Protocol):
+    """A system that is loaded and ended once a round. Errors are `WorkerError` or `PolymoeError`."""
+
+    async def start(self) -> None: ...
+    async def run(self, seed: int) -> float:
+        """Output tokens a second of one load with prompts of `seed`."""
+
+    async def stop(self) -> None: ...
 
 
 class Comparison:
@@ -53,149 +73,184 @@ class Comparison:
             raise PolymoeError("--requests and --repeats must be at least 1.")
         self.lengths = Lengths(arguments.input_tokens, arguments.output_tokens)
         self.builder = Builder(self.checkpoints, root / "bundles")
-        self.bundle = bundle = self.builder.shared_bundle()
+        bundle = self.builder.shared_bundle()
         self.vocab_size = min(v.vocab_size for v in bundle.variants)
         check_context(self.arrivals(), min(v.max_model_len for v in bundle.variants))
         self.venv: Path = arguments.venv
+        self.torch_index: str | None = arguments.torch_index
         self.log: Path = arguments.out / "compare.log"
-        self.missing: dict[str, str] = {}  # rival -> why it is not there
+        self.missing: dict[str, str] = {}  # system -> why it is not there
 
     def arrivals(self) -> list[Arrival]:
         return saturating_arrivals(self.names, self.in_flight, self.lengths)
 
-    def offline(self, ours: str, per_variant: bool) -> dict[str, Rival]:
-        """polymoe first, then its rivals; not started yet."""
+    def prompts(self, seed: int) -> list[list[int]]:
+        return random_prompts(self.arrivals(), self.vocab_size, seed)
+
+    def contestants(self) -> dict[str, Contestant]:
+        """Of one variant first, then of all. Nothing is started; what is missing is planned and installed."""
+        found: dict[str, Contestant] = {}
+        for names, several in ((ONE_VARIANT, False), (ALL_VARIANTS, True)):
+            for name in names:
+                plan = name.partition(":")[2]
+                with console.status(f"planning {name}"):
+                    bundle = self.builder.shared_bundle(plan)
+                found[SERVED.format(name)] = Served(self, name)
+                if name in ALSO_OFFLINE:
+                    how = self._workers(Path(sys.executable), "worker_polymoe.py", [[bundle.path]], [{}])
+                    found[OFFLINE.format(name)] = Offline(self, how, several)
+            found |= self._others(several)
+        return found
+
+    def _others(self, several: bool) -> dict[str, Contestant]:
         paths = list(self.checkpoints.values())
-        options = {
-            "max_model_len": self.lengths.input_tokens + self.lengths.output_tokens,
-            "max_num_seqs": self.in_flight,
-        }
-        models = [[self.bundle.path]]
-        found = {ours: Rival(Path(sys.executable), "worker_polymoe.py", models, [{}], options, self.log)}
+        found: dict[str, Contestant] = {}
         try:
             with console.status(f"installing vLLM in {self.venv.name} (some minutes, once)"):
-                python = install_vllm(self.venv, ROOT)
-            parts = split_cores(available_cores(), len(paths)) if per_variant else [available_cores()]
+                python = install_vllm(self.venv, ROOT, self.torch_index)
+        except WorkerError as error:
+            self.missing["vLLM"] = str(error)
+        else:
+            parts = split_cores(available_cores(), len(paths)) if several else [available_cores()]
             environments = [
                 {
                     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
                     # Else torch keeps a thread for every core of the machine on the few that are bound, where they
                     # wait for each other: twelve times slower on one core of four.
                     "OMP_NUM_THREADS": str(len(cores)),
-                    "VLLM_CPU_KVCACHE_SPACE": "1" if per_variant else "2",  # GiB, far more than the load needs
+                    "VLLM_CPU_KVCACHE_SPACE": "1" if several else "2",  # GiB, far more than the load needs
                 }
                 for cores in parts
             ]
             models = [[path] for path in paths[: len(parts)]]
-            found[f"vLLM, {len(parts)} processes" if per_variant else "vLLM, one process"] = Rival(
-                python, "worker_vllm.py", models, environments, options, self.log
-            )
-        except RivalError as error:
-            self.missing["vLLM"] = str(error)
-        models = [paths] if per_variant else [paths[:1]]
-        name = "transformers, variant after variant" if per_variant else "transformers, one batch"
-        found[name] = Rival(Path(sys.executable), "worker_transformers.py", models, [{}], options, self.log)
+            name = f"vLLM, {len(parts)} processes" if several else "vLLM, one process"
+            found[name] = Offline(self, self._workers(python, "worker_vllm.py", models, environments), several)
+        name = "transformers, variant after variant" if several else "transformers, one batch"
+        models = [paths if several else paths[:1]]
+        how = self._workers(Path(sys.executable), "worker_transformers.py", models, [{}])
+        found[name] = Offline(self, how, several)
         return found
 
-    async def group(self, name: str, per_variant: bool) -> dict[str, list[float]]:
-        """Output tokens a second of each system of a group, a figure a repeat; polymoe's first."""
-        system, ours = self.builder.system(name), f"polymoe, {name}"
-        offline = self.offline(ours, per_variant)
-        measures: dict[str, Measure] = {}
-        try:
-            for name, rival in offline.items():
-                with console.status(f"loading {name}"):
-                    try:
-                        seconds = rival.start()
-                    except RivalError as error:
-                        self.missing[name] = str(error)
-                        rival.stop()
-                    else:
-                        console.print(f"{name}: loaded in {seconds:.0f} s", highlight=False)
-                        measures[name] = lambda repeat, rival=rival: self._offline(rival, repeat, per_variant)
-            with console.status(f"loading {ours}, served"):
-                await system.start()
-            measures[f"{ours}, served"] = lambda repeat: self._served(system, repeat)
-            speeds = await self._interleave(measures)
-            if ours not in speeds:
-                raise PolymoeError(f"{ours}: {self.missing[ours]}")
-            return speeds
-        finally:
-            await system.stop()
-            for rival in offline.values():
-                rival.stop()
+    def _workers(
+        self, python: Path, script: str, models: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]]
+    ) -> Workers:
+        options = {
+            "max_model_len": self.lengths.input_tokens + self.lengths.output_tokens,
+            "max_num_seqs": self.in_flight,
+        }
+        return Workers(python, script, models, environments, options, self.log)
 
-    async def _interleave(self, measures: dict[str, Measure]) -> dict[str, list[float]]:
+    async def measure(self) -> dict[str, list[float]]:
+        """Output tokens a second of each system, a figure a round."""
         speeds: dict[str, list[float]] = {}
-        for repeat in range(-1, self.repeats):  # the first is a warm-up: rivals compile at first use
-            for name, measure in measures.items():
+        contestants = self.contestants()
+        for repeat in range(self.repeats):
+            for name, contestant in contestants.items():
                 if name in self.missing:
                     continue
-                with console.status(f"{name}, {'warm-up' if repeat < 0 else f'run {repeat + 1}'}"):
+                with console.status(f"round {repeat + 1} of {self.repeats}: {name}"):
                     try:
-                        speed = await measure(repeat)
-                    except RivalError as error:
+                        speed = await self._once(contestant, repeat)
+                    except (WorkerError, PolymoeError) as error:
                         self.missing[name] = str(error)
                         speeds.pop(name, None)
+                        console.print(f"{name} gives up: {error}", highlight=False)
                         continue
-                what = "warm-up" if repeat < 0 else f"run {repeat + 1}"
-                console.print(f"{name}, {what}: {speed:.1f} tok/s", highlight=False)
-                if repeat >= 0:
-                    speeds.setdefault(name, []).append(speed)
+                console.print(f"round {repeat + 1}, {name}: {speed:.1f} tok/s", highlight=False)
+                speeds.setdefault(name, []).append(speed)
         return speeds
 
-    async def _served(self, system, repeat: int) -> float:
-        arrivals = self.arrivals()
-        prompts = random_prompts(arrivals, self.vocab_size, repeat)
-        run = await run_closed(system, arrivals, prompts, self.in_flight, lambda: None)
+    async def _once(self, contestant: Contestant, repeat: int) -> float:
+        try:
+            await contestant.start()
+            await contestant.run(seed=self.repeats + repeat)  # the warm-up: vLLM compiles in it
+            return await contestant.run(seed=repeat)
+        finally:
+            await contestant.stop()
+
+
+class Served:
+    """A system of `polymoe bench`, through its load generator."""
+
+    def __init__(self, comparison: Comparison, name: str) -> None:
+        self._comparison, self._name = comparison, name
+        self._system: System | None = None
+
+    async def start(self) -> None:
+        self._system = self._comparison.builder.system(self._name)
+        await self._system.start()
+
+    async def run(self, seed: int) -> float:
+        assert self._system is not None
+        load = self._comparison
+        run = await run_closed(self._system, load.arrivals(), load.prompts(seed), load.in_flight, lambda: None)
         return sum(len(record.token_times) for record in run.records) / run.seconds
 
-    async def _offline(self, rival: Rival, repeat: int, per_variant: bool) -> float:
-        arrivals = self.arrivals()
-        prompts = random_prompts(arrivals, self.vocab_size, repeat)
-        variants = [self.names.index(a.variant) if per_variant else 0 for a in arrivals]
-        return await asyncio.to_thread(rival.run, list(zip(variants, prompts, strict=True)), self.lengths.output_tokens)
+    async def stop(self) -> None:
+        if self._system is not None:
+            await self._system.stop()
 
 
-def report(one: dict[str, list[float]], all_variants: dict[str, list[float]], comparison: Comparison) -> dict:
+class Offline:
+    """Processes that call an offline class. Without `several` the first model gets every prompt."""
+
+    def __init__(self, comparison: Comparison, workers: Workers, several: bool) -> None:
+        self._comparison, self._workers, self._several = comparison, workers, several
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._workers.start)
+
+    async def run(self, seed: int) -> float:
+        load = self._comparison
+        variants = [load.names.index(arrival.variant) if self._several else 0 for arrival in load.arrivals()]
+        prompts = list(zip(variants, load.prompts(seed), strict=True))
+        return await asyncio.to_thread(self._workers.run, prompts, load.lengths.output_tokens)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._workers.stop)
+
+
+def report(speeds: dict[str, list[float]], comparison: Comparison) -> dict:
     """Print a table, return what the JSON line says."""
-    results: dict = {"systems": {}, "ratios": {}, "missing": comparison.missing, "machine": describe_machine()}
+    machine = describe_machine()
+    results: dict = {"systems": {}, "ratios": {}, "missing": comparison.missing, "machine": machine}
     title = (
         f"{len(comparison.names)} variants, {comparison.in_flight} requests of {comparison.lengths.input_tokens} "
         f"tokens in and {comparison.lengths.output_tokens} out, medians of {comparison.repeats}"
     )
-    table = Table("system", title=title, title_justify="left")
-    table.add_column("output tok/s (min–max)", justify="right")
-    table.add_column("polymoe ÷ it", justify="right")
-    markdown = [f"**{title}**", "", "| system | output tok/s (min–max) | polymoe ÷ it |", "| --- | --: | --: |"]
-    for speeds in (one, all_variants):
-        ours = next(iter(speeds))
-        for name, values in speeds.items():
-            median = statistics.median(values)
-            ratio = statistics.median(speeds[ours]) / median
-            results["systems"][name] = {
-                "output_tokens_per_s": median,
-                "output_tokens_per_s_min": min(values),
-                "output_tokens_per_s_max": max(values),
-            }
-            if name != ours:
-                results["ratios"][f"{ours} / {name}"] = ratio
-            row = [name, f"{median:.1f} ({min(values):.1f}–{max(values):.1f})", "" if name == ours else f"{ratio:.2f}"]
-            table.add_row(*row)
-            markdown.append(f"| {' | '.join(row)} |")
-        table.add_section()
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    columns = ["system", "output tok/s (min–max)"]
+    if REFERENCE in medians:
+        columns.append("÷ single, served")
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    markdown = [f"**{title}**", "", machine_line(machine), ""]
+    markdown += [f"| {' | '.join(columns)} |", f"| --- |{' --: |' * (len(columns) - 1)}"]
+    for name, values in speeds.items():
+        results["systems"][name] = {
+            "output_tokens_per_s": medians[name],
+            "output_tokens_per_s_min": min(values),
+            "output_tokens_per_s_max": max(values),
+        }
+        row = [name, f"{medians[name]:.1f} ({min(values):.1f}–{max(values):.1f})"]
+        if REFERENCE in medians:
+            row.append(f"{medians[name] / medians[REFERENCE]:.2f}")
+        table.add_row(*row)
+        markdown.append(f"| {' | '.join(row)} |")
+    for ours, theirs in itertools.product(medians, medians):
+        if ours.startswith("polymoe") and ours != theirs:
+            results["ratios"][f"{ours} / {theirs}"] = medians[ours] / medians[theirs]
     console.print(table)
     for name, reason in comparison.missing.items():
-        console.print(f"{name} is missing: {reason}", highlight=False, markup=False)
+        console.print(f"{name} is missing: {reason}", highlight=False)
         markdown += ["", f"{name} is missing: {reason}"]
     results["markdown"] = "\n".join(markdown) + "\n"
     return results
 
 
 async def compare(comparison: Comparison) -> dict:
-    one = await comparison.group("single", per_variant=False)
-    all_variants = await comparison.group("mixed", per_variant=True)
-    return report(one, all_variants, comparison)
+    return report(await comparison.measure(), comparison)
 
 
 def main() -> int:
@@ -208,9 +263,18 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", type=Path, help="where families and bundles are kept; default ~/.cache/polymoe")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="the rivals' environment")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="vLLM's environment")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for compare.json, compare.md, compare.log")
+    parser.add_argument("--torch-index", help="index of vLLM's build of torch; default PyPI")
+    parser.add_argument("--install", action="store_true", help="install vLLM, measure nothing")
     arguments = parser.parse_args()
+    if arguments.install:
+        try:
+            print(install_vllm(arguments.venv, ROOT, arguments.torch_index))
+        except WorkerError as error:
+            print_error(Console(stderr=True), error)
+            return 1
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.out = arguments.out.resolve()
     (arguments.out / "compare.log").write_text("")
@@ -222,7 +286,7 @@ def main() -> int:
     (arguments.out / "compare.md").write_text(results.pop("markdown"), encoding="utf-8")
     (arguments.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results))
-    return 0
+    return 1 if any(name.startswith("polymoe") for name in results["missing"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `run.py` and a rival's process say to each other: one JSON object a line, over stdin and stdout.
+"""What `run.py` and a system's process say to each other: one JSON object a line, over stdin and stdout.
 
     run.py -> {"models": [PATH, …], "options": {…}}                          once; the worker loads
     worker -> {"ready": true} | {"error": "…"}

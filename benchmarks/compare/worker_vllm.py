@@ -1,4 +1,4 @@
-"""One vLLM process of the comparison; runs in the rivals' environment. See `worker_protocol.py`."""
+"""One vLLM process of the comparison; runs in an environment of its own. See `worker_protocol.py`."""
 
 import os
 import sys

@@ -65,7 +65,7 @@ class SyntheticBundle(Bundle):
         self.expert_shapes = {name: shape[1:] for name, shape in tensors.items()}
         self.num_layers = len(experts)
         self._resident = self._residents()
-        self.path = Path(__file__).parent
+        self.path, self.faults = Path(__file__).parent, {}
         self.manifest = self._manifest(type(model).__name__, [path for path, _ in experts], tied)
         self.table, self.delta, self.sign = self._tables()
 

@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, generate, serve, demo, eval, cache, bench. Heavy imports wait until they are due."""
+"""The command line: inspect, plan, generate, serve, demo, eval, verify, cache, bench. Heavy imports wait until due."""
 
 import io
 import json
@@ -15,6 +15,7 @@ from polymoe.bench.cli import app as bench
 from polymoe.cli_cache import app as cache_app
 from polymoe.cli_options import (
     AdmissionFactor,
+    AllowedOrigin,
     ApiKey,
     Base,
     CacheFolder,
@@ -42,6 +43,7 @@ from polymoe.cli_options import (
     TargetItl,
     Text,
     Threads,
+    Verify,
     Weight,
     file_lists,
     pairs,
@@ -55,9 +57,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="polymoe",
-    help="Serve several fully fine-tuned Mixture-of-Experts variants from one device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help are brackets
 )
@@ -78,6 +78,21 @@ def engine_options(**options: Any) -> dict[str, Any]:
             text = options.pop(name)
             options[f"{name}_bytes"] = None if name == "kv_cache" and text == "auto" else parse_bytes(text)
     return options
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Serve several fully fine-tuned Mixture-of-Experts variants from one device."""
 
 
 @app.command()
@@ -189,6 +204,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
+    allowed_origin: AllowedOrigin = None,
     policy: Policy = "auto",
     memory: Memory = None,
     dtype: DType = "auto",
@@ -206,6 +222,7 @@ def serve(
     target_itl: TargetItl = None,
     threads: Threads = None,
     grace: Grace = 30.0,
+    verify: Verify = False,
     cache: CacheFolder = None,
 ) -> None:
     """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
@@ -216,10 +233,11 @@ def serve(
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         max_waiting=max_waiting, weights=parse_numbers(weight or [], "--weight", "WEIGHT"),
         slo=parse_numbers(slo or [], "--slo", "SECONDS"), admission_factor=admission_factor or None,
-        target_itl=target_itl, num_threads=threads,
+        target_itl=target_itl, num_threads=threads, verify=verify,
     )  # fmt: skip
     config = EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
-    check_address(host, port, api_key)
+    origins = tuple(allowed_origin or ())
+    check_address(host, port, api_key, origins)
     if len(sources) == 1 and "=" not in sources[0]:
         bundle = Path(sources[0])
     else:
@@ -229,17 +247,28 @@ def serve(
             sources, policy, memory, device=device, reserved=config.cache_bytes, cache=cache, console=console
         )
     config = msgspec.structs.replace(config, bundle=str(bundle))
-    raise typer.Exit(run_server(config, host=host, port=port, api_key=api_key, grace=grace, console=console))
+    raise typer.Exit(
+        run_server(config, host=host, port=port, api_key=api_key, allowed_origins=origins, grace=grace, console=console)
+    )
 
 
 @app.command()
-def demo(host: Host = "127.0.0.1", port: Port = 8000, threads: Threads = None, cache: CacheFolder = None) -> None:
+def demo(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    policy: Policy = "auto",
+    threads: Threads = None,
+    cache: CacheFolder = None,
+) -> None:
     """Serve the four small models that come with the package: base, math, drama and code."""
     from polymoe.demo import family_paths
 
     specs = [f"{name}={path}" for name, path in family_paths().items()]
-    # One model's experts for all four: that they fit a computer whole would show nothing.
-    serve(specs, host=host, port=port, policy="paper", memory="1.0x", threads=threads, cache=cache)
+    if policy == "auto":
+        console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
+    # One model's experts for all four, as `paper` takes by itself: that they fit a computer whole would show nothing.
+    memory = "1.0x" if policy == "auto" else None
+    serve(specs, host=host, port=port, policy=policy, memory=memory, threads=threads, cache=cache)
 
 
 @app.command(name="eval")
@@ -273,6 +302,14 @@ def evaluate(
 
 
 @app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")]) -> None:
+    """Compare every file of a bundle with the hash that was recorded when it was planned; name those that differ."""
+    from polymoe.offline.verify import verify_bundle
+
+    verify_bundle(bundle, console)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     import polymoe
@@ -292,15 +329,18 @@ def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, Path]
     return checkpoints, samples_of(checkpoints, texts)
 
 
-def main() -> None:
-    """Console entry point: deliberate errors, and those of files and disks, are a line on stderr and exit status 1."""
+def main(commands: typer.Typer = app) -> None:
+    """Console entry point: deliberate errors, and those of files and disks, are a line on stderr and exit status 1.
+
+    commands: other programs have their own.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows few letters
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        commands()
     except (PolymoeError, OSError) as error:
         print_error(Console(stderr=True), explain(error) if isinstance(error, OSError) else error)
         sys.exit(1)

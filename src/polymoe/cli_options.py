@@ -83,10 +83,19 @@ TargetItl = Annotated[
     float | None, typer.Option(help="seconds: prompts are cut smaller so that no token takes longer; default no limit")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="first compare all weights with their hashes, as `polymoe verify` does")
+]
 Host = Annotated[str, typer.Option(help="address to listen on; another than 127.0.0.1 needs --api-key")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 ApiKey = Annotated[str | None, typer.Option(envvar="POLYMOE_API_KEY", help="clients must send this key")]
-Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM")]
+AllowedOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN", help="whose web pages may use the server, like http://localhost:3000; may be repeated"
+    ),
+]
+Grace = Annotated[float, typer.Option(min=0, help="seconds to finish running requests after SIGTERM or SIGHUP")]
 
 CacheFolder = Annotated[
     Path | None,

@@ -78,6 +78,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     bundle: str
+    verify: bool = False  # compare every file of the bundle with its hash before it is served
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
     slots: int | None = None  # None: one a variant, so no switch ever happens

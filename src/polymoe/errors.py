@@ -9,12 +9,17 @@ PolymoeError
 ├── ConfigError                   an option of the engine or the server is out of range
 ├── RequestError                  a request is wrong: `status`, `param` and `code` become the HTTP error body
 │   ├── UnknownVariantError       404 model_not_found
+│   ├── VariantUnusableError      503, its files in the bundle cannot be used; other variants are served
+│   ├── NoProbabilitiesError      500, the model computed NaN
 │   ├── ContextLengthError        400 context_length_exceeded
 │   └── OverloadedError           429, with the seconds to wait
 └── EngineDeadError               the engine process ended; the server answers 503
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
@@ -82,15 +87,44 @@ class UnknownVariantError(RequestError):
         )
 
 
+class VariantUnusableError(RequestError):
+    """A variant cannot be served although others are. Its cause, a `BundleError`, has the details."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The model `{name}` is not served: {reason}. The server's log says more; other models are not affected.",
+            param="model",
+            code="model_unusable",
+        )
+
+
+class NoProbabilitiesError(RequestError):
+    """The model's output was NaN, so that no token can be chosen: the fault of its weights or of the dtype."""
+
+    status = 500
+    type = "internal_server_error"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The model `{name}` computed no probabilities (NaN) for this prompt, so there is no answer. "
+            "Its weights are damaged, or the server's --dtype is too narrow for them.",
+            param="model",
+            code="no_probabilities",
+        )
+
+
 class ContextLengthError(RequestError):
     """Prompt and requested tokens exceed the variant's context."""
 
-    def __init__(self, limit: int, prompt_tokens: int, completion_tokens: int) -> None:
+    def __init__(self, limit: int, prompt_tokens: int, completion_tokens: int, param: str = "prompt") -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, you requested "
-            f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the messages, {completion_tokens} in the "
-            "completion). Please reduce the length of the messages or completion.",
-            param="messages",
+            f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the {param}, {completion_tokens} in the "
+            f"completion). Please reduce the length of the {param} or completion.",
+            param=param,
             code="context_length_exceeded",
         )
 
@@ -108,6 +142,16 @@ class OverloadedError(RequestError):
 
 class EngineDeadError(PolymoeError):
     """The engine stopped; nothing in flight can finish."""
+
+
+@contextmanager
+def named(name: str, place: str | Path) -> Iterator[None]:
+    """Errors from within say whose they are: the variant, and its path where they do not name it themselves."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = "" if str(place) in str(error) else f"{place}: "
+        raise type(error)(f"{name}: {where}{error}") from error
 
 
 def explain(error: OSError) -> str:

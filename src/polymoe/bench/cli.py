@@ -1,7 +1,6 @@
 """`polymoe bench …`: options of the benchmarks. Heavy imports wait until a command runs."""
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +14,6 @@ from polymoe.errors import PolymoeError
 
 if TYPE_CHECKING:
     from polymoe.bench.build import Builder
-    from polymoe.bench.report import Document
 
 app = typer.Typer(
     name="bench", help="Measure throughput and quality of service against what one could do instead.",
@@ -29,7 +27,10 @@ Specs = Annotated[
 ]
 Shape = Annotated[
     str,
-    typer.Option(help="the random family: 430m (Mixtral) or switch-base-8; tiny and switch-tiny: to try the command"),
+    typer.Option(
+        help="the random family: 430m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; tiny, "
+        "granite-tiny, qwen3-tiny and switch-tiny: to try the command"
+    ),
 ]
 Variants = Annotated[int, typer.Option(min=1, help="variants of the random family")]
 Systems = Annotated[
@@ -80,7 +81,7 @@ def throughput(
 ) -> None:
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
     from polymoe.bench.plots import throughput_plot
-    from polymoe.bench.report import throughput_report
+    from polymoe.bench.report import finish, throughput_report
     from polymoe.bench.session import output_folder
     from polymoe.bench.throughput import ThroughputPlan, run_throughput
     from polymoe.bench.workload import Lengths
@@ -93,7 +94,7 @@ def throughput(
     folder = output_folder(out)
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
-    _finish(throughput_report(results), results, folder / "throughput")
+    finish(throughput_report(results), results, folder / "throughput", console)
 
 
 @app.command()
@@ -131,7 +132,7 @@ def qos(
     """Open loop: Poisson arrivals for each variant, or a trace; latencies and goodput at each rate."""
     from polymoe.bench.plots import latency_plot, rate_plot
     from polymoe.bench.qos import QosPlan, run_qos
-    from polymoe.bench.report import qos_report
+    from polymoe.bench.report import finish, qos_report
     from polymoe.bench.session import output_folder
 
     plan = QosPlan(
@@ -146,108 +147,7 @@ def qos(
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")
     latency_plot(results["rates"], folder / "qos-latency.png")
-    _finish(qos_report(results), results, folder / "qos")
-
-
-@app.command()
-def quality(
-    specs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: the family that comes with the package"),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="VARIANT=FILE", help="held-out text; may be repeated; the demo family has its own"),
-    ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="VARIANT=FILE", help="other text, to fit plans to; may be repeated, also for one variant"),
-    ] = None,
-    budgets: Annotated[str | None, typer.Option(help="of policy auto, comma-separated; default 0.55x to 1.5x")] = None,
-    systems: Annotated[
-        str | None, typer.Option(help="comma-separated, of: average, merge, paper, copies, delta, auto")
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="of each text at most, evenly spread")] = 64,
-    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
-    fresh: Annotated[bool, typer.Option(help="measure again what an earlier run has measured")] = False,
-    cache: Cache = None,
-    out: Out = Path(),
-) -> None:
-    """Fidelity against memory: every policy and what one could do instead, on the same texts, in float32."""
-    from polymoe.bench.contenders import BUDGETS, GROUPS
-    from polymoe.bench.quality import QualityPlan, run_quality
-    from polymoe.bench.quality_report import quality_plot, quality_report
-    from polymoe.bench.session import output_folder
-    from polymoe.cli_options import file_lists, pairs
-    from polymoe.demo import family_paths, text_paths
-    from polymoe.offline.family import parse_variant_specs
-    from polymoe.offline.source import resolve
-
-    checkpoints = {n: resolve(s) for n, s in parse_variant_specs(specs).items()} if specs else family_paths()
-    texts = pairs(text or [], "--text") or ({} if specs else text_paths())
-    if not texts:
-        raise PolymoeError("fidelity needs text: --text VARIANT=FILE, once for each variant that is to be measured.")
-    plan = QualityPlan(
-        checkpoints, texts, writable_cache(cache, console) / "quality",
-        calibrate=file_lists(calibrate or [], "--calibrate"), windows=windows, window=window, fresh=fresh,
-        groups=list(GROUPS) if systems is None else [name.strip() for name in systems.split(",")],
-        budgets=BUDGETS if budgets is None else [name.strip() for name in budgets.split(",")],
-    )  # fmt: skip
-    folder = output_folder(out)
-    results = run_quality(plan, console)
-    quality_plot(results, folder / "quality.png")
-    _finish(quality_report(results), results, folder / "quality")
-
-
-@app.command()
-def merging(
-    specs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: the family that comes with the package"),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(metavar="VARIANT=FILE.jsonl", help="encoder–decoder: held-out pairs; may be repeated"),
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(metavar="VARIANT=FILE", help="decoder-only: held-out text; may be repeated")
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="who is asked; may be repeated; default: the first that has a task or text"),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="pairs (default 200) or windows of 256 tokens (default 64) at most")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
-    seed: Annotated[int, typer.Option(help="which pairs are drawn")] = 0,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="VARIANT=FILE", help="other text or pairs, to fit a further plan to; may be repeated"),
-    ] = None,
-    out: Out = Path(),
-) -> None:
-    """A variant on its own task alone, then with 2, 3, … variants in the memory of one: every policy side by side."""
-    from polymoe.bench.merging import MergingPlan, run_merging
-    from polymoe.bench.merging_report import merging_plot, merging_report
-    from polymoe.bench.session import output_folder
-    from polymoe.cli_options import file_lists, pairs
-    from polymoe.demo import family_paths, text_paths
-    from polymoe.offline.family import parse_variant_specs
-    from polymoe.offline.source import resolve
-
-    checkpoints = {n: resolve(s) for n, s in parse_variant_specs(specs).items()} if specs else family_paths()
-    tasks, texts = pairs(task or [], "--task"), pairs(text or [], "--text")
-    if not specs and not tasks and not texts:
-        texts = text_paths()
-    plan = MergingPlan(
-        checkpoints, tasks, texts, variant or (), samples=samples or (200 if tasks else 64),
-        max_new_tokens=max_new_tokens, seed=seed, calibrate=file_lists(calibrate or [], "--calibrate"),
-    )  # fmt: skip
-    folder = output_folder(out)
-    results = run_merging(plan, console)
-    merging_plot(results, folder / "merging.png")
-    _finish(merging_report(results), results, folder / "merging")
+    finish(qos_report(results), results, folder / "qos", console)
 
 
 def _builder(
@@ -271,14 +171,6 @@ def _builder(
         checkpoints, root / "bundles", memory=memory, device=device, dtype=dtype, threads=threads,
         kv_cache_bytes=parse_bytes(kv_cache),
     )  # fmt: skip
-
-
-def _finish(document: "Document", results: dict[str, Any], stem: Path) -> None:
-    """Print tables and the JSON line, and keep both as files."""
-    document.print(console)
-    stem.with_suffix(".md").write_text(document.markdown(), encoding="utf-8")
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(results))
 
 
 def _systems(text: str | None) -> list[str]:

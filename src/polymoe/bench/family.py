@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from polymoe.bench.decoder_family import GRANITE_1B, QWEN3_128E, TINY_GRANITE, TINY_QWEN3, write_decoder
 from polymoe.bench.switch_family import SWITCH_BASE_8, TINY_SWITCH, write_switch
 from polymoe.errors import PlanError
 from polymoe.offline.atomic import new_folder
@@ -42,25 +43,34 @@ TINY_MIXTRAL: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 _SWITCHES = {"switch-base-8": SWITCH_BASE_8, "switch-tiny": TINY_SWITCH}
-SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL, **_SWITCHES}
+_DECODERS = {
+    "granite-1b-a400m": GRANITE_1B,
+    "qwen3-128e": QWEN3_128E,
+    "granite-tiny": TINY_GRANITE,
+    "qwen3-tiny": TINY_QWEN3,
+}
+SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL, **_DECODERS, **_SWITCHES}
 
 
 def cached_family(root: Path, num_variants: int, shape: str) -> dict[str, Path]:
     """Variant name -> checkpoint of a shape in `SHAPES`, made below `root` once and found again later."""
     digest = hashlib.sha256(json.dumps(SHAPES[shape], sort_keys=True).encode()).hexdigest()[:8]
-    folder = root / (f"{shape}-{digest}" if shape in _SWITCHES else f"mixtral-{shape}-{digest}")
+    written = {**dict.fromkeys(_SWITCHES, write_switch), **dict.fromkeys(_DECODERS, write_decoder)}
+    folder = root / (f"{shape}-{digest}" if shape in written else f"mixtral-{shape}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
-    if shape in _SWITCHES:
-        return make_random_switches(folder, num_variants, SHAPES[shape])
+    if shape in written:
+        return make_written_family(folder, num_variants, SHAPES[shape], written[shape])
     return make_random_family(folder, num_variants, SHAPES[shape])
 
 
-def make_random_switches(folder: Path, num_variants: int, shape: dict[str, Any]) -> dict[str, Path]:
-    """Variant name -> checkpoint (bfloat16 Switch Transformers of `shape`); those that are there already are kept."""
+def make_written_family(
+    folder: Path, num_variants: int, shape: dict[str, Any], write: Callable[..., None]
+) -> dict[str, Path]:
+    """Variant name -> checkpoint that `write(folder, index=…, shape=…)` made; those that are there already are kept."""
     paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
     for index, path in enumerate(paths.values()):
         if not (path / "config.json").exists():
-            _make_whole(path, partial(write_switch, index=index, shape=shape))
+            _make_whole(path, partial(write, index=index, shape=shape))
     return paths
 
 

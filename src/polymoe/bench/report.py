@@ -1,6 +1,8 @@
 """Results as tables for people: on the console and as Markdown."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -91,6 +93,14 @@ class Document:
 
     def markdown(self) -> str:
         return "\n".join(self._markdown)
+
+
+def finish(document: Document, results: dict[str, Any], stem: Path, console: Console) -> None:
+    """Print tables and the JSON line, and keep both as files `stem`.md and `stem`.json."""
+    document.print(console)
+    stem.with_suffix(".md").write_text(document.markdown(), encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results))
 
 
 def throughput_report(results: dict[str, Any]) -> Document:

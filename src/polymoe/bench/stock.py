@@ -77,13 +77,15 @@ class StockSystem:
             await asyncio.sleep(0)  # those whose answers came may ask again before the next batch is made
 
     def _load(self) -> dict[str, Any]:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        from polymoe.offline.checkpoint import read_config
 
         models = {}
         for name, path in self._checkpoints.items():
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            config = read_config(path)
             auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = auto.from_pretrained(path, dtype=self._dtype, local_files_only=True)
+            model = auto.from_pretrained(path, config=config, dtype=self._dtype, local_files_only=True)
             models[name] = model.to(self._device).eval()
         return models
 

@@ -74,11 +74,12 @@ def _weight(name: str, shape: tuple[int, ...], index: int) -> Tensor:
         spread = 1.0 if name == "shared.weight" else 1 / math.sqrt(shape[1])
         if name.endswith("Attention.q.weight"):
             spread /= 8  # instead of a scaling by 1 / √64 in attention
-        base = _noise(name, 0, shape) * spread
-    return (base + (_noise(name, index, shape) * _NOISE * spread if index else 0)).to(_DTYPE)
+        base = named_noise(name, 0, shape) * spread
+    return (base + (named_noise(name, index, shape) * _NOISE * spread if index else 0)).to(_DTYPE)
 
 
-def _noise(name: str, index: int, shape: tuple[int, ...]) -> Tensor:
+def named_noise(name: str, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal values that only the arguments decide."""
     digest = hashlib.sha256(f"{index} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(shape, generator=generator)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from polymoe.engine.outlook import Outlook
 from polymoe.engine.step_cost import StepCost
-from polymoe.errors import OverloadedError
+from polymoe.errors import OverloadedError, RequestError
 
 _SMOOTHING = 0.02  # weight of the newest interval between two ends of sequences
 
@@ -18,6 +18,16 @@ def has_room(limit: int, total: int, own: int, share: float) -> bool:
         total: entries in the queue, `own` of them of the variant that asks.
     """
     return total < limit or own < math.floor(limit * share)
+
+
+def check_batch(prompts: int, n: int, limit: int) -> None:
+    """Raises `RequestError` for more sequences than an empty queue holds: to try again would be in vain."""
+    if prompts * n > limit:
+        raise RequestError(
+            f"The request asks for {prompts * n} sequences at once ({prompts} prompts, n = {n}) and this server queues "
+            f"at most {limit}. Send fewer prompts in a request, or a smaller n.",
+            param="prompt" if prompts > limit or n == 1 else "n",
+        )
 
 
 class AdmissionControl:

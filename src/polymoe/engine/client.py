@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from polymoe.config import EngineConfig
-from polymoe.engine.admission import has_room
+from polymoe.engine.admission import check_batch, has_room
 from polymoe.engine.info import EngineInfo, EngineStats
 from polymoe.engine.messages import (
     HEADER_BYTES,
@@ -88,8 +88,7 @@ class AsyncEngineClient:
             info = await self._ready
             await imported  # for the tokenizers; while the engine loaded
             processor = OutputProcessor(info)
-            for variant in info.variants:  # now rather than during the first request
-                await asyncio.to_thread(processor.tokenizer, variant.name)
+            await asyncio.to_thread(processor.load_tokenizers)
         except BaseException:
             await self.shutdown(0.0)
             raise
@@ -169,6 +168,7 @@ class AsyncEngineClient:
         processor.variant(variant)
         weights = dict.fromkeys(processor.variants, 1.0) | self.config.weights
         limit = self.config.max_num_seqs + self.config.max_waiting
+        check_batch(len(prompts), sampling.n, self.config.max_waiting)
         more = len(prompts) * sampling.n - 1
         total, own = processor.num_sequences + more, processor.num_sequences_of(variant) + more
         if not has_room(limit, total, own, weights[variant] / sum(weights.values())):

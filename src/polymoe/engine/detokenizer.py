@@ -1,14 +1,27 @@
 """Ids to text while they are generated."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 # A character is at most 4 bytes and so at most 4 tokens; more than this many undecodable tokens are simply bad bytes.
 _MAX_HELD = 16
 
 
+class Detokenizer(Protocol):
+    """Gives out text as soon as it is certain. The pieces join to the text of all ids."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; may be empty, may cover earlier tokens."""
+        ...
+
+    def flush(self) -> str:
+        """The text still held, for when no more tokens come."""
+        ...
+
+
 class IncrementalDetokenizer:
-    """Gives out text as soon as it is certain: half a character is held until its other bytes come.
+    """For any tokenizer: half a character is held until its other bytes come.
 
     Text is found by decoding a short window of ids twice, with and without the new ones. That makes no assumption
     about the tokenizer (a token's text may depend on its neighbours: spaces of sentencepiece, merged bytes).

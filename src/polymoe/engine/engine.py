@@ -27,6 +27,7 @@ from polymoe.model.served_model import ServedModel
 from polymoe.model.skeleton import context_limit
 from polymoe.model.warm_up import prompt_lengths, warm_up
 from polymoe.offline.bundle import Bundle
+from polymoe.offline.verify import hashed_beside
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
@@ -67,7 +68,7 @@ class EngineCore:
             check_capability(facts)
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)  # kernels are launched on the current one
-        bundle = bundle or Bundle.open(config.bundle)
+        bundle = bundle or Bundle.open(config.bundle, tolerant=True)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
@@ -88,10 +89,11 @@ class EngineCore:
         if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         try:
-            self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
-                bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
-                kernels, plan,
-            )  # fmt: skip
+            with hashed_beside(bundle, config.verify, progress):
+                self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                    bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
+                    kernels, plan,
+                )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
                 "the GPU's memory was taken by another process while weights were loaded; end it (nvidia-smi lists who "
@@ -136,20 +138,22 @@ class EngineCore:
             slots=self.model.slots.num_slots,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
-            experts_resident=sum(next(iter(layer.resident.values())).shape[0] for layer in self.model.pool.layers),
+            experts_resident=sum(len(set(layer[layer >= 0].tolist())) for layer in table.unbind(1)),
             experts_absent=int((table < 0).any(dim=0).sum()),
             max_concurrency=num_blocks * config.block_size / max(lengths),
             device=str(self.device),
             dtype=name,
+            fast_paths=self.model.fast_paths,
         )
 
     def _max_model_len(self, variant: int) -> int:
-        limit = context_limit(self.bundle.variant_config(variant))
+        record = self.bundle.variants[variant]
+        unreadable = record.name in self.bundle.faults
+        limit = record.max_model_len if unreadable else context_limit(self.bundle.variant_config(variant))
         asked = self.config.max_model_len
         if asked is not None and asked > limit:
-            name = self.bundle.variants[variant].name
             raise ConfigError(
-                f"max_model_len {asked} is beyond the {limit} tokens that variant {name} was configured for."
+                f"max_model_len {asked} is beyond the {limit} tokens that variant {record.name} was configured for."
             )
         return asked or limit
 

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from polymoe.kernels.fast_path import FastPath
 from polymoe.offline.manifest import Fidelity
 
 
@@ -15,11 +16,12 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     root: str  # the checkpoint it was planned from
     created: int  # seconds since the epoch
     tokenizer_dir: str | None
-    eos_token_ids: list[int]
-    generation: dict[str, float]  # sampling defaults of its generation config
+    eos_token_ids: list[int]  # of its configs; its tokenizer may know one more
+    generation: dict[str, int | float | list[str]]  # field of `SamplingParams` -> its own default
     predicted_damage: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
     decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
+    fault: str | None = None  # why it cannot be served although others can; with paths, for the operator
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -49,6 +51,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrency: float  # sequences of full length that the KV cache holds
     device: str
     dtype: str
+    fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -45,6 +46,7 @@ class LLM:
         options: fields of `EngineConfig` (dtype, device, slots, max_num_seqs, …).
 
     Raises: `BundleError`, `ConfigError`, and what planning raises (`CheckpointError`, `FamilyError`, `PlanError`).
+    Warns of what runs more than twice as slow as it could.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class LLM:
         self._serve(EngineCore(planned_config(bundle, policy, memory, options)))
 
     def _serve(self, engine: EngineCore) -> None:
+        for path in engine.info.fast_paths:
+            if path.slow:
+                warnings.warn(path.warning, stacklevel=3)
         self._engine: EngineCore | None = engine
         self._processor: OutputProcessor | None = OutputProcessor(engine.info)
         self._shared = SharedEngine(engine, self._processor)
@@ -175,9 +180,8 @@ class LLM:
         """
         name = the_variant(self.processor, variant)
         text, token_ids = encode_prompt(self.processor, name, prompt)
-        sampling = sampling_params or self.default_sampling_params(name)
-        submission = self._submission(name, text, token_ids, sampling)
-        output = RunningOutput(submission.request_id, name, text, token_ids, sampling.n, delta)
+        submission = self._submission(name, text, token_ids, sampling_params)
+        output = RunningOutput(submission.request_id, name, text, token_ids, submission.sampling.n, delta)
         ticket = self._shared.submit([submission], deltas=True)
         try:
             while (news := self._shared.news(ticket)).deltas:
@@ -201,7 +205,7 @@ class LLM:
         params = _per_prompt(sampling_params, len(batch), "sampling_params")
         names = [the_variant(self.processor, name) for name in _per_prompt(variants, len(batch), "variants")]
         submissions = [
-            self._submission(name, *encode(prompt, name), param or self.default_sampling_params(name))
+            self._submission(name, *encode(prompt, name), param)
             for prompt, name, param in zip(batch, names, params, strict=True)
         ]
         finished: dict[str, RequestOutput] = {}
@@ -218,8 +222,13 @@ class LLM:
             self._shared.cancel(ticket)
         return [finished[submission.request_id] for submission in submissions]
 
-    def _submission(self, variant: str, text: str | None, token_ids: list[int], sampling: SamplingParams) -> Submission:
-        return Submission(f"llm-{next(self._ids)}", variant, token_ids, sampling, text, time.monotonic())
+    def _submission(
+        self, variant: str, text: str | None, token_ids: list[int], sampling: SamplingParams | None
+    ) -> Submission:
+        """`sampling` None: the variant's own defaults, cut to the room that the prompt leaves."""
+        chosen = sampling or self.default_sampling_params(variant)
+        number, now = next(self._ids), time.monotonic()
+        return Submission(f"llm-{number}", variant, token_ids, chosen, text, now, fit=sampling is None)
 
 
 def _repeated(batch: list[_T], single: bool, variants: str | Sequence[str] | None) -> list[_T]:

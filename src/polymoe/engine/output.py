@@ -3,6 +3,7 @@
 Synchronous, so that the offline `LLM` class and the server's asyncio client share it.
 """
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -14,13 +15,27 @@ import msgspec
 from polymoe.engine.output_sequence import ClientRequest, CompletionDelta, OutputSequence
 from polymoe.engine.request import EngineRequest, QoS, RequestOutput, SamplingParams, TokenOutput
 from polymoe.engine.tokenizer import VariantTokenizer
-from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
+from polymoe.errors import (
+    BundleError,
+    ContextLengthError,
+    RequestError,
+    UnknownVariantError,
+    VariantUnusableError,
+)
 
 if TYPE_CHECKING:
     from polymoe.engine.info import EngineInfo, VariantInfo
 
 
 _EQUAL = QoS()  # no more urgent than others
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a variant is not served."""
+
+    reason: str  # for clients
+    details: str  # for the operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,11 @@ class OutputProcessor:
 
     def __init__(self, info: "EngineInfo") -> None:
         self.variants: dict[str, VariantInfo] = {variant.name: variant for variant in info.variants}
+        self.faults = {
+            variant.name: Fault("its configuration cannot be read", variant.fault)
+            for variant in info.variants
+            if variant.fault is not None
+        }
         self._index = {variant.name: index for index, variant in enumerate(info.variants)}
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
         self._requests: dict[str, ClientRequest] = {}
@@ -52,20 +72,51 @@ class OutputProcessor:
         """Those of one variant."""
         return self._num_sequences[variant]
 
+    @property
+    def served(self) -> list["VariantInfo"]:
+        """The variants that have no fault."""
+        return [variant for name, variant in self.variants.items() if name not in self.faults]
+
     def variant(self, name: str) -> "VariantInfo":
-        """Raises `UnknownVariantError`."""
+        """Raises `UnknownVariantError` or `VariantUnusableError`."""
         if name not in self.variants:
-            raise UnknownVariantError(name, list(self.variants))
+            raise UnknownVariantError(name, [variant.name for variant in self.served])
+        if (fault := self.faults.get(name)) is not None:
+            raise VariantUnusableError(name, fault.reason) from BundleError(fault.details)
         return self.variants[name]
 
+    def load_tokenizers(self) -> None:
+        """Now rather than during the first requests. A tokenizer that cannot be loaded makes its variants unusable;
+        raises `BundleError` when no variant is left."""
+        for name in self.variants:
+            with contextlib.suppress(VariantUnusableError):
+                self.tokenizer(name)
+        if not self.served:
+            raise BundleError("no variant can be served: " + "; ".join(f.details for f in self.faults.values()))
+
     def tokenizer(self, variant: str) -> VariantTokenizer | None:
-        """The variant's tokenizer, loaded at first use; None if the bundle has none."""
+        """The variant's tokenizer, loaded at first use; None if the bundle has none.
+
+        Raises `VariantUnusableError` when it cannot be loaded, then and ever after.
+        """
         directory = self.variant(variant).tokenizer_dir
         if directory is None:
             return None
         if directory not in self._tokenizers:
-            self._tokenizers[directory] = VariantTokenizer(directory)
+            try:
+                self._tokenizers[directory] = VariantTokenizer(directory)
+            except BundleError as error:
+                self.faults[variant] = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
+                self.variant(variant)
         return self._tokenizers[directory]
+
+    def end_token_ids(self, variant: str) -> list[int]:
+        """What ends an answer: the end tokens of the variant's configs and its tokenizer's own, as in vLLM. A chat
+        fine-tune often says its new end token only in one of them."""
+        info, tokenizer = self.variant(variant), self.tokenizer(variant)
+        own = None if tokenizer is None else tokenizer.eos_token_id
+        known = [] if own is None or own >= info.vocab_size else [own]
+        return list(dict.fromkeys([*info.eos_token_ids, *known]))
 
     def require_tokenizer(self, variant: str, purpose: str, param: str = "prompt") -> VariantTokenizer:
         """Like `tokenizer`, but raises `RequestError` when there is none."""
@@ -87,12 +138,14 @@ class OutputProcessor:
         cache_salt: str = "",
         qos: QoS = _EQUAL,
         arrival_time: float = 0.0,
+        fit: bool = False,
     ) -> list[EngineRequest]:
         """Check a request and take note of it.
 
         Args:
             prompt: text, or token ids (`text` is then what the output reports as its prompt, if given).
             arrival_time: seconds, time.monotonic().
+            fit: nobody asked for `max_tokens`; it is lowered to what the context has room for.
 
         Returns: the `n` engine requests to add, with ids `{request_id}-{k}`.
         Raises: `RequestError`, and then nothing is noted.
@@ -105,11 +158,13 @@ class OutputProcessor:
             token_ids = self.require_tokenizer(variant, "a text prompt").encode(prompt)
         else:
             token_ids = list(prompt)
+        if fit:
+            sampling = _fitted(sampling, info.max_new_tokens(len(token_ids)))
         _check_tokens(info, token_ids, sampling)
         start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
         tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
 
-        stop_ids = [] if sampling.ignore_eos else list(info.eos_token_ids)
+        stop_ids = [] if sampling.ignore_eos else self.end_token_ids(variant)
         stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
         request = ClientRequest(request_id, variant, text, token_ids, start or token_ids, tokenizer, sampling)
         engine_requests = []
@@ -171,13 +226,19 @@ class OutputProcessor:
             step.finished.append(request.result())
 
 
+def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
+    most = max(1, min(sampling.max_tokens, room))
+    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
+
+
 def _sampling_of(sampling: SamplingParams, k: int) -> SamplingParams:
     """The parameters of the k-th of n sequences: another seed, and the prompt's logprobs only once."""
     if sampling.n == 1:
         return sampling
     seed = sampling.seed
     if seed is not None:
-        seed = (seed + k + 2**63) % 2**64 - 2**63
+        skipped = seed < -1 <= seed + k  # -1 is no seed
+        seed = (seed + k + skipped + 2**63) % 2**64 - 2**63
     return msgspec.structs.replace(
         sampling, n=1, seed=seed, prompt_logprobs=sampling.prompt_logprobs if k == 0 else None
     )

@@ -89,6 +89,9 @@ class OutputSequence:
     def update(self, new: TokenOutput) -> CompletionDelta:
         """Take the tokens of a step. Tokens behind a stop string are dropped."""
         text, count, stop = self._push(new)
+        if stop is None and new.finish_reason is not None:
+            held, stop = self._flush(may_stop=self._may_stop(count) and new.finish_reason != "abort")
+            text += held
         token_ids = new.new_token_ids[:count]
         logprobs = None
         if self.output.logprobs is not None and new.logprobs is not None:
@@ -106,8 +109,6 @@ class OutputSequence:
         stop_reason: int | str | None = stop
         if stop is None and new.stop_reason in self._sampling.stop_token_ids:
             stop_reason = new.stop_reason  # the end-of-text token is no reason to report, as in vLLM
-        if stop is None and finish_reason is not None:
-            text += self._flush()
         self.output.token_ids += token_ids
         self._pieces.append(text)
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
@@ -126,7 +127,7 @@ class OutputSequence:
 
     def finish(self, reason: str) -> CompletionDelta:
         """End without another token."""
-        text = self._flush()
+        text, _ = self._flush(may_stop=False)
         self._pieces.append(text)
         self.output.finish_reason = reason
         return CompletionDelta(
@@ -152,18 +153,41 @@ class OutputSequence:
                 # A stop token is reported as a token, but its text only where the client asked for it.
                 piece = self._detokenizer.push(token_id) if self._sampling.include_stop_str_in_output else ""
                 return text + self._stops.push(piece, may_stop=False)[0], count, None
-            may_stop = len(self.output.token_ids) + count > self._sampling.min_tokens
-            piece, stop = self._stops.push(self._detokenizer.push(token_id), may_stop)
+            piece, stop = self._push_token(token_id, self._may_stop(count))
             text += piece
             if stop is not None:
                 return text, count, stop
         return text, len(new.new_token_ids), None
 
-    def _flush(self) -> str:
+    def _push_token(self, token_id: int, may_stop: bool) -> tuple[str, str | None]:
+        """(text to give out, the stop string that was found)."""
+        assert self._detokenizer is not None
+        hidden = self._hidden_text(token_id)
+        if hidden is None or not self._stops.concerns(hidden):
+            return self._stops.push(self._detokenizer.push(token_id), may_stop)
+        text, stop = self._stops.push(self._detokenizer.flush(), may_stop)  # what came before it, also for the search
+        if stop is None:
+            more, stop = self._stops.push(hidden, may_stop, hidden=True)
+            text += more
+        return text, stop
+
+    def _hidden_text(self, token_id: int) -> str | None:
+        """The content of a special token that is left out of the text; None for any other token."""
+        tokenizer = self.request.tokenizer
+        if not self._sampling.stop or not self._sampling.skip_special_tokens or tokenizer is None:
+            return None
+        return tokenizer.special_text(token_id)
+
+    def _may_stop(self, count: int) -> bool:
+        """Whether a stop string may end the text with the `count`-th of the step's tokens."""
+        return len(self.output.token_ids) + count > self._sampling.min_tokens
+
+    def _flush(self, may_stop: bool) -> tuple[str, str | None]:
+        """(the text still held, the stop string that was found in it)."""
         if self._detokenizer is None:
-            return ""
-        held, _ = self._stops.push(self._detokenizer.flush(), may_stop=False)
-        return held + self._stops.flush()
+            return "", None
+        text, stop = self._stops.push(self._detokenizer.flush(), may_stop)
+        return (text, stop) if stop is not None else (text + self._stops.flush(), None)
 
     def _logprob_dict(self, entry: TokenLogprobs, count: int | None) -> dict[int, Logprob]:
         """The token itself first, then the `count` most probable ones, ranked from 1."""

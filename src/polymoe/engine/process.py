@@ -4,7 +4,7 @@
 
 It ends when told to, when the server's end of the socket is closed (so a killed server leaves no engine behind), or,
 with exit code 1, on any error, after a `Fatal` message. Signals meant for the process group (Ctrl-C, a supervisor's
-SIGTERM) are left to the server, which lets running requests finish first.
+SIGTERM, a terminal that is closed) are left to the server, which lets running requests finish first.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def main(make_core: MakeCore = EngineCore) -> int:
     """
     parser = argparse.ArgumentParser(prog="polymoe.engine.process")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the server")
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=parser.parse_args().fd))
     try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from polymoe.engine.output import OutputProcessor
-from polymoe.engine.request import SamplingParams
+from polymoe.engine.request import SamplingParams, sampling_params
 from polymoe.errors import RequestError
 
 Prompt = str | Sequence[int]  # a text, or token ids
@@ -69,10 +69,7 @@ def encode_conversation(
 
 def default_sampling_params(processor: OutputProcessor, variant: str) -> SamplingParams:
     """What the variant's generation config recommends. Raises `UnknownVariantError`."""
-    generation: dict[str, Any] = dict(processor.variant(variant).generation)
-    if "top_k" in generation:
-        generation["top_k"] = int(generation["top_k"])
-    return SamplingParams(**generation)
+    return sampling_params(processor.variant(variant).generation, {})
 
 
 def the_variant(processor: OutputProcessor, name: str | None) -> str:

@@ -3,6 +3,9 @@
 These types cross the process border (msgspec over a private socket), so they are plain msgspec structs.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from polymoe.errors import RequestError
@@ -14,10 +17,13 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_PRIORITY = 1000
 DEFAULT_SLO_CLASS = "default"
+# Temperatures below this are greedy, as in vLLM: logits divided by them would leave the range of float32.
+MIN_TEMPERATURE = 1e-5
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the tokens of one request are chosen. Defaults and meanings are vLLM's; `temperature=0` is greedy.
+    """How the tokens of one request are chosen. Defaults and meanings are vLLM's; `temperature=0` is greedy, and so
+    is one below `MIN_TEMPERATURE`.
 
     Raises `RequestError` (with `param` set) for a value out of range.
     """
@@ -30,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # -1 is None: every request draws anew
     stop: list[str] = []
     stop_token_ids: list[int] = []
     include_stop_str_in_output: bool = False
@@ -43,6 +49,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
+
         def check(ok: bool, param: str, rule: str) -> None:
             if not ok:
                 given = repr(getattr(self, param))
@@ -77,7 +86,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        """The most probable token is the only one that can be drawn."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
+
+
+def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
+    """What a request gives, completed by its variant's defaults. Raises `RequestError`."""
+    values = {**defaults, **given}
+    if "min_tokens" not in given:  # a default does not make a short request wrong
+        most = values.get("max_tokens", SamplingParams().max_tokens)
+        values["min_tokens"] = min(values.get("min_tokens", 0), max(most, 0))
+    return SamplingParams(**values)
 
 
 class QoS(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,31 +11,35 @@ import numpy as np
 import torch
 
 from polymoe.engine.request import TokenLogprobs
-from polymoe.engine.sequence import Sequence
+from polymoe.engine.sequence import NO_TOKEN, Sequence
 from polymoe.model.download import Download
 from polymoe.model.upload import upload
 
 NEG_INF = float("-inf")
+_LARGEST = torch.finfo(torch.float32).max
+# A repetition penalty below this takes any logit out of the range of float32, and orders tokens in the same way.
+_LEAST_PENALTY = 1e-20
 
 
 @dataclass(frozen=True)
 class SampleOutput:
     """What the rows of a step drew, for the host once it asks."""
 
-    tokens: torch.Tensor  # [R] int64, on the device
-    _download: Download  # the tokens, and the top log-probabilities of the rows that asked for them
+    tokens: torch.Tensor  # [R] int64, on the device; 0 where there is none
+    _download: Download  # tokens, best logits, and the top log-probabilities of the rows that asked for them
     _wanted: list[int | None]  # [R]
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Token ids `[R]`, and log-probabilities of the rows that asked for them. The only place that waits."""
-        tokens, *top = self._download.wait()
+        """Token ids `[R]` (or `NO_TOKEN`), and log-probabilities of the rows that asked for them. The only place that
+        waits."""
+        tokens, best, *top = self._download.wait()
         reports: list[TokenLogprobs | None] = [None] * len(self._wanted)
         if top:
             rows = [i for i, w in enumerate(self._wanted) if w is not None]
             counts = [w for w in self._wanted if w is not None]
             for i, report in zip(rows, _reports(top, counts), strict=True):
                 reports[i] = report
-        return tokens.tolist(), reports
+        return torch.where(best > NEG_INF, tokens, NO_TOKEN).tolist(), reports
 
 
 def sample(
@@ -56,16 +60,16 @@ def sample(
     asking = [i for i, w in enumerate(wanted) if w is not None]
     raw = torch.log_softmax(logits[upload(asking, logits.device)], dim=-1) if asking else None
     _edit(logits, sequences, pending or {})
-    greedy = [i for i, s in enumerate(sequences) if s.request.sampling.greedy]
     tokens = logits.argmax(dim=-1)
-    if len(greedy) < len(sequences):
-        rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
+    best = logits.gather(1, tokens[:, None])  # [R, 1]; argmax takes NaN for the largest
+    rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
+    if rows:
         index = upload(rows, logits.device)
-        tokens[index] = _draw(logits[index], [sequences[i] for i in rows], generator)
+        tokens[index] = _draw(logits[index], best[index], [sequences[i] for i in rows], generator)
     top: list[torch.Tensor] = []
     if raw is not None:
         top = _top(raw, tokens[upload(asking, logits.device)], max(w for w in wanted if w is not None))
-    return SampleOutput(tokens, Download([tokens, *top]), wanted)
+    return SampleOutput(tokens, Download([tokens, best[:, 0], *top]), wanted)
 
 
 def top_logprobs(logprobs: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:
@@ -99,7 +103,7 @@ def _edit(logits: torch.Tensor, sequences: list[Sequence], pending: dict[Sequenc
         if sampling.repetition_penalty != 1.0:
             seen = _tokens(sequence, sequence.request.num_encoder_tokens, last, device)
             values = logits[row, seen]
-            penalty = sampling.repetition_penalty
+            penalty = max(sampling.repetition_penalty, _LEAST_PENALTY)
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
             output = _tokens(sequence, sequence.num_prompt_tokens, last, device)
@@ -120,10 +124,17 @@ def _tokens(sequence: Sequence, start: int, last: torch.Tensor | None, device: t
     return torch.cat([upload(np.array(known[:-1], dtype=np.int64), device), last[None]])
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence], generator: torch.Generator) -> torch.Tensor:
-    """Random draws `[R]`: argmax of probability / exponential noise is a draw from the probabilities."""
+def _draw(
+    logits: torch.Tensor, best: torch.Tensor, sequences: list[Sequence], generator: torch.Generator
+) -> torch.Tensor:
+    """Random draws `[R]`: argmax of probability / exponential noise is a draw from the probabilities.
+
+    `best [R, 1]`: the largest logit of each row. It is subtracted first, so that nothing becomes infinite, whatever the
+    temperature.
+    """
     sampling = [s.request.sampling for s in sequences]
     device = logits.device
+    logits = logits.clamp(max=_LARGEST) - best.clamp(max=_LARGEST)
     logits = logits / upload([p.temperature for p in sampling], device)[:, None]
     logits = _truncate(
         logits,
@@ -156,10 +167,12 @@ def _truncate(logits: torch.Tensor, min_p: list[float], top_k: list[int], top_p:
     vocabulary = logits.shape[1]
     if min(top_k) >= vocabulary and min(top_p) >= 1:
         return logits
-    values, order = logits.sort(dim=-1, descending=True)
+    values, order = logits.sort(dim=-1, descending=True, stable=True)  # of equal ones the first stays, as for argmax
     keep = torch.arange(vocabulary, device=logits.device) < upload(top_k, logits.device)[:, None]
     values = values.masked_fill(~keep, NEG_INF)
     probs = torch.softmax(values, dim=-1)
     before = probs.cumsum(dim=-1) - probs  # probability of the better tokens
-    values = values.masked_fill(before >= upload(top_p, logits.device)[:, None], NEG_INF)
+    # A top_p that float32 rounds to zero would leave out the first as well.
+    limits = upload(top_p, logits.device)[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+    values = values.masked_fill(before >= limits, NEG_INF)
     return torch.empty_like(logits).scatter_(1, order, values)

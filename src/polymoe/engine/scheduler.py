@@ -20,7 +20,7 @@ from polymoe.engine.outlook import look_out
 from polymoe.engine.places import Places
 from polymoe.engine.policies import Policies
 from polymoe.engine.request import TokenLogprobs, TokenOutput
-from polymoe.engine.sequence import PENDING, Sequence
+from polymoe.engine.sequence import NO_TOKEN, PENDING, Sequence
 from polymoe.engine.step_plan import LaunchedStep, PrefillQueues, ScheduledSequence, StepPlan
 from polymoe.engine.variant_turns import VariantTurns
 from polymoe.engine.waiting_queue import WaitingQueue
@@ -216,6 +216,11 @@ class Scheduler:
                 self.places.remember_full(sequence)
                 continue
             assert sequence.is_pending
+            if token.token_id == NO_TOKEN:
+                sequence.token_ids.pop()
+                finished.append(sequence)
+                outputs.append(TokenOutput(request_id=sequence.request_id, new_token_ids=[], finish_reason="error"))
+                continue
             sequence.token_ids[-1] = token.token_id
             self.places.remember_full(sequence)
             first = sequence.num_output_tokens == 1

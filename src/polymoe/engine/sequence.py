@@ -15,6 +15,7 @@ Rank = tuple[int, float, float, float, int]
 # for so long.
 _PATIENCE = 60.0
 PENDING = -1  # in place of a token that was drawn on the device and is not known on the host yet
+NO_TOKEN = -2  # in place of a token that cannot be drawn: logits are NaN, or minus infinity for the whole vocabulary
 _numbers = itertools.count()
 
 

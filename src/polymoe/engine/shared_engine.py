@@ -30,6 +30,7 @@ class Submission:
     sampling: SamplingParams
     text: str | None
     arrival_time: float  # seconds, time.monotonic()
+    fit: bool = False  # whether `max_tokens` is cut to the room that the prompt leaves
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class SharedEngine:
                 for one in requests:
                     ticket.pending += self._processor.add_request(
                         one.request_id, one.variant, one.token_ids, one.sampling, text=one.text,
-                        arrival_time=one.arrival_time,
+                        arrival_time=one.arrival_time, fit=one.fit,
                     )  # fmt: skip
                     ticket.open.add(one.request_id)
             except BaseException:

@@ -1,18 +1,22 @@
 """The tokenizer of one variant: text to ids, ids to text, and its chat template."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from polymoe.engine.detokenizer import IncrementalDetokenizer
+from polymoe.engine.byte_detokenizers import ByteFallbackDetokenizer, ByteLevelDetokenizer
+from polymoe.engine.chat_template import ChatTemplate, Message
+from polymoe.engine.detokenizer import Detokenizer, IncrementalDetokenizer
 from polymoe.errors import BundleError, RequestError
 
 # Ids this far back in the prompt decide whether the first generated token starts with a space.
 _CONTEXT_TOKENS = 8
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+# Steps of a decoder under which a token's text depends on the run of bytes it is in and on being the first, only.
+_LOCAL_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
 class VariantTokenizer:
@@ -23,15 +27,17 @@ class VariantTokenizer:
 
     def __init__(self, directory: str | Path) -> None:
         path = Path(directory)
-        for name in ("tokenizer_config.json", "config.json"):
-            file = path / name
-            if file.is_file() and "auto_map" in json.loads(file.read_text()):
-                raise BundleError(f"{name} of the tokenizer asks for remote code (auto_map), which is never run.")
         from transformers import AutoTokenizer  # here: it takes seconds, in which the server's port is already open
 
         try:
+            for name in ("tokenizer_config.json", "config.json"):
+                file = path / name
+                if file.is_file() and "auto_map" in json.loads(file.read_text()):
+                    raise BundleError(f"{name} of the tokenizer asks for remote code (auto_map), which is never run.")
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except BundleError:
+            raise
+        except Exception as error:  # files from anywhere: every kind is raised, bare Exception by the Rust tokenizers
             raise BundleError(f"The tokenizer in {path.name!r} cannot be loaded: {error}") from error
         # The Rust tokenizer is called directly: it is several times faster a token, and safe from several threads
         # as long as nobody changes its truncation, which transformers' own __call__ does.
@@ -39,12 +45,37 @@ class VariantTokenizer:
         if self._rust is not None:
             self._rust.no_truncation()
             self._rust.no_padding()
+        self._decoder_steps = self._read_decoder_steps()
         self._to_bytes = self._bytes_function()
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        self._load_chat_template()
+
+    def _load_chat_template(self) -> None:
+        """A template that cannot be used takes nothing from plain completions."""
+        self.chat_template: ChatTemplate | None = None
+        self.chat_template_fault: str | None = None
+        if not self._tokenizer.chat_template:
+            return
+        try:
+            source = self._tokenizer.get_chat_template()
+            self.chat_template = ChatTemplate(source, self._tokenizer.apply_chat_template)
+        except (BundleError, ValueError, TypeError) as error:  # not Jinja; several templates and none for chats
+            self.chat_template_fault = str(error)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self.chat_template is not None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Of the tokenizer's own `eos_token`."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+    @property
+    def largest_token_id(self) -> int:
+        """The last id that encoding can give."""
+        return max(self._tokenizer.get_vocab().values(), default=-1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` what the model expects around a prompt (often a first BOS).
@@ -71,37 +102,51 @@ class VariantTokenizer:
             )
         )
 
-    def render_chat(self, messages: list[dict[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """`messages` through the variant's own chat template (transformers runs it in Jinja's sandbox), ready for
-        the assistant's turn. `variables`: for the template. Raises `RequestError` when there is no template or the
-        template refuses."""
-        if not self.has_chat_template:
-            raise RequestError(
-                "This variant has no chat template; use /v1/completions with a plain prompt.", param="messages"
-            )
-        try:
-            options = {"add_generation_prompt": True, **(variables or {}), "tokenize": False}
-            return str(self._tokenizer.apply_chat_template(messages, **options))
-        except TemplateError as error:
-            raise RequestError(
-                f"The chat template refused the messages: {str(error)[:200]}", param="messages"
-            ) from error
-        except Exception as error:  # a template is a program: any error in it is caused by these messages
-            raise RequestError(
-                f"The chat template cannot render the messages ({type(error).__name__}).", param="messages"
-            ) from error
+    def render_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """`messages` through the variant's own chat template, as `ChatTemplate.render`. Raises `RequestError`, also
+        when there is no template."""
+        if self.chat_template is None:
+            broken = self.chat_template_fault is not None
+            why = "The chat template of this variant cannot be used" if broken else "This variant has no chat template"
+            raise RequestError(f"{why}; use /v1/completions with a plain prompt.", param="messages")
+        return self.chat_template.render(messages, variables)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of the rendered chat. The template writes its special tokens itself, so none are added again."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, variables), add_special_tokens=False)
 
-    def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> IncrementalDetokenizer:
-        """A detokenizer for what follows this prompt."""
+    def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
+        """A detokenizer for what follows this prompt. Its pieces join to what `decode` gives for all ids at once."""
 
         def decode(ids: Sequence[int]) -> str:
             return self.decode(ids, skip_special_tokens)
 
-        return IncrementalDetokenizer(decode, prompt_token_ids[-_CONTEXT_TOKENS:])
+        def has_text(token_id: int) -> bool:
+            return self._has_text(token_id, skip_special_tokens)
+
+        def bytes_of(token_id: int) -> bytes:
+            return self._to_bytes(token_id) if has_text(token_id) else b""
+
+        context = [token_id for token_id in prompt_token_ids[-_CONTEXT_TOKENS:] if has_text(token_id)]
+        if self._decoder_steps == ["ByteLevel"]:
+            return ByteLevelDetokenizer(bytes_of, context)
+        if "ByteFallback" in self._decoder_steps and set(self._decoder_steps) <= _LOCAL_STEPS:
+            return ByteFallbackDetokenizer(decode, self._fallback_byte, has_text, context)
+        return IncrementalDetokenizer(decode, context)
+
+    def _has_text(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """False for what decoding leaves out: special tokens that are skipped, ids that the tokenizer does not know."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return False
+        return self._rust is None or self._rust.id_to_token(token_id) is not None
+
+    def special_text(self, token_id: int) -> str | None:
+        """The content of a special token, None for any other."""
+        return self._added[token_id] if token_id in self._special_ids else None
+
+    def _fallback_byte(self, token_id: int) -> int | None:
+        found = _BYTE_TOKEN.fullmatch(self._rust.id_to_token(token_id) or "")
+        return None if found is None else int(found[1], 16)
 
     def token_text(self, token_id: int) -> str:
         """The token alone, spaces kept; bytes that are no valid UTF-8 by themselves are written `bytes:\\xe2\\x82`
@@ -131,10 +176,7 @@ class VariantTokenizer:
         def plain(token_id: int) -> bytes:
             return self.decode([token_id], skip_special_tokens=False).encode()
 
-        if self._rust is None or self._rust.decoder is None:
-            return plain
-        decoder = self._rust.decoder.__getstate__().decode()
-        if '"ByteLevel"' in decoder:
+        if "ByteLevel" in self._decoder_steps:
             alphabet = _byte_level_alphabet()
 
             def byte_level(token_id: int) -> bytes:
@@ -144,16 +186,23 @@ class VariantTokenizer:
                 return str(token).encode()
 
             return byte_level
-        if "▁" in decoder or '"Metaspace"' in decoder:
+        if self._decoder_steps and "▁" in self._rust.decoder.__getstate__().decode():
 
             def pieces(token_id: int) -> bytes:
-                token = self._rust.id_to_token(token_id) or ""
-                if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                    return bytes([int(token[3:5], 16)])
-                return str(token).replace("▁", " ").encode()
+                byte = self._fallback_byte(token_id)
+                if byte is not None:
+                    return bytes([byte])
+                return str(self._rust.id_to_token(token_id) or "").replace("▁", " ").encode()
 
             return pieces
         return plain
+
+    def _read_decoder_steps(self) -> list[str]:
+        """Kinds of the decoder's steps, as tokenizer.json names them; empty without a Rust tokenizer or a decoder."""
+        if self._rust is None or self._rust.decoder is None:
+            return []
+        state = json.loads(self._rust.decoder.__getstate__())
+        return [step["type"] for step in state.get("decoders", [state])]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -63,11 +63,14 @@ class OriginalModel:
     """A checkpoint in stock transformers."""
 
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        seq2seq = AutoConfig.from_pretrained(path, local_files_only=True).is_encoder_decoder
+        from polymoe.offline.checkpoint import read_config
+
+        config = read_config(Path(path))
+        seq2seq = config.is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = auto.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
         self.model: Any = model.to(device).eval()
         self.device = device
         for module in self.model.get_decoder().modules() if seq2seq else ():

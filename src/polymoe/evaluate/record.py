@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ def measure_and_record(
         texts: variant -> the file that its samples come from; its name is kept with the figures.
         samples: variant -> what it is measured on.
     """
-    engine = float32_engine(bundle, max(found.longest for found in samples.values()))
+    options = float32_options(max(found.longest for found in samples.values()))
+    engine = EngineCore(EngineConfig(bundle=str(bundle.path), **options))
     with window_progress(samples, console) as advance:
         results = measure(engine, dict(checkpoints), dict(samples), torch.float32, _BATCH, advance)
     console.print(fidelity_table(results))
@@ -51,11 +53,10 @@ def measure_and_record(
     return results
 
 
-def float32_engine(bundle: Bundle, window: int, batch: int = _BATCH, device: str = "cpu") -> EngineCore:
-    """An engine that takes `batch` windows of `window` tokens in one pass and rounds nothing beyond the plan."""
+def float32_options(window: int, batch: int = _BATCH) -> dict[str, Any]:
+    """Of an engine that takes `batch` windows of `window` tokens in one pass and rounds nothing beyond the plan."""
     block = 16
-    config = EngineConfig(
-        bundle=str(bundle.path), device=device, dtype="float32", block_size=block, enable_prefix_caching=False,
-        max_num_seqs=batch, max_model_len=window, num_kv_blocks=batch * ((window + block - 1) // block),
-    )  # fmt: skip
-    return EngineCore(config)
+    return {
+        "device": "cpu", "dtype": "float32", "block_size": block, "enable_prefix_caching": False,
+        "max_num_seqs": batch, "max_model_len": window, "num_kv_blocks": batch * ((window + block - 1) // block),
+    }  # fmt: skip

@@ -11,11 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from polymoe.config import EngineConfig, format_bytes
-from polymoe.console import Console, DescriptionColumn
+from polymoe.console import Console, DescriptionColumn, warn
 from polymoe.engine.engine import EngineCore
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Fidelity, Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
+from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.pairs import read_pairs
@@ -51,6 +52,14 @@ def run_eval(
             raise UnknownVariantError(name, names)
     checkpoints = {name: _checkpoint(bundle, names.index(name), originals.get(name)) for name in texts}
     samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
+    for name, path in checkpoints.items():
+        if changed := changes_since_plan(bundle, names.index(name), path):
+            warn(
+                console,
+                f"the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
+                f"changed): its figures compare with another model. Plan again, or give the one that was planned with "
+                f"--original {name}=PATH.",
+            )
     for name, path in texts.items():
         if is_sampled(path):
             console.print(f"The text for {name}, {path}, is large: pieces spread over it are measured.", soft_wrap=True)

@@ -75,7 +75,7 @@ def encode_texts(
         if read_config(checkpoints[name]).is_encoder_decoder:
             raise PolymoeError(
                 f"{option} {name}: plain text measures decoder-only models; {checkpoints[name]} is an encoder–decoder, "
-                "which polymoe eval and polymoe bench merging measure on pairs of input and target."
+                "which polymoe eval measures on pairs of input and target."
             )
         found[name] = read_tokens(f"{option} {name}", [path], TextTokenizer(checkpoints[name], name))
         if len(found[name]) < MIN_TOKENS:

@@ -13,7 +13,7 @@ with S = T · K rows.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from polymoe.kernels.grouped_experts import combine, mlp, project
 from polymoe.kernels.grouped_linear import grouped_linear
 from polymoe.kernels.packed_experts import packed_experts
+from polymoe.kernels.packed_linear import packed_linear
 from polymoe.kernels.packed_pool import ExactPool, Groups, PackedPool, StoredPool
 
 Weights = Mapping[str, Tensor]
@@ -43,6 +44,12 @@ class Routing:
     base: list[int]
     delta: list[int]
     sign: list[int]
+
+    @cached_property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """starts, base, delta and sign as int64 on the CPU."""
+        starts, base, delta, sign = (torch.tensor(v) for v in (self.starts, self.base, self.delta, self.sign))
+        return starts, base, delta, sign
 
     def from_segment(self, first: int) -> "Routing":
         """Without the segments before `first`, and rows counted from its start."""
@@ -81,13 +88,15 @@ def route(physical: Tensor, token_variant: Tensor, delta: Tensor | None, sign: T
 class CompressedLayer:
     """One layer's physical bases and deltas.
 
-    stored: tensor name -> `[P_0, *shape]` as the stock module holds them; the bases with the lowest ids.
+    stored: tensor name -> `[P_0, *shape]`; the bases with the lowest ids.
     bases: further pools, whose ids follow in order. deltas: pools of deltas, numbered likewise from 0.
+    transposed: whether stored experts are `[in, out]`; packed ones never are.
     """
 
     stored: Weights
     bases: tuple[PackedPool | StoredPool, ...]
     deltas: tuple[PackedPool | ExactPool, ...]
+    transposed: bool = False
 
     @property
     def num_stored(self) -> int:
@@ -113,7 +122,8 @@ def experts_compressed(
     layer: CompressedLayer,
     host_expert: Callable[[int], Weights],
 ) -> Tensor:
-    """One layer's experts for a batch that mixes variants: by the compiled kernel where it applies, else by torch.
+    """One layer's experts for a batch that mixes variants: in one call of the compiled kernel where that applies, else
+    each product in a call of its own, else by torch.
 
     Args:
         module: the stock experts module; its `_apply_gate` (or `act_fn`) and layout flags are used.
@@ -127,7 +137,7 @@ def experts_compressed(
     fused = packed_experts(module, hidden, physical, delta, sign, gate, layer, host_expert)
     if fused is not None:
         return fused
-    return experts_compressed_torch(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert)
+    return _by_product(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert, _fast_project)
 
 
 def experts_compressed_torch(
@@ -142,6 +152,22 @@ def experts_compressed_torch(
     host_expert: Callable[[int], Weights],
 ) -> Tensor:
     """The reference for any device, dtype and module: one matrix at a time. Arguments as `experts_compressed`."""
+    return _by_product(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert, _project)
+
+
+def _by_product(
+    module: Any,
+    hidden: Tensor,
+    physical: Tensor,
+    token_variant: Tensor,
+    delta: Tensor | None,
+    sign: Tensor | None,
+    gate: Tensor,
+    layer: CompressedLayer,
+    host_expert: Callable[[int], Weights],
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """Sort, `product(x, tensor name, layer, routing)` for each weight, combine."""
     if not len(hidden):
         return torch.empty_like(hidden)
     routing = route(physical, token_variant, delta, sign)
@@ -158,13 +184,19 @@ def experts_compressed_torch(
     if first < len(routing.base):
         here = routing.from_segment(first)
         rows = inputs[routing.starts[first] :]
-        pieces.append(mlp(module, rows, partial(_project, layer=layer, routing=here, transposed=module.is_transposed)))
+        pieces.append(mlp(module, rows, partial(product, layer=layer, routing=here)))
     return combine(torch.cat(pieces), routing.order, gate, hidden.dtype)
 
 
-def _project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing, transposed: bool) -> Tensor:
+def _fast_project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing) -> Tensor:
+    """`_project` by the compiled kernels where there are any."""
+    out = packed_linear(x, name, layer, routing)
+    return _project(x, name, layer, routing) if out is None else out
+
+
+def _project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing) -> Tensor:
     """`[S, I]` -> `[S, O]` in x's dtype; every row by its base and its delta."""
-    shape = layer.stored[name].shape
+    shape, transposed = layer.stored[name].shape, layer.transposed
     out = torch.empty(x.shape[0], shape[-1] if transposed else shape[-2], dtype=torch.float32, device=x.device)
     runs = list(_runs(routing))
     here = [run for run in runs if run[0] < layer.num_stored]
@@ -180,11 +212,11 @@ def _project(x: Tensor, name: str, layer: CompressedLayer, routing: Routing, tra
         ids = [run[0] - offset for run in here]
         pool.linear(x, name, Groups(ids, [run[1] for run in here], [run[2] for run in here], [1] * len(here)), out)
         offset += len(pool)
-    _add_deltas(x, name, routing, layer, transposed, out)
+    _add_deltas(x, name, routing, layer, out)
     return out.to(x.dtype)
 
 
-def _add_deltas(x: Tensor, name: str, routing: Routing, layer: CompressedLayer, transposed: bool, out: Tensor) -> None:
+def _add_deltas(x: Tensor, name: str, routing: Routing, layer: CompressedLayer, out: Tensor) -> None:
     offset = 0
     for pool in layer.deltas:
         here = [g for g, delta in enumerate(routing.delta) if offset <= delta < offset + len(pool)]
@@ -201,7 +233,7 @@ def _add_deltas(x: Tensor, name: str, routing: Routing, layer: CompressedLayer, 
 
             def stored_base(tensor: str, g: int, bases: list[int] = bases) -> Tensor:
                 base = layer.stored[tensor][bases[g]]
-                return base.T if transposed and base.ndim == 2 else base
+                return base.T if layer.transposed and base.ndim == 2 else base
 
             pool.replace(x, name, groups, stored_base, out)
         offset += len(pool)

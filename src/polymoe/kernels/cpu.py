@@ -49,13 +49,28 @@ def one_torch_thread() -> Iterator[None]:
         del _own.threads
 
 
-@functools.cache
-def cpu_kernels() -> ctypes.CDLL | None:
-    """The library, or None: not built, not for this processor, or turned off."""
-    if os.environ.get("POLYMOE_NO_KERNELS") or not LIBRARY.exists():
-        return None
+def why_no_kernels() -> str:
+    """What keeps the compiled kernels from being used here; empty where they are."""
+    if cpu_kernels() is not None:
+        return ""
+    return _obstacle() or "the CPU kernels were built from other sources; build them again: pip install -e ."
+
+
+def _obstacle() -> str:
+    if os.environ.get("POLYMOE_NO_KERNELS"):
+        return "POLYMOE_NO_KERNELS turns the CPU kernels off"
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
+        return "this processor has no AVX512-BF16, which the CPU kernels need"
+    if not LIBRARY.exists():
+        return "the CPU kernels are not built; with a C++ compiler (g++) installed: pip install -e ."
+    return ""
+
+
+@functools.cache
+def cpu_kernels() -> ctypes.CDLL | None:
+    """The library, or None: not built, not for this processor, or turned off (`why_no_kernels`)."""
+    if _obstacle():
         return None
     library = ctypes.CDLL(str(LIBRARY))
     if not _is_current(library):
@@ -73,6 +88,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     packed = library.polymoe_packed_experts_bf16
     packed.argtypes = [*[_POINTER] * 5, *[_NUMBER] * 4, *[_POINTER] * 6, _INT]
     packed.restype = None
+    for packed in (library.polymoe_packed_linear_bf16, library.polymoe_packed_linear_f32):
+        packed.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 8, _INT]
+        packed.restype = None
     norm = library.polymoe_rms_norm_bf16
     norm.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _FLOAT, _POINTER, _INT]
     norm.restype = None

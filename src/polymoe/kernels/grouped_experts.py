@@ -114,7 +114,7 @@ def _fused_experts(
     It knows one kind of expert, bfloat16, gated by SiLU as transformers does by default, and without biases.
     """
     kernels = cpu_kernels()
-    if kernels is None or hidden.dtype != torch.bfloat16 or gate.dtype != torch.float32 or not is_plain_silu(module):
+    if kernels is None or hidden.dtype != torch.bfloat16 or not is_plain_silu(module):
         return None
     gate_up, down = pool["gate_up_proj"], pool["down_proj"]
     tokens, width = hidden.shape
@@ -123,7 +123,7 @@ def _fused_experts(
     if len(pool) != 2 or width % 32 or inner % 32 or not contiguous:
         return None
     out = torch.empty_like(hidden)
-    ids, gate = physical.to(torch.int32).contiguous(), gate.contiguous()
+    ids, gate = physical.to(torch.int32).contiguous(), gate.float().contiguous()
     kernels.polymoe_experts_bf16(
         hidden.data_ptr(), ids.data_ptr(), gate.data_ptr(), tokens, ids.shape[1], width, inner, num_experts,
         gate_up.data_ptr(), down.data_ptr(), out.data_ptr(), kernel_threads(),
@@ -161,10 +161,10 @@ def combine(out: torch.Tensor, order: torch.Tensor, gate: torch.Tensor, dtype: t
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)  # where the output for each (token, k) is
     kernels = cpu_kernels() if out.device.type == "cpu" and out.dtype == dtype == torch.bfloat16 else None
-    if kernels is None or gate.dtype != torch.float32 or out.shape[1] % 16 or not out.is_contiguous():
+    if kernels is None or out.shape[1] % 16 or not out.is_contiguous():
         return (out[place].view(*gate.shape, -1) * gate[..., None]).sum(dim=1).to(dtype)
     summed = out.new_empty(gate.shape[0], out.shape[1])
-    gate = gate.contiguous()
+    gate = gate.float().contiguous()  # many routers weigh in the model's dtype
     kernels.polymoe_combine_bf16(
         out.data_ptr(), place.data_ptr(), gate.data_ptr(), *gate.shape, out.shape[1], summed.data_ptr(),
         kernel_threads(),

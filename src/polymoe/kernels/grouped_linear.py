@@ -7,12 +7,13 @@ a group, any device and dtype). On a CPU with AVX512-BF16 bfloat16 goes to the c
 which reads each weight once at close to the memory's speed. Both sum in float32 and round once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels, kernel_threads
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads, why_no_kernels
 
+_LANES = 32
 Offsets = Sequence[int] | torch.Tensor  # on the CPU; int64 tensors spare the kernel a conversion
 
 
@@ -33,8 +34,8 @@ def grouped_linear(
     if not isinstance(starts, torch.Tensor):  # comparing tensors costs more than a small product
         assert starts[0] == 0
         assert starts[-1] == x.shape[0]
-    kernels = cpu_kernels() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
-    if kernels is None or x.shape[1] % 32 or not (x.is_contiguous() and stack.is_contiguous()):
+    kernels = cpu_kernels() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
+    if kernels is None or x.shape[1] % _LANES or not (x.is_contiguous() and stack.is_contiguous()):
         return grouped_linear_by_loop(x, stack, ids, starts, bias)
     out = x.new_empty(x.shape[0], stack.shape[1])
     index, offsets = torch.as_tensor(ids, dtype=torch.int64), torch.as_tensor(starts, dtype=torch.int64)
@@ -44,6 +45,16 @@ def grouped_linear(
         None if bias is None else bias.data_ptr(), out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out
+
+
+def why_not_grouped(dtype: torch.dtype, inputs: Iterable[int]) -> str:
+    """Why the compiled kernel does not multiply by weights of these many inputs on a CPU; empty where it does."""
+    if dtype != torch.bfloat16:
+        return f"{str(dtype).removeprefix('torch.')}, which torch multiplies"
+    odd = sorted({size for size in inputs if size % _LANES})
+    if odd and cpu_kernels() is not None:
+        return f"{', '.join(map(str, odd))} inputs, no multiple of {_LANES}"
+    return why_no_kernels()
 
 
 def grouped_linear_by_loop(

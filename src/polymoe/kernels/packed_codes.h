@@ -13,12 +13,13 @@
 namespace polymoe {
 
 constexpr int64_t EXACT = 0, INT8 = 8, FP8 = 9, STORED = 16;  // kinds; 1 to 6 are the bits of formats with a table
+constexpr int64_t BF16 = 0, FLOAT16 = 1, FLOAT32 = 2;         // types of values
 constexpr int64_t MARK_ROWS = 16;
 
-// One matrix of each expert of a pool; compressed_layer.py fills it in. Rows are [outputs, inputs], expert after expert.
+// One matrix of each expert of a pool; packed_stack.py fills it in. Rows are [outputs, inputs], expert after expert.
 struct Stack {
     int64_t kind, count;     // experts
-    const uint8_t* data;     // codes; the bitmaps of EXACT; bfloat16 values of STORED
+    const uint8_t* data;     // codes; the bitmaps of EXACT; the values of STORED
     const uint16_t* scales;  // [count, outputs, groups]
     int64_t row_bytes;       // of data
     int64_t group;           // values that share a scale, a multiple of 64
@@ -27,6 +28,26 @@ struct Stack {
     const int64_t* starts;   //   where each delta's begin,
     const int32_t* marks;    //   and how many of them precede rows 0, MARK_ROWS, 2 MARK_ROWS, … [count, marks]
     int64_t num_marks;
+    int64_t type;  // of values, of EXACT and STORED
+};
+
+// An expert: which pool and which of it.
+struct Entry {
+    int64_t stack, index;  // stack < 0: none
+};
+
+// The entry that has `id` when all pools are counted through; none for an id below 0.
+inline Entry find(const Stack* stacks, int64_t id) {
+    if (id < 0) return {-1, 0};
+    int64_t stack = 0;
+    for (; id >= stacks[stack].count; ++stack) id -= stacks[stack].count;
+    return {stack, id};
+}
+
+// Rows of one base, one delta and one sign.
+struct Segment {
+    Entry base, delta;
+    float sign;
 };
 
 template <int KIND>
@@ -42,7 +63,7 @@ struct Tail {
         int64_t offset;
         __mmask32 valid;
     };
-    Step steps[4][7];
+    Step steps[4][8];
 
     explicit Tail(int64_t in) {
         for (int plane = 0; plane < 4; ++plane)

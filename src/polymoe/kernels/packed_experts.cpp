@@ -1,5 +1,6 @@
-// The routed experts of one layer where bases are packed or variants have deltas, in bfloat16, gated by SiLU, without
-// biases. See compressed_experts.py for the equation and the torch fallback, packed_codes.h for the formats.
+// The routed experts of one layer where bases are packed or variants have deltas, in bfloat16: gated by SiLU and without
+// biases in one call, any others one product a call. See compressed_experts.py for the equation and the torch fallback,
+// packed_codes.h for the formats, packed_floats.cpp for other dtypes and sizes.
 //
 // Rows are sorted by base, then delta. A segment has one base, one delta and one sign; a group is all segments of a base.
 // A piece of work is a group and WEIGHT_ROWS rows of its weight, of which no more than the piece is ever decoded:
@@ -19,15 +20,6 @@ namespace {
 
 constexpr int64_t APART_ROWS = 6;  // of a segment: up to here a delta has a product of its own
 constexpr int64_t SUB_ROWS = 8;    // weight rows decoded at once for few rows: 2 x 8 x 1024 bfloat16 stay in L1
-
-struct Entry {
-    int64_t stack, index;  // stack < 0: none
-};
-
-struct Segment {
-    Entry base, delta;
-    float sign;
-};
 
 // All pools of one matrix.
 struct Stacks {
@@ -120,7 +112,8 @@ private:
 
 // MR rows of x against SUB_ROWS weight rows, and against as many of a delta where there is one.
 template <int MR, bool PAIRED>
-void dots_of(const Problem& p, const uint16_t* const* x, const Rows<>& base, const Rows<>* delta, uint16_t* y) {
+void dots_of(const Problem& p, const uint16_t* const* x, const Rows<>& base, const Rows<>* delta, const uint16_t* bias,
+             uint16_t* y) {
     constexpr int NR = MR <= 2 ? 8 : MR <= 4 ? 4 : 2;
     for (int64_t i = 0; i < SUB_ROWS; i += NR) {
         const int64_t at = PAIRED ? i / 2 : i;
@@ -134,26 +127,27 @@ void dots_of(const Problem& p, const uint16_t* const* x, const Rows<>& base, con
         for (int j = 0; j < 16; ++j) sum[j] = _mm512_setzero_ps();
         add_products<MR, NR>(x, w, p.in, 0, sum);
         if (delta) add_products<MR, NR>(x, d, p.in, 0, sum);
-        store_tile<MR, NR, PAIRED>(sum, nullptr, y + at, p.out);
+        store_tile<MR, NR, PAIRED>(sum, bias ? bias + at : nullptr, y + at, p.out);
     }
 }
 
 template <bool PAIRED>
 void dots_of_segment(const Problem& p, int64_t g, const Rows<>& base, const Rows<>* delta, int64_t o) {
+    const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
     for (int64_t r = p.starts[g]; r < p.starts[g + 1]; r += 8) {
         const int64_t rows = std::min<int64_t>(8, p.starts[g + 1] - r);
         const uint16_t* x[8];
         for (int64_t i = 0; i < rows; ++i) x[i] = p.row(r + i);
         uint16_t* y = p.y + r * p.out + o;
         switch (rows) {
-            case 8: dots_of<8, PAIRED>(p, x, base, delta, y); break;
-            case 7: dots_of<7, PAIRED>(p, x, base, delta, y); break;
-            case 6: dots_of<6, PAIRED>(p, x, base, delta, y); break;
-            case 5: dots_of<5, PAIRED>(p, x, base, delta, y); break;
-            case 4: dots_of<4, PAIRED>(p, x, base, delta, y); break;
-            case 3: dots_of<3, PAIRED>(p, x, base, delta, y); break;
-            case 2: dots_of<2, PAIRED>(p, x, base, delta, y); break;
-            case 1: dots_of<1, PAIRED>(p, x, base, delta, y); break;
+            case 8: dots_of<8, PAIRED>(p, x, base, delta, bias, y); break;
+            case 7: dots_of<7, PAIRED>(p, x, base, delta, bias, y); break;
+            case 6: dots_of<6, PAIRED>(p, x, base, delta, bias, y); break;
+            case 5: dots_of<5, PAIRED>(p, x, base, delta, bias, y); break;
+            case 4: dots_of<4, PAIRED>(p, x, base, delta, bias, y); break;
+            case 3: dots_of<3, PAIRED>(p, x, base, delta, bias, y); break;
+            case 2: dots_of<2, PAIRED>(p, x, base, delta, bias, y); break;
+            case 1: dots_of<1, PAIRED>(p, x, base, delta, bias, y); break;
         }
     }
 }
@@ -200,7 +194,8 @@ void run_piece(const Product& product, const Scratch& scratch, int64_t first, in
     for (int64_t g = first; g < last; ++g) {
         if (p.rows(g) <= FEW_ROWS) continue;
         const Rows<> rows = shared.rows(g);
-        matmul_group(p, scratch, g, rows.first, rows.second, nullptr, o, count, aligned(buffers.packed, p.in / 2 * WEIGHT_ROWS));
+        matmul_group(p, scratch, g, rows.first, rows.second, p.biases ? p.biases[g] + o : nullptr, o, count,
+                     aligned(buffers.packed, p.in / 2 * WEIGHT_ROWS));
     }
 }
 
@@ -219,13 +214,6 @@ void run_segments(const Product& product, const std::vector<int64_t>& groups, Sc
             run_piece(product, scratch, groups[g], groups[g + 1], piece % pieces * step, step, buffers);
         }
     });
-}
-
-Entry find(const Stack* stacks, int64_t id) {
-    if (id < 0) return {-1, 0};
-    int64_t stack = 0;
-    for (; id >= stacks[stack].count; ++stack) id -= stacks[stack].count;
-    return {stack, id};
 }
 
 // A (token, k) pair and where it belongs. `delta`: 0 for none, else 2 (id + 1), and 1 more if it is subtracted.
@@ -299,4 +287,29 @@ extern "C" void polymoe_packed_experts_bf16(const uint16_t* hidden, const int32_
     run_segments({up, {gate_up_bases, gate_up_deltas}, segments, Tail(width)}, groups, scratch, num_threads);
     run_segments({down, {down_bases, down_deltas}, segments, Tail(inner)}, groups, scratch, num_threads);
     polymoe_combine_bf16(out.data(), place.data(), gate, tokens, top_k, width, y, num_threads);
+}
+
+// y_r = W_g(r) x_r + b_g(r) for rows in order: x [rows, in], y [rows, out]; segment g has rows starts[g] .. starts[g + 1],
+// base[g], delta[g] (-1: none) and sign[g]; neighbours on one base share it. bias [num_segments, out] or null.
+// in and out are multiples of 32.
+extern "C" void polymoe_packed_linear_bf16(const uint16_t* x, int64_t in, int64_t out, int64_t num_segments,
+                                           const int64_t* starts, const int64_t* base, const int64_t* delta,
+                                           const int64_t* sign, const polymoe::Stack* bases, const polymoe::Stack* deltas,
+                                           const uint16_t* bias, uint16_t* y, int num_threads) {
+    using namespace polymoe;
+    static thread_local Scratch scratch;
+    static thread_local std::vector<int64_t> groups;
+    static thread_local std::vector<Segment> segments;
+    static thread_local std::vector<const uint16_t*> biases;
+    segments.clear();
+    groups.clear();
+    biases.clear();
+    for (int64_t g = 0; g < num_segments; ++g) {
+        if (g == 0 || base[g - 1] != base[g]) groups.push_back(g);
+        segments.push_back({find(bases, base[g]), find(deltas, delta[g]), sign[g] < 0 ? -1.0f : 1.0f});
+        if (bias) biases.push_back(bias + g * out);
+    }
+    groups.push_back(num_segments);
+    const Problem p{x, nullptr, in, out, num_segments, starts, nullptr, bias ? biases.data() : nullptr, false, y};
+    run_segments({p, {bases, deltas}, segments, Tail(in)}, groups, scratch, num_threads);
 }

@@ -8,6 +8,8 @@ matrix is decoded, used for the rows of its group and dropped.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -84,10 +86,15 @@ class PackedPool:
 
     def add(self, x: Tensor, name: str, groups: Groups, out: Tensor) -> None:
         """Add the delta product of `x` [S, I] with its sign to the groups' rows of `out` (float32 [S, O])."""
-        for index, start, stop, sign in zip(groups.ids, groups.starts, groups.stops, groups.signs, strict=True):
-            out[start:stop].addmm_(x[start:stop].float(), self.decoded(name, index).T, alpha=sign)
-            if f"{name}_bias" in self.tensors:
-                out[start:stop] += sign * self.decoded(f"{name}_bias", index)
+        # By id: two variants may have one delta, with both signs, and decoding costs more than the product.
+        by_id = sorted(zip(groups.ids, groups.starts, groups.stops, groups.signs, strict=True))
+        for index, users in groupby(by_id, key=itemgetter(0)):
+            matrix = self.decoded(name, index)
+            bias = self.decoded(f"{name}_bias", index) if f"{name}_bias" in self.tensors else None
+            for _, start, stop, sign in users:
+                out[start:stop].addmm_(x[start:stop].float(), matrix.T, alpha=sign)
+                if bias is not None:
+                    out[start:stop] += sign * bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,16 @@
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels, kernel_threads
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads, why_no_kernels
+
+
+def why_not_attention(dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
+    """Why the compiled kernel does not compute attention of these sizes on a CPU; empty where it does."""
+    if dtype != torch.bfloat16:
+        return str(dtype).removeprefix("torch.")
+    if key_dim % 32 or value_dim % 16:
+        return f"heads of {key_dim} and {value_dim} values, no multiples of 32 and 16"
+    return "" if cpu_kernels() is not None else why_no_kernels()
 
 
 def paged_attention(
@@ -32,11 +41,10 @@ def paged_attention(
     Returns: `[T, Hq, Dv]`, or None where there is no kernel for these arguments (not a CPU with AVX512-BF16, another
     dtype, odd sizes): the caller then gathers and uses torch, which gives the same up to bfloat16 rounding.
     """
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or query.shape[2] % 32 or value.shape[3] % 16:
+    if query.device.type != "cpu" or why_not_attention(query.dtype, query.shape[2], value.shape[3]):
         return None
     kernels = cpu_kernels()
-    if kernels is None:
-        return None
+    assert kernels is not None
     assert query.is_contiguous()
     assert block_table.is_contiguous()
     assert start is None or window is None

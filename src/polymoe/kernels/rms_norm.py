@@ -5,13 +5,22 @@ y_r = w_v(r) ∘ round(x_r / sqrt(mean(x_r²) + eps))
 
 import torch
 
-from polymoe.kernels.cpu import cpu_kernels, kernel_threads
+from polymoe.kernels.cpu import cpu_kernels, kernel_threads, why_no_kernels
+
+_LANES = 16
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The reference, with one weight `[H]` for `x [..., H]`: float32 inside, rounded to x's dtype before the weight."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def why_not_fast_norm(dtype: torch.dtype, width: int) -> str:
+    """Why the compiled kernel does not compute norms of this width on a CPU; empty where it does."""
+    if dtype != torch.bfloat16:
+        return str(dtype).removeprefix("torch.")
+    return why_no_kernels() or (f"{width} values, no multiple of {_LANES}" if width % _LANES else "")
 
 
 def fast_rms_norm(
@@ -26,7 +35,7 @@ def fast_rms_norm(
     """
     kernels = cpu_kernels() if x.dtype == weights.dtype == torch.bfloat16 and x.device.type == "cpu" else None
     width = x.shape[-1]
-    if kernels is None or width % 16 or not x.is_contiguous() or not weights.is_contiguous():
+    if kernels is None or width % _LANES or not x.is_contiguous() or not weights.is_contiguous():
         return None
     out = torch.empty_like(x)
     kernels.polymoe_rms_norm_bf16(

@@ -38,6 +38,7 @@ class AttentionLayer:
     key_dim: int
     value_dim: int
     sliding_window: int | None = None  # tokens that one sees, itself included; None: all
+    extras: tuple[str, ...] = ()  # what only torch computes on a CPU: "sinks", "softcap"
 
     @property
     def elements_per_token(self) -> int:

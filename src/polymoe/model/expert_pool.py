@@ -7,13 +7,16 @@ Where experts are packed or variants have deltas, `delta [V, L, E]` and `sign [V
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from polymoe.kernels.compressed_experts import CompressedLayer, experts_compressed
+from polymoe.kernels.fast_path import FastPath
 from polymoe.kernels.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
-from polymoe.kernels.packed_experts import is_known
+from polymoe.kernels.grouped_linear import why_not_grouped
+from polymoe.kernels.packed_experts import why_not_fused, why_not_packed
 from polymoe.model.context import ForwardContext
 from polymoe.model.expert_cache import ExpertCache, Weights
 from polymoe.model.expert_store import ExpertStore, load_packed, load_tensor
@@ -26,6 +29,7 @@ class LayerExperts:
     """One layer's physical experts and its slices of the tables; attached to the stock experts module.
 
     `delta`, `sign` `[V, E]` and `compressed` are None where every resident expert is stored as it is, without deltas.
+    `transposed`: whether `resident` is `[in, out]`.
     """
 
     def __init__(
@@ -38,20 +42,29 @@ class LayerExperts:
         compressed: CompressedLayer | None = None,
         delta: torch.Tensor | None = None,
         sign: torch.Tensor | None = None,
+        transposed: bool = False,
     ) -> None:
         self.layer, self.table, self.resident, self.cache, self.context = layer, table, resident, cache, ctx
+        self.transposed = transposed
         self.compressed, self.delta, self.sign = compressed, delta, sign
         self.num_absent = max(0, -int(table.min()))  # host experts of the layer
         self.all_resident = self.num_absent == 0
         self.next: LayerExperts | None = None
         self.mapped: MappedLayer | None = None  # how decode steps read absent experts without waiting
         self._supported: bool | None = None
+        # Stored experts in the form whose kernel computes them beside absent ones, on a CPU in bfloat16.
+        here = cache.device.type == "cpu" and cache.dtype == torch.bfloat16 and ctx.kernels is None
+        mixed = here and compressed is None and bool(resident) and not self.all_resident
+        self._beside_absent = CompressedLayer(resident, (), (), transposed) if mixed else None
 
-    def weights_of(self, physical: int) -> Weights:
-        """Tensors of a physical expert: a view of the resident stack, or fetched."""
-        if physical >= 0:
-            return {name: stack[physical] for name, stack in self.resident.items()}
-        return self.cache.get(self.layer, -1 - physical)
+    def weights_of(self, module: Any, physical: int) -> Weights:
+        """Tensors of a physical expert as the stock module has them: a view of the resident stack, or fetched."""
+        if physical < 0:
+            return self.cache.get(self.layer, -1 - physical)
+        own = {name: stack[physical] for name, stack in self.resident.items()}
+        if module.is_transposed and not self.transposed:
+            own = {name: tensor.T if tensor.ndim == 2 else tensor for name, tensor in own.items()}
+        return own
 
     def forward(
         self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -62,30 +75,52 @@ class LayerExperts:
             return self._forward_on_device(module, hidden, top_k_index, top_k_weights, token_variant)
         entry = token_variant[:, None], top_k_index
         physical = self.table[entry]
+        weights_of = partial(self.weights_of, module)
         if self.compressed is not None:
             if not self.all_resident:
                 self._announce(physical)
             delta = None if self.delta is None else self.delta[entry]
             sign = None if self.sign is None else self.sign[entry]
             return experts_compressed(
-                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, self.weights_of
+                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, weights_of
             )
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:  # no kernel for this module
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
-        if (
-            hidden.device.type == "cpu"
-            and not module.is_transposed
-            and (self.all_resident or bool((physical >= 0).all()))
-        ):
+        if hidden.device.type == "cpu" and not self.transposed and (self.all_resident or bool((physical >= 0).all())):
             return experts_by_group(module, hidden, physical, top_k_weights, self.resident)
         self._announce(physical)
-        return experts_by_loop(module, hidden, physical, top_k_weights, self.weights_of)
+        if self._beside_absent is not None:
+            return experts_compressed(
+                module, hidden, physical, token_variant, None, None, top_k_weights, self._beside_absent, weights_of
+            )
+        return experts_by_loop(module, hidden, physical, top_k_weights, weights_of)
 
-    def by_kernels(self, module: torch.nn.Module) -> bool:
-        """Whether the compiled kernels multiply by these experts, in bfloat16 on a CPU that has them."""
-        if not self.all_resident or module.is_transposed:
-            return False
-        return self.compressed is None or is_known(module, self.compressed)
+    def path(self, module: torch.nn.Module) -> FastPath:
+        """What the layer's resident experts run on."""
+        dtype = self.cache.dtype
+
+        def path(runs_on: str, reason: str = "", slow: bool = False) -> FastPath:
+            return FastPath(part="experts", runs_on=runs_on, count=1, reason=reason, slow=slow)
+
+        if self._on_device(module):
+            return path("GPU kernels")
+        if self.context.kernels is not None or self.cache.device.type != "cpu":
+            return path("torch", "the GPU kernels do not know this module", slow=True)
+        if self.compressed is not None:
+            if reason := why_not_packed(self.compressed):
+                return path("torch packed", reason, slow=True)
+            reason = why_not_fused(module, dtype, self.compressed)
+            return path("compiled packed", reason and f"each product by itself: {reason}")
+        if reason := why_not_grouped(dtype, [stack.shape[-1] for stack in self.resident.values() if stack.ndim == 3]):
+            return path("torch stored", reason, slow=dtype == torch.bfloat16)  # 3 to 6 times; others have no kernel
+        return path("compiled stored")
+
+    def path_of_absent(self) -> FastPath | None:
+        """What the layer's absent experts run on, in steps that need any."""
+        if self.all_resident:
+            return None
+        reason = "fetched when they are needed, one at a time"
+        return FastPath(part="absent experts", runs_on="torch", count=1, reason=reason)
 
     def _on_device(self, module: torch.nn.Module) -> bool:
         """Whether a GPU's kernels compute this layer; asked once."""
@@ -126,7 +161,7 @@ class LayerExperts:
         absent = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         # First what the device computes, so that it is busy while the host computes the rest.
         for chosen, device, weights_of in (
-            (~on_host, hidden.device, self.weights_of),
+            (~on_host, hidden.device, partial(self.weights_of, module)),
             (on_host, torch.device("cpu"), self._host_weights_of),
         ):
             rows, column = token[chosen], k[chosen]
@@ -170,6 +205,8 @@ class ExpertPool:
         cache_bytes: budget for fetched experts, in bytes on the device.
         staging: brings the tensors to the device.
         progress: called with the fraction loaded.
+        transposed: whether the stock modules hold experts as `[in, out]`. On a CPU they are turned over when they are
+            loaded: every product here reads rows of outputs.
     """
 
     def __init__(
@@ -181,7 +218,9 @@ class ExpertPool:
         cache_bytes: int,
         staging: Staging,
         progress: Callable[[float], None],
+        transposed: bool = False,
     ) -> None:
+        turned = transposed and device.type == "cpu" and context.kernels is None
         table = store.table
         self.context = context
         self.table = table.to(device)
@@ -194,12 +233,17 @@ class ExpertPool:
         self.layers: list[LayerExperts] = []
         for layer in range(table.shape[1]):
             # Always a copy: a tensor read from a memory-mapped file would otherwise stay on disk.
-            resident = {n: load_tensor(t, device, staging, dtype) for n, t in store.resident_experts(layer).items()}
-            compressed = load_packed(store, layer, resident, device, staging)
-            tables = [None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign)]
-            self.layers.append(
-                LayerExperts(layer, self.table[:, layer], resident, self.cache, context, compressed, *tables)
-            )
+            stored = store.resident_experts(layer)
+            if turned:
+                stored = {n: t.transpose(1, 2) if t.ndim == 3 else t for n, t in stored.items()}
+            resident = {n: load_tensor(t, device, staging, dtype) for n, t in stored.items()}
+            compressed = load_packed(store, layer, resident, device, staging, transposed and not turned)
+            delta, sign = (None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign))
+            own = LayerExperts(
+                layer, self.table[:, layer], resident, self.cache, context, compressed, delta, sign,
+                transposed and not turned,
+            )  # fmt: skip
+            self.layers.append(own)
             progress((layer + 1) / table.shape[1])
         for layer_experts, following in itertools.pairwise(self.layers):
             layer_experts.next = following

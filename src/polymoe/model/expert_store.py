@@ -54,9 +54,14 @@ def load_tensor(
 
 
 def load_packed(
-    store: ExpertStore, layer: int, resident: dict[str, torch.Tensor], device: torch.device, staging: Staging
+    store: ExpertStore,
+    layer: int,
+    resident: dict[str, torch.Tensor],
+    device: torch.device,
+    staging: Staging,
+    transposed: bool,
 ) -> CompressedLayer | None:
-    """The packed pools of a layer, as stored; None if it has none."""
+    """The packed pools of a layer, as stored; None if it has none. transposed: whether `resident` is `[in, out]`."""
 
     def load(tensors: PackedTensors) -> PackedTensors:
         return {
@@ -75,4 +80,5 @@ def load_packed(
             ExactPool(load(tensors)) if name == "exact" else PackedPool(get_format(name), load(tensors), shapes)
             for name, tensors in deltas.items()
         ),
+        transposed,
     )

@@ -31,6 +31,11 @@ def fuse_norms(model: torch.nn.Module, kernels: DeviceKernels | None = None) -> 
     return fused
 
 
+def is_fused(module: torch.nn.Module) -> bool:
+    """Whether `fuse_norms` took this module for such a norm."""
+    return isinstance(module.forward, _FusedNorm)
+
+
 def _is_rms_norm(module: torch.nn.Module, eps: float) -> bool:
     weight = getattr(module, "weight", None)
     others = [name for name in module._parameters if name != "weight"]

@@ -55,7 +55,8 @@ class MappedLayer:
         self, table: torch.Tensor, mapped: torch.Tensor, compressed: CompressedLayer, host: Weights, rows: Weights
     ) -> None:
         pools = [StoredPool(host), *([StoredPool(rows)] if rows else [])]
-        self.weights = CompressedLayer(compressed.stored, (*compressed.bases, *pools), compressed.deltas)
+        bases = (*compressed.bases, *pools)
+        self.weights = CompressedLayer(compressed.stored, bases, compressed.deltas, compressed.transposed)
         self.table, self.host, self.rows = mapped, host, rows
         self.num_host, self.num_rows = len(pools[0]), len(pools[1]) if rows else 0
         self.holder = [-1] * self.num_rows  # the host expert that is in each row
@@ -217,7 +218,7 @@ def map_experts(pool: "ExpertPool", modules: Sequence[Any], top_k: int) -> Mappe
     for number, host in stacks.items():
         own, count = pool.layers[number], min(room, absent[number])
         rows = {n: torch.empty(count, *t.shape[1:], dtype=dtype, device=device) for n, t in host.items() if count}
-        compressed = own.compressed or CompressedLayer(own.resident, (), ())
+        compressed = own.compressed or CompressedLayer(own.resident, (), (), own.transposed)
         layers[number] = own.mapped = MappedLayer(own.table, table[:, number], compressed, host, rows)
     mapped = MappedExperts(
         layers, expert_bytes, StreamCopier(device) if device.type == "cuda" else ThreadCopier(), cache.stats

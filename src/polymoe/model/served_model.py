@@ -16,6 +16,7 @@ from polymoe.model.context import ForwardBatch, ForwardContext, RowMap
 from polymoe.model.copies import ThreadCopier
 from polymoe.model.device_kernels import DeviceKernels
 from polymoe.model.expert_pool import ExpertPool
+from polymoe.model.fast_paths import fast_paths
 from polymoe.model.fused_norm import fuse_norms
 from polymoe.model.memory_plan import WeightBytes, weight_bytes
 from polymoe.model.skeleton import (
@@ -111,9 +112,11 @@ class ServedModel:
         report("non-experts", 1.0)
 
         report("experts", 0.0)
+        transposed = any(module.is_transposed for _, module in experts)
         self.pool = ExpertPool(
-            bundle, self.context, device, dtype, expert_cache_bytes, self._staging, lambda f: report("experts", f)
-        )
+            bundle, self.context, device, dtype, expert_cache_bytes, self._staging,
+            lambda f: report("experts", f), transposed,
+        )  # fmt: skip
         for layer, (_, module) in zip(self.pool.layers, experts, strict=True):
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
@@ -126,16 +129,17 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, self.context.kernels)
-        self._by_kernels = self._products_by_kernels([module for _, module in experts])
+        self.fast_paths = fast_paths(self)
+        self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
             raise BundleError(f"the bundle has no weights for {', '.join(left)}; plan it again with this version.")
 
-    def _products_by_kernels(self, experts: Sequence[torch.nn.Module]) -> bool:
+    def _products_by_kernels(self) -> bool:
         """Whether the compiled kernels compute a step's large products, so that torch has small operations left."""
         if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_kernels() is None:
             return False
-        if not all(layer.by_kernels(module) for layer, module in zip(self.pool.layers, experts, strict=True)):
+        if not all(path.is_compiled for path in self.fast_paths if path.part in ("experts", "absent experts")):
             return False
         weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
         plain = sum(w.numel() for w in weights if not isinstance(w, VariantStack))
@@ -155,9 +159,20 @@ class ServedModel:
 
     def _place(self, name: str) -> None:
         """Put a non-expert where the stock model looks for it: one tensor if all variants share it, else a stack."""
-        meta = self.model.state_dict(keep_vars=True)[name]
+        meta = self.model.state_dict(keep_vars=True).get(name)
+        if meta is None:
+            raise BundleError(
+                f"{self.bundle.path}: the model has no place for {name}; plan it again with this version."
+            )
         sources = self.bundle.nonexpert_sources(name)
         versions = sorted(set(sources))
+        shape = self._read(versions[0], name).shape
+        lengths = (*meta.shape[:1], self.bundle.variants[versions[0]].vocab_size)  # embeddings may have fewer
+        if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in lengths):
+            raise BundleError(
+                f"{self.bundle.path}: {name} has shape {list(shape)}, config.json asks for {list(meta.shape)}; plan it "
+                "again or copy it again."
+            )
         dtype = self._weight_dtype(name)
         if len(versions) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)

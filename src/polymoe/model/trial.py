@@ -86,7 +86,9 @@ def _trial_attention_forward(
             f"{type(module).__name__} gives attention a sliding window of {argument} tokens and a mask of "
             f"{window or 'all'}."
         )
-    module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0], window)
+    given = {"sinks": kwargs.get("sinks", kwargs.get("s_aux")), "softcap": kwargs.get("softcap")}
+    extras = tuple(name for name, value in given.items() if value is not None)
+    module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0], window, extras)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -98,13 +100,16 @@ class _TrialAttention:
     def __init__(self, layers: dict[int, AttentionLayer], tainted: int) -> None:
         self.layers, self.tainted = layers, tainted
 
-    def see(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
+    def see(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None,
+        extras: tuple[str, ...],
+    ) -> None:  # fmt: skip
         for tensor in (query, key, value):  # [heads, T, D]
             _check_local(tensor.transpose(0, 1).flatten(1), self.tainted, f"layer {layer}")
         if layer in self.layers:
             raise UnsupportedModelError(f"layer {layer} attends twice, which one cache a layer cannot hold.")
         self.layers[layer] = AttentionLayer(
-            kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], sliding_window=window
+            kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], sliding_window=window, extras=extras
         )
 
 
@@ -143,8 +148,11 @@ class _TrialStack(VariantStack):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def trace(config: Any) -> Trial:
-    """Try the stock model of `config`. Raises `UnsupportedModelError` naming what cannot be served."""
+def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) -> Trial:
+    """Try the stock model of `config`. Raises `UnsupportedModelError` naming what cannot be served.
+
+    look: called with the model before it runs.
+    """
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS)
     if strange:
         raise UnsupportedModelError(
@@ -154,9 +162,14 @@ def trace(config: Any) -> Trial:
     name = type(config).__name__
     try:
         if config.is_encoder_decoder:  # one architecture, whose needs are known
-            return Trial(_decoder_layers(build_skeleton(config)), {})
+            model = build_skeleton(config)
+            if look is not None:
+                look(model)
+            return Trial(_decoder_layers(model), {})
         model = build_skeleton(config, _TRIAL)
         name = type(model).__name__
+        if look is not None:
+            look(model)
         return _run(model, config)
     except (UnsupportedModelError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} cannot be served: {error}") from error

@@ -1,6 +1,6 @@
 """What `polymoe plan` and `polymoe inspect` do, from checkpoints to a printed summary."""
 
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from polymoe.console import Console
 from polymoe.errors import PlanError
-from polymoe.offline.atomic import check_can_write, check_target
+from polymoe.offline.atomic import check_can_write, check_target, remove_files
 from polymoe.offline.budget import build_plan, parse_memory
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.bundle_report import print_bundle, print_sharing, print_variants
@@ -18,7 +18,8 @@ from polymoe.offline.family import Family
 from polymoe.offline.options import PlanOptions
 from polymoe.offline.relation import check_related
 from polymoe.offline.scan import FamilyScan
-from polymoe.offline.similarity import heatmap
+from polymoe.offline.serving_check import check_serving
+from polymoe.offline.similarity import heatmap, is_own_picture
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
@@ -40,6 +41,8 @@ def make_plan(
     Raises `CheckpointError`, `FamilyError` or `PlanError`; `out` is then what it was. With calibration text an
     interrupted run leaves its finished layers in `.NAME.calibration` beside `out`; the same call goes on from there.
     """
+    from polymoe.offline.calibrate import KEPT_LAYERS
+
     # What can be refused without reading gigabytes is refused first.
     options = options or PlanOptions()
     options.check(policy)
@@ -49,7 +52,8 @@ def make_plan(
     check_can_write(target)
     check_target(target, overwrite)
     family = Family.open(specs)
-    _say_ignored(family, console)
+    _say(family.notes, console)
+    check_serving(family, console)
     started = target.parent / f".{target.name}.calibration"
     calibration = _calibration(family, options, started)
     if options.distill is not None:
@@ -57,10 +61,11 @@ def make_plan(
 
         check_family(family)
     scan = family.scan(console)
+    _say(family.rounding_notes, console)
     check_related(scan, policy, options.accept_unrelated, console)
     plan = build_plan(scan, policy, memory, options, family, calibration, console)
     bundle = write_bundle(family, scan, plan, out, overwrite, console, calibration)
-    shutil.rmtree(started, ignore_errors=True)
+    remove_files(started, KEPT_LAYERS)
     if options.distill is not None:
         from polymoe.offline.distill import distill
 
@@ -101,8 +106,9 @@ def inspect(
     if png is not None:
         check_picture(Path(png))
     family = Family.open(specs)
-    _say_ignored(family, console)
+    _say(family.notes, console)
     scan = family.scan(console)
+    _say(family.rounding_notes, console)
     relative, same = scan.relative_distance, (scan.expert_version == 0).all(axis=0)
     grid = Table(title=f"{family.architecture.class_name}: {', '.join(scan.variant_names)}", title_justify="left")
     grid.add_column("layer", justify="right")
@@ -124,22 +130,20 @@ def inspect(
     return scan
 
 
+def _say(notes: Sequence[str], console: Console | None) -> None:
+    if console is not None:
+        for note in notes:
+            console.print(note, soft_wrap=True, highlight=False)
+
+
 def check_picture(path: Path) -> None:
     """Raise `PlanError` for a heat map that could not be written."""
+    if path.suffix.lower() in (".png", ".pdf", ".svg") and path.is_dir():
+        raise PlanError(f"--png {path} is a folder; give the name of a file.")
+    if os.path.lexists(path) and not is_own_picture(path):
+        raise PlanError(f"--png {path} is not a PNG picture, so it is not overwritten; give another name.")
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise PlanError(f"--png {path}: give a file that ends in .png (.pdf and .svg work too).")
-    if path.is_dir():
-        raise PlanError(f"--png {path} is a folder; give the name of a file.")
     if not path.absolute().parent.is_dir():
         raise PlanError(f"--png {path}: the folder {path.absolute().parent} does not exist.")
     check_can_write(path)
-
-
-def _say_ignored(family: Family, console: Console | None) -> None:
-    for checkpoint in family.checkpoints:
-        if checkpoint.ignored and console is not None:
-            console.print(
-                f"{checkpoint.name}: {len(checkpoint.ignored)} stored tensors are not part of the served model "
-                f"({checkpoint.ignored[0]} …).",
-                soft_wrap=True,
-            )

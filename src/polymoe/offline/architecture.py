@@ -57,19 +57,23 @@ class ArchitectureInfo:
         return f"{self.expert_modules[layer]}.{tensor}"
 
 
-def refusal(config: Any, reason: str) -> UnsupportedModelError:
+_WAY_OUT = "The README's table of architectures lists what is served."
+
+
+def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedModelError:
     names = getattr(config, "architectures", None) or [type(config).__name__]
-    return UnsupportedModelError(f"{names[0]} (model_type {config.model_type}) cannot be served: {reason}.")
+    return UnsupportedModelError(f"{names[0]} (model_type {config.model_type}) cannot be served: {reason}. {way_out}")
 
 
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "quantization_config")
-        raise refusal(config, f"the checkpoint is quantised ({method}); give the original in 16 or 32 bits")
+        raise refusal(config, f"the checkpoint is quantised ({method})", "Give the original in 16 or 32 bits.")
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
-        raise refusal(config, f"it takes images or sound ({', '.join(other)}); only text models are served")
+        reason = f"it takes images or sound ({', '.join(other)}); only text models are served"
+        raise refusal(config, reason, "Save its text model on its own (…ForCausalLM), where it has one.")
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})
     if recurrent:
@@ -93,10 +97,11 @@ def build_on_meta(config: Any) -> Any:
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=False)
+        stack_switch_experts(model)
     except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise refusal(config, f"transformers cannot build a text model from its config ({reason})") from error
-    stack_switch_experts(model)
+        reason = f"transformers cannot build a text model from its config ({reason})"
+        raise refusal(config, reason, "Correct config.json.") from error
     return model
 
 

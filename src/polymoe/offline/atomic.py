@@ -1,14 +1,19 @@
 """A folder (or a file) that appears at once or not at all, whatever kills the process in between.
 
-.NAME.tmp-XXXXXXXX   being written, locked by its writer
+.NAME.tmp-XXXXXXXX   being written, locked by its writer, marked as ours by a file
 NAME                 always whole: absent, the old one or the new one
 .NAME.old-XXXXXXXX   only where folders cannot be exchanged in one step: holds the old one for a moment
+
+Only what polymoe made is ever removed: a folder with the mark of an unfinished one, or a bundle that holds nothing but
+what its own manifest lists.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from polymoe.errors import PlanError, explain
+from polymoe.offline.manifest import why_not_only_a_bundle
 
+_MARK = ".polymoe-unfinished"  # in a folder while it is written: a later run may remove it
+_ASIDE = re.compile(r"\..+\.old-[a-z0-9_]{8}")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -39,6 +47,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         raise _explained(error, target) from error
     try:
         yield folder
+        (folder / _MARK).unlink(missing_ok=True)
         sync_tree(folder)
         _publish(folder, target, overwrite)
     except OSError as error:
@@ -61,13 +70,16 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise `PlanError` when `target` is there and may not be replaced."""
+    """Raise `PlanError` when `target` is there and may not be replaced: only an empty folder may, or a bundle that
+    holds nothing else."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise PlanError(f"{target} is not a folder; choose another --out.")
     if target.exists() and not overwrite:
         raise PlanError(f"{target} exists; choose another --out, or replace it with --force.")
-    if target.exists() and any(target.iterdir()) and not (target / "manifest.json").exists():
-        raise PlanError(f"{target} is not a bundle, so --force will not replace it; choose another --out.")
+    if target.exists() and any(target.iterdir()) and (reason := why_not_only_a_bundle(target)):
+        raise PlanError(
+            f"{target} {reason}, so --force will not replace it; choose another --out, or remove the folder yourself."
+        )
 
 
 def check_can_write(target: Path) -> None:
@@ -95,27 +107,61 @@ def remove_leftovers(target: Path) -> None:
 
     An old bundle that a dead writer had put aside returns to its place.
     """
-    name, all_dead = _glob_escape(target.name), True
-    for folder in target.parent.glob(f".{name}.tmp-*"):
+    all_dead = True
+    for folder in _named_by_us(target, "tmp"):
         try:
             lock = os.open(folder, os.O_RDONLY)
         except OSError:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_ours(folder)
         except OSError:
             all_dead = False
         finally:
             os.close(lock)
-    for aside in target.parent.glob(f".{name}.old-*") if all_dead else ():
-        if (aside / target.name).exists() and not target.exists():
-            (aside / target.name).rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
+    for aside in _named_by_us(target, "old") if all_dead else ():
+        old = aside / target.name
+        if old.exists() and not target.exists():
+            old.rename(target)
+        elif old.is_dir():
+            _remove_ours(old)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
 
 
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def remove_files(folder: Path, made: re.Pattern[str]) -> None:
+    """Remove the files below `folder` whose path (relative, with slashes) `made` matches, and the folders, itself
+    included, that are empty then."""
+    for path in sorted(folder.rglob("*"), reverse=True) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if made.fullmatch(path.relative_to(folder).as_posix()):
+                path.unlink()
+            elif path.is_dir() and not path.is_symlink():
+                path.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _named_by_us(target: Path, kind: str) -> list[Path]:
+    """Folders beside `target` with a name as `tempfile.mkdtemp` makes it."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[a-z0-9_]{{8}}")
+    return [path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether polymoe made all that is in `folder`, so that it may be removed: it is unfinished and marked, a bundle
+    and nothing else, or empty (killed before it was marked). Where an old bundle was put aside, what holds of that."""
+    if (folder / _MARK).exists() or why_not_only_a_bundle(folder) is None:
+        return True
+    inner = list(folder.iterdir())
+    return not inner or (_ASIDE.fullmatch(folder.name) is not None and len(inner) == 1 and is_ours(inner[0]))
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove an unfinished folder or an old bundle; anything else stays."""
+    if is_ours(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
@@ -126,6 +172,7 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
+            (folder / _MARK).touch()
             return folder, lock
         os.close(lock)  # another run took it for a leftover before it was locked
 
@@ -151,7 +198,7 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
     elif _exchange(folder, target):
         # `folder` is the old bundle now. If we are killed here, the next run removes it as a leftover.
         _sync(target.parent)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_ours(folder)
     else:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
         target.rename(aside / target.name)
@@ -161,7 +208,9 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
             (aside / target.name).rename(target)
             raise
         _sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_ours(aside / target.name)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
     _sync(target.parent)
 
 

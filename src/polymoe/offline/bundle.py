@@ -4,7 +4,7 @@
 """
 
 import fcntl
-import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymoe.errors import BundleError
+from polymoe.offline.bundle_checks import FIX, check_headers, check_ids, damaged, damages
 from polymoe.offline.manifest import (
     MANIFEST,
     SHARED,
     TABLES,
+    UNFINISHED_MANIFEST,
     Fidelity,
     Manifest,
     VariantRecord,
@@ -33,7 +36,10 @@ from polymoe.offline.manifest import (
     resident_file,
     variant_folder,
 )
-from polymoe.quant.formats import Format, get_format, parts
+from polymoe.offline.manifest_checks import check_manifest
+from polymoe.quant.formats import get_format, parts
+
+logger = logging.getLogger(__name__)
 
 PackedTensors = dict[str, dict[str, Tensor]]  # tensor name -> part -> [P, …]
 
@@ -43,55 +49,60 @@ class Bundle:
 
     `path`, `manifest`; `table` int32 [V, L, E]: >= 0 a physical base of the layer, −1 − h its host expert h.
     `delta` int32 [V, L, E]: a physical delta of the layer, −1 for none. `sign` int8 [V, L, E] of the deltas. Both are
-    None where no variant has any.
+    None where no variant has any. `faults`: variant name -> why its own small files cannot be used (see `open`).
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, faults: Mapping[str, str] | None = None) -> None:
         self.path, self.manifest = path, manifest
+        self.faults = dict(faults or {})
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
         tables = self._handles[TABLES].keys()
-        self.table = self._table("table", torch.int32)
-        self.delta = self._table("delta", torch.int32) if "delta" in tables else None
-        self.sign = self._table("sign", torch.int8) if "sign" in tables else None
-        if self.delta is None and any(manifest.delta_pools):
-            raise BundleError(f"{path / TABLES} has no table of the deltas; plan it again.")
-
-    def _table(self, name: str, dtype: torch.dtype) -> Tensor:
-        table = self._tensor(TABLES, name)
-        shape = (len(self.manifest.variants), len(self.manifest.expert_modules), self.manifest.num_experts)
-        if tuple(table.shape) != shape or table.dtype != dtype:
-            raise BundleError(
-                f"{self.path / TABLES}: {name} has shape {list(table.shape)}, expected {list(shape)}; plan it again."
-            )
-        return table
+        self.table = self._tensor(TABLES, "table")
+        self.delta = self._tensor(TABLES, "delta") if "delta" in tables else None
+        self.sign = self._tensor(TABLES, "sign") if "sign" in tables else None
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> Self:
-        """Open the bundle in folder `path`; with `verify` every file is read and its hash compared.
+    def open(cls, path: str | Path, verify: bool = False, tolerant: bool = False) -> Self:
+        """Open the bundle in folder `path`. All but the weights is hashed and compared with what was planned; with
+        `verify` the weights are too.
 
-        Raises `BundleError` for anything that is not a whole bundle of this format version.
+        With `tolerant` damage to one variant's config, tokenizer or template is noted in `faults`, so that the others
+        can be served. Raises `BundleError`, naming the file, for anything else that is not a whole bundle of this
+        format version.
         """
         folder = Path(path).expanduser()
         manifest = read_manifest(folder)
-        for record in manifest.files:
-            file = folder / record.path
-            if not file.is_file():
-                raise BundleError(f"{folder} is damaged: {record.path} is missing; plan it again or copy it again.")
-            if (size := file.stat().st_size) != record.size:
-                raise BundleError(
-                    f"{folder} is damaged: {record.path} has {size} bytes, not {record.size}; plan or copy it again."
-                )
-            if verify:
-                with file.open("rb") as stream:
-                    if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
-                        raise BundleError(
-                            f"{folder} is damaged: {record.path} has changed; plan it again or copy it again."
-                        )
-        bundle = cls(folder.resolve(), manifest)
+        check_manifest(str(folder / MANIFEST), manifest)
+        faults: dict[str, str] = {}
+        for owner, error in damages(folder, manifest, verify):
+            if owner is None or not tolerant:
+                raise error
+            faults.setdefault(owner, str(error))
+        check_headers(folder, manifest)
+        bundle = cls(folder.resolve(), manifest, faults)
+        check_ids(folder / TABLES, manifest, bundle.table, bundle.delta, bundle.sign)
+        if tolerant:
+            bundle._try_configs()
         if read_manifest(folder) != manifest:
             raise BundleError(f"{folder} was replaced while it was being opened; open it again.")
+        if not manifest.digest:
+            logger.warning(
+                "%s was planned before manifests had a hash of their own; plan it again to have it checked too.",
+                folder / MANIFEST,
+            )
         return bundle
+
+    def _try_configs(self) -> None:
+        """Note which variants' configs cannot be read. Raises `BundleError` when no variant is left."""
+        for index, variant in enumerate(self.manifest.variants):
+            if variant.name not in self.faults:
+                try:
+                    self.variant_config(index)
+                except BundleError as error:
+                    self.faults[variant.name] = str(error)
+        if len(self.faults) == len(self.manifest.variants):
+            raise BundleError(next(iter(self.faults.values())))
 
     @property
     def variants(self) -> tuple[VariantRecord, ...]:
@@ -113,16 +124,24 @@ class Bundle:
         return self.variant_folder(variant) if self.manifest.variants[variant].has_tokenizer else None
 
     def variant_config(self, variant: int) -> Any:
-        """The transformers config of one variant."""
-        from transformers import AutoConfig  # here, since it takes seconds to load
+        """The transformers config of one variant. Raises `BundleError` when it cannot be read."""
+        from polymoe.offline.config_checks import load_config
 
-        return AutoConfig.from_pretrained(self.variant_folder(variant), local_files_only=True, trust_remote_code=False)
+        folder = self.variant_folder(variant)
+        try:
+            return load_config(folder)
+        except Exception as error:  # transformers raises many kinds
+            raise BundleError(f"{folder / 'config.json'} cannot be read: {error}; plan the bundle again.") from error
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config to build the family's model from: room for the largest vocabulary and context."""
-        config = self.variant_config(0)
+        """The transformers config to build the family's model from: room for the largest vocabulary and context, and
+        an output head of its own where any variant has one."""
+        readable = (v for v, variant in enumerate(self.variants) if variant.name not in self.faults)
+        config = self.variant_config(next(readable, 0))  # all that the model is built from is the same in each
         text = config.get_text_config()
+        if "lm_head.weight" in self.manifest.nonexperts:
+            config.tie_word_embeddings = text.tie_word_embeddings = False
         text.vocab_size = max(variant.vocab_size for variant in self.variants)
         if getattr(text, "max_position_embeddings", None) is not None:
             text.max_position_embeddings = max(variant.max_model_len for variant in self.variants)
@@ -156,39 +175,31 @@ class Bundle:
     def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
         """Format -> packed bases of one layer, in the order of their ids, which follow those of `resident_experts`."""
         pools = self.manifest.base_pools[layer]
-        return {name: self._packed(resident_file(layer), name, n) for name, n in pools.items() if name != "stored"}
+        return {name: self._packed(resident_file(layer), name) for name in pools if name != "stored"}
 
     def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:
         """Format -> deltas of one layer, in the order of their ids. Exact ones: the values of delta d are
         `values[starts[d] : starts[d + 1]]`."""
         pools = self.manifest.delta_pools[layer]
-        return {name: self._packed(delta_file(layer), name, n) for name, n in pools.items()}
+        return {name: self._packed(delta_file(layer), name) for name in pools}
 
-    def _packed(self, file: str, format_name: str, count: int) -> PackedTensors:
+    def _packed(self, file: str, format_name: str) -> PackedTensors:
         fmt = get_format(format_name)
         found: PackedTensors = {}
         for tensor, shape in self.packed_shapes.items():
             # The dtype of biases is the checkpoint's, which does not matter here.
             names = ("bitmap", "values", "starts") if format_name == "exact" else parts(fmt, shape, torch.float32)
             found[tensor] = {part: self._tensor(file, packed_name(format_name, tensor, part)) for part in names}
-            self._check_packed(file, fmt, tensor, shape, count, found[tensor])
+            if format_name == "exact":
+                self._check_exact(file, tensor, found[tensor])
         return found
 
-    def _check_packed(
-        self, file: str, fmt: Format, tensor: str, shape: tuple[int, ...], count: int, found: Mapping[str, Tensor]
-    ) -> None:
-        """Raise `BundleError` for a pool of another size: reading past it would be silent in a kernel."""
-        if fmt.name == "exact":
-            *lead, inputs = shape
-            starts = found["starts"].tolist()
-            whole = starts[:1] == [0] and starts == sorted(starts) and starts[-1] == len(found["values"])
-            fits = whole and len(starts) == count + 1 and list(found["bitmap"].shape) == [count, *lead, -(-inputs // 8)]
-        else:
-            wanted = parts(fmt, (count, *shape) if len(shape) > 1 else shape, torch.float32)
-            sizes = {part: size if len(shape) > 1 else (count, *size) for part, (_, size) in wanted.items()}
-            fits = all(tuple(found[part].shape) == size for part, size in sizes.items())
-        if not fits:
-            raise BundleError(f"{self.path / file}: {fmt.name}.{tensor} has another size than planned; plan it again.")
+    def _check_exact(self, file: str, tensor: str, found: Mapping[str, Tensor]) -> None:
+        """Raise `BundleError` where the values are not those that the bitmaps count: a kernel would read past them."""
+        starts, changes = found["starts"], np.bitwise_count(found["bitmap"].numpy()).reshape(len(found["bitmap"]), -1)
+        ends = torch.from_numpy(changes.sum(axis=1, dtype=np.int64)).cumsum(0)
+        if int(starts[0]) != 0 or not torch.equal(starts[1:], ends) or int(starts[-1]) != len(found["values"]):
+            raise damaged(self.path, file, f"has exact deltas of {tensor} that do not fit their bitmaps")
 
     def host_experts(self, layer: int) -> int:
         """How many experts the layer has in the host tier."""
@@ -218,7 +229,7 @@ class Bundle:
         try:
             return safe_open(self.path / file, framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
-            raise BundleError(f"{self.path / file} cannot be read ({error}); plan the bundle again.") from error
+            raise BundleError(f"{self.path / file} cannot be read ({error}); {FIX}.") from error
 
     def _tensor(self, file: str, name: str) -> Tensor:
         try:
@@ -235,7 +246,7 @@ def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
     Raises `BundleError` for a name that no variant has or a bundle that cannot be written.
     """
     folder = Path(path).expanduser()
-    temporary = folder / f".{MANIFEST}.tmp"
+    temporary = folder / UNFINISHED_MANIFEST
     try:
         lock = os.open(folder, os.O_RDONLY)
         try:

@@ -24,6 +24,7 @@ from polymoe.offline.family import Family, max_model_len
 from polymoe.offline.layer_writer import LayerWriter, open_tensors
 from polymoe.offline.layout import PhysicalLayout, lay_out
 from polymoe.offline.manifest import (
+    FOLDERS,
     FORMAT_VERSION,
     MANIFEST,
     SHARED,
@@ -39,12 +40,11 @@ from polymoe.offline.plan import Plan
 from polymoe.offline.progress import byte_progress
 from polymoe.offline.scan import FamilyScan
 from polymoe.offline.sizes import ExpertSizes, plan_bytes
-from polymoe.offline.source import side_files
+from polymoe.offline.source import TOKENIZER_FILES, side_files
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate import Calibration
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _SPARE_BYTES = 4 << 20  # headers, manifest, folders
 
 
@@ -118,7 +118,7 @@ class _Writer:
     def write(
         self, folder: Path, advance: Callable[[int], None], calibration: "Calibration | None", console: Console | None
     ) -> None:
-        for name in ("experts", "deltas", "host", "nonexperts", "variants"):
+        for name in FOLDERS:
             (folder / name).mkdir()
         self._tensors(folder, TABLES, self._tables(), advance)
         self.encoder = make_encoder(self.family, self.scan, self.plan, calibration, console) if self._packs else None
@@ -189,7 +189,7 @@ class _Writer:
             max_model_len=max_model_len(checkpoint.config),
             vocab_size=self.family.vocab_sizes[variant],
             dtype=str(checkpoint.dtype(tensor)).removeprefix("torch."),
-            has_tokenizer=any(Path(file) in copied for file in _TOKENIZER_FILES),
+            has_tokenizer=any(Path(file) in copied for file in TOKENIZER_FILES),
             predicted_damage=None if self.plan.predicted_damage is None else float(self.plan.predicted_damage[variant]),
         )
 

@@ -1,8 +1,10 @@
 """Bundles that were planned on the fly (`polymoe serve NAME=PATH…`, `LLM({name: path})`), kept for the next start."""
 
 import contextlib
+import fcntl
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,7 +12,7 @@ import msgspec
 import polymoe
 from polymoe.cache_folder import cache_root, writable_cache
 from polymoe.console import Console
-from polymoe.errors import BundleError
+from polymoe.errors import BundleError, PlanError
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.family import parse_variant_specs
 from polymoe.offline.manifest import FORMAT_VERSION
@@ -56,15 +58,57 @@ def plan_cached(specs: Specs, policy: str, memory: str | None, root: Path, conso
     Raises what `make_plan` does.
     """
     folder = root / _folder_name(specs, policy, memory)
-    if not _opens(folder):
-        from polymoe.offline.api import make_plan  # here, since it loads transformers
+    if _opens(folder):
+        _say(console, f"Planned before: {folder}")
+    else:
+        with _alone(folder, console):
+            if _opens(folder):
+                _say(console, f"Planned meanwhile by another polymoe: {folder}")
+            else:
+                from polymoe.offline.api import make_plan  # here, since it loads transformers
 
-        root.mkdir(parents=True, exist_ok=True)
-        make_plan(specs, policy, memory, folder, overwrite=folder.exists(), console=console)
-    elif console is not None:
-        console.print(f"Planned before: {folder}", soft_wrap=True)
+                make_plan(specs, policy, memory, folder, overwrite=folder.exists(), console=console)
     _note_use(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, console: Console | None) -> Iterator[None]:
+    """Wait until no other process plans `folder`. Raises `PlanError` where nothing can be written."""
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path, f"Another polymoe plans {folder}; waiting for it …", console)
+    except OSError as error:
+        raise PlanError(
+            f"{folder.parent} cannot be written ({error.strerror}); name a folder that can with --cache or "
+            "$POLYMOE_CACHE, or plan a bundle with `polymoe plan … --out` and serve that."
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)  # the lock ends with it, however the process ends
+
+
+def _locked(path: Path, waiting: str, console: Console | None) -> int:
+    """A descriptor of the file `path`, locked. Who had it before us has removed the file, so that it is made again."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(console, waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        os.close(lock)
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def last_used(folder: Path) -> float:

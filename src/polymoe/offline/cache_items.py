@@ -1,7 +1,6 @@
 """What the cache holds, and which of it is removed. Only what is recognised as polymoe's own is ever touched."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import polymoe
 from polymoe.errors import BundleError
+from polymoe.offline.atomic import is_ours
 from polymoe.offline.cache import forget_use, last_used
-from polymoe.offline.manifest import MANIFEST, read_manifest
+from polymoe.offline.manifest import read_manifest, why_not_only_a_bundle
 
 _BUNDLE = re.compile(r".+-[0-9a-f]{16}")
-_UNFINISHED = re.compile(r"\.(.+-[0-9a-f]{16})\.(tmp|old)-.+")
+_UNFINISHED = re.compile(r"\.(.+-[0-9a-f]{16})\.(tmp|old)-[a-z0-9_]{8}")
 _FAMILY = re.compile(r"[\w.-]+-[0-9a-f]{8}")
 _DAY = 86400.0
 
@@ -68,9 +68,10 @@ def _folders(folder: Path) -> list[Path]:
 def _bundle(path: Path) -> CacheItem | None:
     """None for what is no bundle of ours, and for a folder that somebody writes at this moment."""
     if match := _UNFINISHED.fullmatch(path.name):
-        useless = "left by a run that was killed"
-        return None if _is_locked(path) else CacheItem(path, "unfinished", match[1], *_size(path), useless)
-    if not _BUNDLE.fullmatch(path.name) or not _holds_only_what_it_lists(path):
+        if _is_locked(path) or not is_ours(path):
+            return None
+        return CacheItem(path, "unfinished", match[1], *_size(path), "left by a run that was killed")
+    if not _BUNDLE.fullmatch(path.name) or why_not_only_a_bundle(path) is not None:
         return None
     num_bytes, _ = _size(path)
     try:
@@ -82,16 +83,6 @@ def _bundle(path: Path) -> CacheItem | None:
     other = manifest.polymoe_version != polymoe.__version__
     reason = f"of polymoe {manifest.polymoe_version}" if other else None
     return CacheItem(path, "bundle", what, num_bytes, last_used(path), reason)
-
-
-def _holds_only_what_it_lists(path: Path) -> bool:
-    """Whether every file of the folder stands in its manifest, whatever version wrote that."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        listed = {MANIFEST, *(file["path"] for file in manifest["files"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return all(str(file.relative_to(path)) in listed for file in path.rglob("*") if file.is_symlink() or file.is_file())
 
 
 def _family(path: Path) -> CacheItem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 MAX_WINDOWS = 128  # a variant
+# What `Calibration.folder` holds: layers that the encoder and the planner finished, and those they were writing.
+KEPT_LAYERS = re.compile(r"(damage-)?[0-9a-f]{24}/(\d+\.(safetensors|npy)|\.\d+\.(safetensors|npy)\.part)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,20 +1,22 @@
 """One fine-tuned model on disk, read lazily tensor by tensor under the stock model's parameter names."""
 
-import re
+import copy
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
-from polymoe.errors import CheckpointError, UnsupportedModelError
+from polymoe.errors import CheckpointError, UnsupportedModelError, named
 from polymoe.offline.architecture import ArchitectureInfo, build_on_meta, check_supported, check_supported_config
+from polymoe.offline.cast import Rounding
+from polymoe.offline.config_checks import load_config
 from polymoe.offline.names import NameMap
-from polymoe.offline.source import read_stored, refuse_remote_code, resolve
-from polymoe.offline.tensorfile import TensorEntry
+from polymoe.offline.source import Stored, check_counts, check_files, read_stored, resolve, some
+from polymoe.offline.unread import sort_unread
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,12 +25,18 @@ def read_config(path: Path) -> Any:
     """The transformers config of a checkpoint folder. Raises `CheckpointError` or `UnsupportedModelError`."""
     if not (path / "config.json").exists():
         hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
-        raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face checkpoint.{hint}")
-    refuse_remote_code(path)
+        raise CheckpointError(
+            f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that has one.{hint}"
+        )
+    check_counts(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return load_config(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # unknown model_type, wrong field types: transformers raises many kinds
-        raise UnsupportedModelError(f"{path / 'config.json'}: transformers cannot read it: {error}") from error
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: transformers cannot read it: {error} Correct it, or save the model again."
+        ) from error
 
 
 class Checkpoint:
@@ -36,7 +44,8 @@ class Checkpoint:
 
     `config`: its transformers config. `architecture`: where its experts are. `tied`: parameters that the model shares
     with another one (`lm_head.weight` -> `model.embed_tokens.weight`), which are not targets. `ignored`: stored names
-    that the stock model class is documented not to load (for example multi-token-prediction layers).
+    that the stock model does not read (rotary tables, multi-token prediction). `notes`: what a user should know about
+    it, one line each.
     """
 
     def __init__(
@@ -46,14 +55,19 @@ class Checkpoint:
         path: Path,
         config: Any,
         architecture: ArchitectureInfo,
-        stored: dict[str, tuple[Path, TensorEntry]],
+        stored: Stored,
         names: NameMap,
     ) -> None:
         self.name, self.spec, self.path = name, spec, path
         self.config, self.architecture = config, architecture
-        self._stored, self._names = stored, names
+        self._stored, self._names = stored.tensors, names
         self._handles: dict[Path, Any] = {}
         self._lock = threading.Lock()
+        self._casts: Mapping[str, torch.dtype] = {}
+        self.rounding = Rounding()
+        self.notes = list(stored.notes)
+        if (path / "adapter_config.json").exists():
+            self.notes.append("adapter_config.json: an adapter lies beside the weights and is not applied")
         self.ignored = self._account_for_stored()
         self.tied = self._account_for_targets()
         # target -> the target it is read from (itself, unless only the other end of a tie is stored)
@@ -69,30 +83,70 @@ class Checkpoint:
     def open(cls, spec: str | Path, name: str) -> Self:
         """Open a folder or Hub model and check everything that can be checked without reading the weights.
 
-        Raises `CheckpointError` (the message names file and fix) or `UnsupportedModelError`.
+        Raises `CheckpointError` (the message names variant, file and fix) or `UnsupportedModelError`.
         """
-        path = resolve(spec)
-        config = read_config(path)
-        check_supported_config(config)
-        stored = read_stored(path)
-        model = build_on_meta(config)
-        architecture = check_supported(config, model)
-        names = NameMap(model, {key: entry for key, (_, entry) in stored.items()})
-        return cls(name, str(spec), path, config, architecture, stored, names)
+        with named(name, spec):
+            path = resolve(spec)
+        with named(name, path):
+            check_files(path)
+            config = read_config(path)
+            check_supported_config(config)
+            stored = read_stored(path)
+            model = build_on_meta(config)
+            architecture = check_supported(config, model)
+            names = NameMap(model, {key: entry for key, (_, entry) in stored.tensors.items()})
+            opened = cls(name, str(spec), path, config, architecture, stored, names)
+            return opened.untied() if opened.contradicts_ties else opened
+
+    def untied(self) -> Self:
+        """The same model with an output head of its own, which is the embedding again where no other is stored."""
+        if not self.tied:
+            return self
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        for config in {id(c): c for c in (other.config, other.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        model = build_on_meta(other.config)
+        other.architecture = check_supported(other.config, model)
+        other.tied, other.rounding = dict(model.all_tied_weights_keys), Rounding()
+        stored = self._names.targets
+        other._source = {
+            target: target if target in stored else self._source[self.tied.get(target, target)]
+            for target in model.state_dict()
+            if target not in other.tied
+        }
+        other.target_names = tuple(other._source)
+        other._check_tensors()
+        return other
+
+    def cast(self, dtypes: Mapping[str, torch.dtype]) -> Self:
+        """The same model with the named targets in other dtypes than they are stored in."""
+        other = copy.copy(self)
+        other._casts, other.rounding = dict(dtypes), Rounding()
+        return other
+
+    @property
+    def model(self) -> Any:
+        """The stock model, without its weights."""
+        return self._names.model
 
     def shape(self, target: str) -> tuple[int, ...]:
         return self._names.targets[self._source[target]].shape
 
     def dtype(self, target: str) -> torch.dtype:
-        """The dtype the tensor is stored in."""
-        return self._names.targets[self._source[target]].dtype
+        """The dtype of `tensor(target)`: the one it is stored in, or cast to."""
+        return self._casts.get(target, self._names.targets[self._source[target]].dtype)
 
     def num_bytes(self, target: str) -> int:
         return torch.Size(self.shape(target)).numel() * self.dtype(target).itemsize
 
     def tensor(self, target: str) -> Tensor:
-        """One parameter or buffer, as stored, on the CPU. Reads only the stored tensors it is made of."""
-        return self._names.read(self._source[target], self._load)
+        """One parameter or buffer, in `dtype(target)`, on the CPU. Reads only the stored tensors it is made of."""
+        stored = self._read(self._source[target])
+        if target not in self._casts:
+            return stored
+        with named(self.name, self.path):
+            return self.rounding.cast(target, stored, self._casts[target])
 
     def _load(self, stored_name: str) -> Tensor:
         path = self._stored[stored_name][0]
@@ -105,19 +159,19 @@ class Checkpoint:
 
     def _account_for_stored(self) -> tuple[str, ...]:
         """Names that are stored but not loaded on purpose. Raises `CheckpointError` for any other left-over name."""
-        model = self._names.model
-        state = model.state_dict()
-        patterns = list(model._keys_to_ignore_on_load_unexpected or [])
-        # Old checkpoints store rotary tables, which are computed now; transformers skips these two as well.
-        patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-        ignored = tuple(n for n in self._names.unmatched if any(re.search(pattern, n) for pattern in patterns))
-        strange = sorted(set(self._names.unmatched) - set(ignored)) + sorted(set(self._names.targets) - set(state))
+        model, entries = self._names.model, {name: entry for name, (_, entry) in self._stored.items()}
+        unread = sort_unread(model, self._names.unmatched, list(entries))
+        strange = [*sorted(unread.strange), *sorted(set(self._names.targets) - set(model.state_dict()))]
+        class_name = type(model).__name__
         if strange:
+            trained_as = [name for name in self.config.architectures or () if name != class_name]
+            hint = f" (config.json names {', '.join(trained_as)})" if trained_as else ""
             raise CheckpointError(
-                f"{self.path}: {type(model).__name__} has no place for {_some(strange)}. "
-                "Is this the checkpoint of another architecture, or one with extra heads?"
+                f"{self.path}: {class_name} has no place for {some(strange, 6)}. Is this the checkpoint of another "
+                f"architecture, or one with extra heads{hint}? Save the model without them."
             )
-        return ignored
+        self.notes += unread.notes(class_name, entries)
+        return unread.names
 
     def _account_for_targets(self) -> dict[str, str]:
         """{tied name: the name it shares a tensor with}. Raises `CheckpointError` for parameters that nothing fills."""
@@ -129,14 +183,32 @@ class Checkpoint:
             if not ends & set(have):
                 missing.append(target)
         if missing:
-            raise CheckpointError(f"{self.path}: not stored: {_some(missing)}. Is a shard missing? Download it again.")
+            head = ' If the head is the embedding, set "tie_word_embeddings": true in config.json.'
+            raise CheckpointError(
+                f"{self.path}: not stored: {some(missing, 6)}. Is a shard missing? Download it again."
+                + (head if "lm_head.weight" in missing else "")
+            )
+        self.contradicts_ties = False
         for target, source in tied.items():
-            if target in have and source in have and not torch.equal(self._read(target), self._read(source)):
+            if target not in have or source not in have or self._same(target, source):
+                continue
+            if self.config.is_encoder_decoder:
                 raise CheckpointError(
                     f"{self.path}: config.json ties {target} to {source}, but they are stored with different values; "
                     'set "tie_word_embeddings": false in config.json if both are meant.'
                 )
+            self.contradicts_ties = True
+            self.notes.append(
+                f"config.json ties {target} to {source}, but they are stored with different values; both are used, as "
+                'transformers does. "tie_word_embeddings": false would say so'
+            )
         return tied
+
+    def _same(self, target: str, source: str) -> bool:
+        """Whether two tensors have the same values, in the less precise dtype of the two."""
+        a, b = self._read(target), self._read(source)
+        dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        return torch.equal(a.to(dtype), b.to(dtype))
 
     def _read(self, target: str) -> Tensor:
         return self._names.read(target, self._load)
@@ -146,8 +218,10 @@ class Checkpoint:
         for target in self.target_names:
             shape, dtype, want = self.shape(target), self.dtype(target), state[target]
             if shape != tuple(want.shape):
+                rows = f' Set "vocab_size": {shape[0]} if the rows are meant.' if self._has_vocabulary(target) else ""
                 raise CheckpointError(
-                    f"{self.path}: {target} has shape {list(shape)}, config.json asks for {list(want.shape)}."
+                    f"{self.path}: {target} has shape {list(shape)}, config.json asks for {list(want.shape)}.{rows} "
+                    "Do config.json and the weights belong together?"
                 )
             kinds = {self._stored[name][1].dtype_name for _, name in self._recipe_sources(target)}
             if want.is_floating_point() and (dtype not in _READABLE or None in self._stored_dtypes(target)):
@@ -156,12 +230,11 @@ class Checkpoint:
                     "read. Give the original in float32, bfloat16 or float16."
                 )
 
+    def _has_vocabulary(self, target: str) -> bool:
+        return target in self.architecture.vocab_tensors
+
     def _recipe_sources(self, target: str) -> list[tuple[str, str]]:
         return self._names.targets[self._source[target]].recipe.sources
 
     def _stored_dtypes(self, target: str) -> set[torch.dtype | None]:
         return {self._stored[name][1].dtype for _, name in self._recipe_sources(target)}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

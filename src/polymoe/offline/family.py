@@ -1,40 +1,26 @@
 """Several checkpoints that can be served together: one architecture, one vocabulary, one way to compute."""
 
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from polymoe.console import Console
-from polymoe.errors import FamilyError
-from polymoe.model.skeleton import context_limit
+from polymoe.errors import FamilyError, named
+from polymoe.model.skeleton import keeps_float32
 from polymoe.model.trial import trace
 from polymoe.offline.architecture import ArchitectureInfo
+from polymoe.offline.cast import short
 from polymoe.offline.checkpoint import Checkpoint
+from polymoe.offline.configs import check_same_model, max_model_len, unknown_keys
+from polymoe.offline.manifest import VARIANT_NAME
 from polymoe.offline.scan import FamilyScan, scan_family
+from polymoe.offline.source import some
 from polymoe.offline.vocabulary import check_vocabularies
 
-# Config fields that do not change what the model computes at inference, or that are compared in another way.
-_IGNORED_FIELDS = {
-    *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "vocab_size", "tokenizer_class"),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "max_position_embeddings",
-    ),
-    *("router_aux_loss_coef", "aux_loss_alpha", "output_router_logits", "seq_aux", "router_jitter_noise"),
-    *("router_z_loss_coef", "add_router_probs"),
-    *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
-    *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
-    *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
-}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-UNLIMITED_LENGTH = 1 << 20  # tokens; for the rare config that declares no maximum
+__all__ = ["Family", "max_model_len", "parse_variant_specs"]
 
 
 def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
@@ -56,7 +42,7 @@ def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not _NAME.fullmatch(name):
+        if not VARIANT_NAME.fullmatch(name):
             raise FamilyError(
                 f"{name!r} is not a variant name: 1 to 64 letters, digits, '.', '_', '-', and first a letter or digit."
             )
@@ -68,22 +54,27 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 class Family:
-    """Checked variants, in the order given. `config` and `architecture` are the first variant's."""
+    """Checked variants, in the order given. `config`, `architecture` and dtypes are the first variant's.
+
+    `notes`: what a user should know about the variants before their weights are read, one line each.
+    """
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         if not checkpoints:
-            raise FamilyError("a family needs at least one checkpoint.")
-        self.checkpoints = tuple(checkpoints)
+            raise FamilyError("a family needs at least one checkpoint; give NAME=PATH.")
         self.names = tuple(checkpoint.name for checkpoint in checkpoints)
         _check_names(self.names)
-        first = checkpoints[0]
-        self.config = first.config
         for other in checkpoints[1:]:
-            _check_same_model(first, other)
+            check_same_model(checkpoints[0], other)
+        self.notes = [f"{c.name}: {note}." for c in checkpoints for note in (*c.notes, *_config_notes(c))]
+        checkpoints = self._with_one_head(checkpoints)
+        self.config = checkpoints[0].config
         self.vocab_sizes = tuple(int(c.config.get_text_config().vocab_size) for c in checkpoints)
         check_vocabularies(list(self.names), [c.path for c in checkpoints], list(self.vocab_sizes))
-        _check_tensors(self.checkpoints)
-        trace(self.config)  # what cannot be served is refused now, not when a bundle is loaded
+        _check_tensors(checkpoints)
+        self.checkpoints = self._in_one_dtype(checkpoints)
+        with named(self.names[0], checkpoints[0].path):
+            trace(self.config)  # what cannot be served is refused now, not when a bundle is loaded
 
     @classmethod
     def open(cls, specs: Mapping[str, str | Path] | Sequence[str]) -> Self:
@@ -95,6 +86,44 @@ class Family:
         named = dict(specs) if isinstance(specs, Mapping) else dict(parse_variant_specs(specs))
         _check_names(list(named))
         return cls([Checkpoint.open(spec, name) for name, spec in named.items()])
+
+    def _with_one_head(self, checkpoints: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+        """Heads that are tied to the embedding are untied where another variant's is not: one model has one way."""
+        if all(c.tied for c in checkpoints) or not any(c.tied for c in checkpoints):
+            return checkpoints
+        free = ", ".join(c.name for c in checkpoints if not c.tied)
+        self.notes += [
+            f"{c.name}: its output head is tied to its embedding; it is served with a copy, since {free} has its own."
+            for c in checkpoints
+            if c.tied
+        ]
+        return [c.untied() for c in checkpoints]
+
+    def _in_one_dtype(self, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
+        found = []
+        for checkpoint in checkpoints:
+            casts = _casts(checkpoints[0], checkpoint)
+            if casts:
+                self.notes.append(f"{checkpoint.name}: {_cast_note(checkpoints[0], checkpoint, casts)}.")
+            found.append(checkpoint.cast(casts) if casts else checkpoint)
+        return tuple(found)
+
+    @property
+    def rounding_notes(self) -> list[str]:
+        """What the casts of dtypes did to the weights that were read; whole after a scan."""
+        first, notes = self.names[0], []
+        for checkpoint in self.checkpoints:
+            name, rounding = checkpoint.name, checkpoint.rounding
+            if rounding.share:
+                way_out = f"name it before {first}" if name != first else "save it in one dtype"
+                share = f"{rounding.share:.1%}" if rounding.share >= 0.001 else "less than 0.1%"
+                notes.append(
+                    f"{name}: the cast rounded {share} of the values; `separate` is exact for the rounded "
+                    f"weights. To keep them, {way_out}, at the bytes of the wider dtype."
+                )
+            elif rounding.counts:
+                notes.append(f"{name}: the cast lost nothing.")
+        return notes
 
     @property
     def architecture(self) -> ArchitectureInfo:
@@ -121,75 +150,58 @@ class Family:
         return scan_family(self, console)
 
 
-def max_model_len(config: Any) -> int:
-    """Tokens of context a config allows; an encoder and its decoder have half of them each."""
-    if config.is_encoder_decoder:
-        return context_limit(config)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return UNLIMITED_LENGTH if length is None else int(length)
-
-
-def _check_same_model(first: Checkpoint, other: Checkpoint) -> None:
-    """Raise `FamilyError` naming the first field in which two variants would compute differently."""
-
-    def differ(field: str, a: object, b: object) -> FamilyError:
-        return FamilyError(
-            f"{first.name} and {other.name} are not one family: {field} is {_shown(a)} in {first.name} and "
-            f"{_shown(b)} in {other.name}."
-        )
-
-    for field in ("model_type", "class_name"):
-        a, b = getattr(first.architecture, field), getattr(other.architecture, field)
-        if a != b:
-            raise differ(field, a, b)
-    left, right = first.config.to_dict(), other.config.to_dict()
-    for field in sorted(left.keys() | right.keys()):
-        ignored = field in _IGNORED_FIELDS or field.startswith("_") or "dropout" in field or field.endswith("pdrop")
-        if not ignored and left.get(field) != right.get(field):
-            raise differ(field, left.get(field), right.get(field))
-    lengths = max_model_len(first.config), max_model_len(other.config)
-    if lengths[0] != lengths[1] and not _plain_rope(left):
-        # Scaled rotary tables depend on the length they were made for.
-        raise differ("max_position_embeddings", *lengths)
-
-
-def _plain_rope(config: dict[str, Any]) -> bool:
-    """True when every rotary embedding of the config is of the default type."""
-    found = config.get("rope_parameters")
-    if found is None:
-        return False
-    # Either one set of parameters or one for each layer type.
-    sets = [found] if "rope_type" in found else list(found.values())
-    return all(isinstance(one, dict) and one.get("rope_type", "default") == "default" for one in sets)
+def _config_notes(checkpoint: Checkpoint) -> list[str]:
+    unknown = unknown_keys(checkpoint)
+    if not unknown:
+        return []
+    return [f"config.json has keys that {type(checkpoint.config).__name__} does not know: {some(unknown, 12)}"]
 
 
 def _check_tensors(checkpoints: Sequence[Checkpoint]) -> None:
     first, info = checkpoints[0], checkpoints[0].architecture
-    experts = [info.expert_tensor(layer, tensor) for layer in range(info.num_layers) for tensor in info.expert_shapes]
     for other in checkpoints[1:]:
         if set(first.target_names) != set(other.target_names):
             odd = sorted(set(first.target_names) ^ set(other.target_names))
-            raise FamilyError(f"{first.name} and {other.name} have different tensors: {', '.join(odd[:4])}.")
+            raise FamilyError(
+                f"{first.name} and {other.name} have different tensors: {some(odd)} ({first.path}, {other.path}). Are "
+                "they fine-tunes of one model?"
+            )
         for name in first.target_names:
             # Rows of the vocabulary may differ; the checkpoints' own check tied them to vocab_size already.
             skip = 1 if name in info.vocab_tensors else 0
             if first.shape(name)[skip:] != other.shape(name)[skip:]:
                 raise FamilyError(
-                    f"{name} has shape {list(first.shape(name))} in {first.name} and "
-                    f"{list(other.shape(name))} in {other.name}."
+                    f"{name} has shape {list(first.shape(name))} in {first.name} and {list(other.shape(name))} in "
+                    f"{other.name} ({first.path}, {other.path}). Are they fine-tunes of one model?"
                 )
-    # Physical experts of all variants lie in one stack a layer, which has one dtype.
+
+
+def _casts(first: Checkpoint, other: Checkpoint) -> dict[str, torch.dtype]:
+    """The targets of `other` that take another dtype than they are stored in.
+
+    Physical experts of all variants lie in one stack a layer, which has one dtype: the one in which the first variant
+    stores most of its layers. A variant that has its experts in another dtype was saved in another dtype, and takes
+    that of the first for all its tensors but those that transformers computes in float32 all the same; else its
+    non-experts stay as they are.
+    """
+    info = first.architecture
+    found: dict[str, torch.dtype] = {}
     for tensor in info.expert_shapes:
-        dtypes: dict[torch.dtype, str] = {}
-        for checkpoint in checkpoints:
-            for name in experts:
-                if name.endswith(f".{tensor}"):
-                    dtypes.setdefault(checkpoint.dtype(name), f"{checkpoint.name} ({name})")
-        if len(dtypes) > 1:
-            shown = " and ".join(f"{str(dtype).removeprefix('torch.')} in {place}" for dtype, place in dtypes.items())
-            raise FamilyError(f"the experts are stored in different dtypes: {shown}; save all variants in one dtype.")
+        names = [info.expert_tensor(layer, tensor) for layer in range(info.num_layers)]
+        dtype = Counter(first.dtype(name) for name in names).most_common(1)[0][0]
+        found |= {name: dtype for name in names if other.dtype(name) != dtype}
+    if found and other is not first:
+        for name in info.nonexperts:
+            own, dtype = other.dtype(name), first.dtype(name)
+            if own.is_floating_point and own != dtype and not keeps_float32(first.model, name, dtype):
+                found[name] = dtype
+    return found
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+def _cast_note(first: Checkpoint, other: Checkpoint, casts: Mapping[str, torch.dtype]) -> str:
+    sizes: dict[tuple[str, str], int] = {}
+    for name, dtype in casts.items():
+        pair = short(other.dtype(name)), short(dtype)
+        sizes[pair] = sizes.get(pair, 0) + 1
+    shown = ", ".join(f"{count} tensors from {old} to {new}" for (old, new), count in sizes.items())
+    return f"cast to the dtype of the family, which is that of {first.name}: {shown}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from polymoe.offline.atomic import new_folder
 from polymoe.offline.bundle import Bundle
 from polymoe.offline.layer_writer import open_tensors
-from polymoe.offline.manifest import MANIFEST, FileRecord, delta_file, encode_manifest, own_file, packed_name
+from polymoe.offline.manifest import FOLDERS, MANIFEST, FileRecord, delta_file, encode_manifest, own_file, packed_name
 from polymoe.offline.tensorfile import raw_bytes
 
 ScaleKey = tuple[int, str, str]  # (layer, delta format, tensor)
@@ -66,7 +66,7 @@ def rewrite(bundle: Bundle, learned: Mapping[int, Learned]) -> Bundle:
             else:
                 _link(bundle.path / record.path, folder / record.path)
                 files.append(record)
-        for name in ("experts", "deltas", "host", "nonexperts", "variants"):
+        for name in FOLDERS:
             (folder / name).mkdir(exist_ok=True)
         manifest = msgspec.structs.replace(bundle.manifest, variants=variants, files=files)
         with (folder / MANIFEST).open("xb") as file:

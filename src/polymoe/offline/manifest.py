@@ -1,6 +1,6 @@
 """What a bundle says about itself: `manifest.json`, written last, so that a folder with one is whole.
 
-manifest.json                       this
+manifest.json                       this, with a hash of itself and of every other file
 tables.safetensors                  `table` int32 [V, L, E]; `delta` int32 and `sign` int8 [V, L, E] where there are any
 experts/layer-000.safetensors       resident bases of expert layer 0: one stack [P, *shape] a tensor name for those
                                     stored as they are, `{format}.{name}.{part}` [P, …] for each packed format
@@ -12,16 +12,24 @@ nonexperts/variant.NAME.safetensors NAME's own; a tensor that some variants shar
 variants/NAME/                      config, generation config, tokenizer and chat template, as they came
 """
 
+import hashlib
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from polymoe.errors import BundleError
+from polymoe.offline.plain_files import why_not_to_read
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+UNFINISHED_MANIFEST = ".manifest.json.tmp"  # while it is written anew
+FOLDERS = ("experts", "deltas", "host", "nonexperts", "variants")
 TABLES = "tables.safetensors"
 SHARED = "nonexperts/shared.safetensors"
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a file's name
 
 
 def resident_file(layer: int) -> str:
@@ -112,6 +120,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int  # experts in the host tier
     bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one
+    digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one
 
     @property
     def resident_experts(self) -> list[int]:
@@ -134,8 +143,16 @@ class _VersionOnly(msgspec.Struct):
     format_version: int
 
 
+class _Listed(msgspec.Struct):
+    """What a manifest of any format version has, and no other manifest.json."""
+
+    format_version: int
+    polymoe_version: str
+    files: list[FileRecord]
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `BundleError` when there is none, or one that this version cannot read."""
+    """Raises `BundleError` when there is none, or one that was changed or that this version cannot read."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a directory; make a bundle with `polymoe plan … --out {folder}`.")
@@ -143,6 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
         parts = any((folder / name).exists() for name in ("experts", "nonexperts", "variants", TABLES))
         reason = "is an unfinished bundle (no manifest.json); plan it again" if parts else "is not a bundle"
         raise BundleError(f"{folder} {reason}.")
+    if (unreadable := why_not_to_read(path, folder)) is not None:
+        raise BundleError(f"{path} {unreadable}.")
     try:
         text = path.read_bytes()
         version = msgspec.json.decode(text, type=_VersionOnly).format_version
@@ -150,10 +169,46 @@ def read_manifest(folder: Path) -> Manifest:
             raise BundleError(
                 f"{folder} has bundle format {version}, this polymoe reads {FORMAT_VERSION}; plan it again."
             )
-        return msgspec.json.decode(text, type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        manifest = msgspec.json.decode(text, type=Manifest)
+        fields = msgspec.json.decode(text)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); plan the bundle again.") from error
+    if manifest.digest and manifest.digest != digest_of(fields):
+        raise BundleError(f"{path} is damaged: it has changed since it was written; plan or copy the bundle again.")
+    return manifest
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    """As it is written, with its digest."""
+    fields = msgspec.json.decode(msgspec.json.encode(manifest))
+    fields["digest"] = digest_of(fields)
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
+
+
+def digest_of(fields: dict[str, Any]) -> str:
+    """Over the fields as they stand in the file, those of later versions included."""
+    return hashlib.sha256(msgspec.json.encode({k: v for k, v in fields.items() if k != "digest"})).hexdigest()
+
+
+def why_not_only_a_bundle(folder: Path) -> str | None:
+    """Why `folder` may hold something that is not a bundle's; None: it is one, of whatever format version, that holds
+    nothing but what its manifest lists."""
+    path = folder / MANIFEST
+    if not path.exists() or why_not_to_read(path, folder):
+        return "is not a bundle"
+    try:
+        files = msgspec.json.decode(path.read_bytes(), type=_Listed).files
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return "is not a bundle, or one whose manifest.json is damaged"
+    listed = {record.path for record in files} | {MANIFEST, UNFINISHED_MANIFEST}
+    folders = {parent.as_posix() for name in listed for parent in Path(name).parents} | set(FOLDERS)
+    unread: list[OSError] = []
+    for place, inner, names in os.walk(folder, onerror=unread.append):
+        below = Path(place).relative_to(folder)
+        for name in sorted(inner):
+            if (below / name).as_posix() not in folders:
+                return f"holds {below / name}, which is not part of the bundle"
+        for name in sorted(names):
+            if (below / name).as_posix() not in listed:
+                return f"holds {below / name}, which is not part of the bundle"
+    return f"cannot be read whole ({unread[0].filename})" if unread else None

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 
 from polymoe.errors import CheckpointError
 from polymoe.model.switch_experts import SwitchExperts
+from polymoe.offline.source import some
 from polymoe.offline.tensorfile import TensorEntry
 
 
@@ -69,7 +70,10 @@ class NameMap:
             for target, tensor in self._apply(recipe, shapes.__getitem__).items():
                 if target in self.targets:
                     names = [name for other in (self.targets[target].recipe, recipe) for _, name in other.sources]
-                    raise CheckpointError(f"{_some(names)} all become {target}; the checkpoint stores it twice.")
+                    raise CheckpointError(
+                        f"{some(names)} all become {target}; the checkpoint stores it twice; save the "
+                        "model again with one of them."
+                    )
                 self.targets[target] = Target(tuple(tensor.shape), tensor.dtype, recipe)
 
     def read(self, target: str, load: Callable[[str], Tensor]) -> Tensor:
@@ -97,8 +101,8 @@ class NameMap:
             recipe = recipes.setdefault(target, Recipe(target, converter))
             if recipe.converter is not converter or (converter is None and recipe.sources):
                 raise CheckpointError(
-                    f"{_some([s for _, s in recipe.sources] + [name])} all become {target}; "
-                    "the checkpoint stores it twice."
+                    f"{some([s for _, s in recipe.sources] + [name])} all become {target}; "
+                    "the checkpoint stores it twice; save the model again with one of them."
                 )
             recipe.sources.append((name if pattern is None else pattern, name))
         for recipe in recipes.values():
@@ -119,7 +123,7 @@ class NameMap:
         except Exception as error:  # transformers' rules raise whatever torch raises
             names = [name for _, name in recipe.sources]
             raise CheckpointError(
-                f"{_some(names)} cannot be combined into {recipe.target}: {error} "
+                f"{some(names)} cannot be combined into {recipe.target}: {error} "
                 "Is a tensor missing or of another shape than its neighbours?"
             ) from error
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
@@ -145,8 +149,7 @@ def _check_numbering(recipe: Recipe) -> None:
         shape = re.escape(pattern).replace(r"\*", r"(\d+)").removeprefix(r"\^")
         indices = [match[1] for name in names if (match := re.search(shape, name))]
         if len(indices) == len(names) and [int(i) for i in indices] != list(range(len(names))):
-            raise CheckpointError(f"{_some(names)}: numbered {', '.join(indices)}; experts are missing in between.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise CheckpointError(
+                f"{some(names)}: numbered {', '.join(indices)}; experts are missing in between. Is a shard "
+                "missing? Download it again."
+            )

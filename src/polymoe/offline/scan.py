@@ -124,8 +124,8 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
                 list(pool.map(sums.add, range(info.num_experts), zip(*stacks, strict=True), repeat(digests)))
                 for variant, expert in np.argwhere(~np.isfinite(sums.norms)):
                     raise CheckpointError(
-                        f"{variants[variant].path}: expert {expert} of {info.expert_tensor(layer, tensor)} has NaN or "
-                        "infinite weights; save or download it again."
+                        f"{variants[variant].name}: {variants[variant].path}: expert {expert} of "
+                        f"{info.expert_tensor(layer, tensor)} has NaN or infinite weights; save or download it again."
                     )
                 for variant, rows in enumerate(digests):
                     for expert, digest in enumerate(rows):
@@ -142,7 +142,8 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
             for checkpoint, weight in zip(variants, tensors, strict=True):
                 if not bool(torch.isfinite(weight).all()):
                     raise CheckpointError(
-                        f"{checkpoint.path}: {name} has NaN or infinite weights; save or download it again."
+                        f"{checkpoint.name}: {checkpoint.path}: {name} has NaN or infinite weights; save or download "
+                        "it again."
                     )
             nonexpert_hash[name] = tuple(pool.map(tensor_hash, tensors))
 

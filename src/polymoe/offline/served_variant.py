@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,10 @@ class ServedVariant:
         from transformers import AutoModelForCausalLM
 
         self.bundle, self.variant = bundle, variant
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+        config = copy.deepcopy(checkpoint.config)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
+        )
         self.model = model.eval().requires_grad_(False)
         self.model.set_experts_implementation("eager")  # the one with gradients everywhere
         self.stacks = {

@@ -17,6 +17,7 @@ from polymoe.quant.exact import changed
 if TYPE_CHECKING:
     from polymoe.offline.scan import FamilyScan
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 _PIECE = 1 << 20  # values compared at once
 
 
@@ -69,6 +70,16 @@ class LayerDistances:
     def norms(self) -> NDArray[np.float64]:
         """[V, E], ‖W_v(e)‖₂."""
         return np.sqrt(self._norm_square)
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether a file may be replaced by a picture: it is one, or empty."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() != ".png":
+        return path.stat().st_size == 0
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) in (_PNG, b"")
 
 
 def heatmap(scan: FamilyScan, path_png: str | Path) -> None:

@@ -71,15 +71,15 @@ def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path, fix: str = "download it again or save the model again") -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file by name, after checking that the file is whole and consistent.
 
-    Raises `CheckpointError`, naming the file, when it is truncated, too long, not safetensors, or when a tensor's
-    offsets do not match its shape.
+    `fix`: what the message tells to do. Raises `CheckpointError`, naming the file, when it is truncated, too long, not
+    safetensors, or when a tensor's offsets do not match its shape.
     """
 
     def broken(reason: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {reason}; download it again or save the model again.")
+        return CheckpointError(f"{path}: {reason}; {fix}.")
 
     try:
         size = path.stat().st_size

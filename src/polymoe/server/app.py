@@ -8,16 +8,31 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.info import EngineInfo, VariantInfo
 from polymoe.errors import EngineDeadError, RequestError
+from polymoe.server.cors import CorsMiddleware
 from polymoe.server.errors import install_error_handlers
 from polymoe.server.generate import create_chat_completion, create_completion, encode, encode_chat
+from polymoe.server.json_body import JsonRoute
 from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from polymoe.server.openapi import METRICS_TYPE, answers, document, text_answer
 from polymoe.server.protocol import DetokenizeRequest, TokenizeRequest
+from polymoe.server.schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Detokenized,
+    Health,
+    ModelCard,
+    ModelList,
+    Readiness,
+    Tokenized,
+    Version,
+)
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse
@@ -26,58 +41,75 @@ from polymoe.server.stream import JsonResponse
 _STATS_TIMEOUT = 2.0
 
 
-class ErrorFields(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error."""
-
-    error: ErrorFields
-
-
 def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     """The app serves from the start; what needs the engine answers 503 until `client.start()` has returned.
 
     `app.state.server` is its `ServerState`.
     """
-    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
-    # The interactive pages load scripts from other servers; /openapi.json is all that tools need.
-    app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, responses=errors)
+    # The interactive pages load scripts from other servers; /openapi.json is all that tools need. A redirect would be
+    # built from the Host header, which anybody can set.
+    app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = JsonRoute
     app.state.server = ServerState(client, settings)
     install_error_handlers(app)
+    # The last added is the first to see a request: a preflight needs no key.
     app.add_middleware(
         BodyLimitMiddleware,
         max_bytes=settings.max_body_bytes,
         timeout=settings.body_timeout,
     )
     if settings.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)  # the last added is the first to see a request
-    for path, endpoint, method in (
-        ("/v1/completions", create_completion, "POST"),
-        ("/v1/chat/completions", create_chat_completion, "POST"),
-        ("/v1/models", list_models, "GET"),
-        ("/v1/models/{model:path}", get_model, "GET"),
-        ("/tokenize", tokenize, "POST"),
-        ("/detokenize", detokenize, "POST"),
-        ("/health", health, "GET"),
-        ("/ready", ready, "GET"),
-        ("/version", get_version, "GET"),
-        ("/metrics", metrics, "GET"),
-    ):
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CorsMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients for JavaScript send many of their own
+            expose_headers=["Retry-After", "WWW-Authenticate"],
+        )
+    _add_routes(app)
+    schema = document(app, settings.api_key is not None)
+    app.openapi = lambda: schema  # type: ignore[method-assign]
+    for route in app.routes:
+        methods = route.methods if isinstance(route, JsonRoute) else None
+        if methods is not None and "GET" in methods:
+            methods.add("HEAD")  # now, so that the document does not have everything twice
     return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    posted = (400, 401, 404, 408, 503)
+    for path, endpoint, method, responses in (
+        ("/v1/completions", create_completion, "POST", answers(Completion, *posted, 429, stream=CompletionChunk)),
+        (
+            "/v1/chat/completions",
+            create_chat_completion,
+            "POST",
+            answers(ChatCompletion, *posted, 429, stream=ChatCompletionChunk),
+        ),
+        ("/v1/models", list_models, "GET", answers(ModelList, 401, 503)),
+        ("/v1/models/{model:path}", get_model, "GET", answers(ModelCard, 401, 404, 503)),
+        ("/tokenize", tokenize, "POST", answers(Tokenized, *posted)),
+        ("/detokenize", detokenize, "POST", answers(Detokenized, *posted)),
+        ("/health", health, "GET", answers(Health, 503)),
+        ("/ready", ready, "GET", answers(Readiness, 503)),
+        ("/version", get_version, "GET", answers(Version, 401)),
+        ("/metrics", metrics, "GET", text_answer(401)),
+    ):
+        # The plain class has no media type of its own, which the document would show beside the text of /metrics.
+        kind = Response if endpoint is metrics else JSONResponse
+        app.add_api_route(
+            path, endpoint, methods=[method], response_model=None, response_class=kind, responses=responses
+        )
 
 
 async def list_models(request: Request) -> Response:
     """The variants that are served."""
     state: ServerState = request.app.state.server
     state.require_ready()
-    info = state.client.info
-    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in info.variants]})
+    info, served = state.client.info, state.client.processor.served
+    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in served]})
 
 
 async def get_model(request: Request, model: str) -> Response:
@@ -95,9 +127,9 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
     if body.messages is not None:
-        token_ids = await encode_chat(tokenizer, body.messages)
+        token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
     else:
-        token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens)
+        token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
     answer: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": variant.max_model_len,
@@ -146,7 +178,7 @@ async def metrics(request: Request) -> Response:
         state.metrics.set_engine(state.client.info)
         with contextlib.suppress(TimeoutError, EngineDeadError):
             state.metrics.set_stats(await asyncio.wait_for(state.client.stats(), _STATS_TIMEOUT))
-    return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(state.metrics.render(), media_type=METRICS_TYPE)
 
 
 def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
@@ -165,6 +197,8 @@ def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
             "experts_resident": info.experts_resident,
             "experts_absent": info.experts_absent,
         },
+        # What the model's operations run on, and why not on something faster.
+        "fast_paths": [msgspec.to_builtins(path) for path in info.fast_paths],
         # How close it is to its original, as predicted and as measured when it was planned; null where it was not.
         "predicted_damage": variant.predicted_damage,
         "fidelity": None if variant.fidelity is None else msgspec.to_builtins(variant.fidelity),

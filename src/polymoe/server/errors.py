@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
+from polymoe.server.json_body import InvalidJsonError
 
 _MAX_ECHO = 200  # characters of the client's input that a message repeats
 _MAX_MESSAGE = 1000
@@ -60,6 +61,8 @@ def error_response(error: Exception) -> JSONResponse:
             body = error_body(message, UnavailableError.type, None, "engine_dead")
         case RequestValidationError():
             status, body = 400, _validation_body(error.errors())
+        case InvalidJsonError():
+            status, body = 400, error_body(error.detail, "invalid_request_error", error.param, error.code)
         case HTTPException():
             status, body = error.status_code, _http_body(error)
             headers.update(error.headers or {})
@@ -89,11 +92,9 @@ def _validation_body(errors: Sequence[Any]) -> dict[str, dict[str, str | None]]:
     """The first of pydantic's errors, in the words of this API."""
     first = _most_telling([error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]])
     kind, loc, context = str(first["type"]), tuple(first["loc"]), first.get("ctx", {})
-    if kind == "json_invalid":
-        message = f"The request body is not valid JSON: {context.get('error')} at character {loc[-1]}."
-        return error_body(message, "invalid_request_error", None, "invalid_json")
     path = [str(part) for part in loc[1:] if not _is_union_tag(part)]
-    if kind in ("unknown_parameter", "unsupported_parameter"):  # ours, see protocol.Strict; they sit at the parent
+    # Ours, see protocol.py; they sit at the parent of what they name.
+    if kind in ("unknown_parameter", "unsupported_parameter", "invalid_value"):
         path.append(context["name"])
         return error_body(first["msg"], "invalid_request_error", ".".join(path), kind)
     if not path:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -46,7 +47,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     for prompt in body.prompts():
         if isinstance(prompt, str):
             tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
-            prompts.append((prompt, await encode(tokenizer, prompt, body.add_special_tokens)))
+            prompts.append((prompt, await encode(tokenizer, prompt, body.add_special_tokens is not False)))
         else:
             prompts.append((None, prompt))
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -61,12 +62,14 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
-    token_ids = await encode_chat(tokenizer, body.messages)
+    token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    room = variant.max_new_tokens(len(token_ids))
     if max_tokens is None:
-        max_tokens = variant.max_new_tokens(len(token_ids))
-        if max_tokens < 1:
-            raise ContextLengthError(variant.max_model_len, len(token_ids), 1)
+        most = variant.generation.get("max_tokens")
+        max_tokens = max(1, min(room, most) if isinstance(most, int) else room)
+    if max_tokens > room:
+        raise ContextLengthError(variant.max_model_len, len(token_ids), max_tokens, param="messages")
     top = body.top_logprobs or 0
     sampling = body.sampling(
         variant.generation, max_tokens=max_tokens, logprobs=top if body.logprobs else None, prompt_logprobs=None
@@ -74,7 +77,12 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     prompts: list[Prompt] = [(None, token_ids)]
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     form = ChatFormat(request_id, body, prompts, tokenizer)
-    return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+    try:
+        return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+    except RequestError as error:
+        if error.param == "prompt":  # what the engine calls so; this client sent messages
+            error.param = "messages"
+        raise
 
 
 async def _answer(
@@ -108,6 +116,8 @@ async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: boo
     return tokenizer.encode(text, add_special_tokens)
 
 
-async def encode_chat(tokenizer: VariantTokenizer, messages: list[ChatMessage]) -> list[int]:
+async def encode_chat(
+    tokenizer: VariantTokenizer, messages: list[ChatMessage], variables: dict[str, Any] | None
+) -> list[int]:
     """A template is a program from a checkpoint, so it runs beside the event loop."""
-    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages])
+    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages], variables)

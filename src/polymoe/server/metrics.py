@@ -151,6 +151,13 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, value=value)
         yield from _fidelity(info)
+        paths = GaugeMetricFamily(
+            "polymoe:fast_paths", "Layers or modules, by what they run on.",
+            labels=["part", "runs_on", "reason", "slow"],
+        )  # fmt: skip
+        for path in info.fast_paths:
+            paths.add_metric([path.part, path.runs_on, path.reason, str(path.slow).lower()], path.count)
+        yield paths
         resident = GaugeMetricFamily(
             "polymoe:resident_bytes", "Bytes on the device; host_pinned: on the host.", labels=["kind"]
         )

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polymoe.server.errors import AuthenticationError, error_response
 
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
-_OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class ApiKeyMiddleware:
@@ -20,11 +20,11 @@ class ApiKeyMiddleware:
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = b"Bearer " + api_key.encode()
+        self._expected = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._allowed(scope):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
             error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
@@ -32,7 +32,11 @@ class ApiKeyMiddleware:
 
     def _allowed(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(b" ")
+        # RFC 9110: the scheme in any case, and any number of spaces after it.
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.lstrip(b" "), self._expected)
 
 
 class BodyLimitMiddleware:

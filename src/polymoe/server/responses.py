@@ -33,7 +33,7 @@ class Format:
         self.include_usage = body.include_usage
         self._continuous_usage = body.continuous_usage
         self._n = body.n or 1
-        self._model = body.model
+        self.model = body.model
         self._id = request_id
         self._created = int(time.time())
         self._prompts = prompts
@@ -79,7 +79,7 @@ class Format:
         return chunk
 
     def _envelope(self, kind: str) -> Json:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
     def _index(self, request_id: str, k: int) -> tuple[int, int]:
         """(p of `{id}-{p}`, index of the choice): the choices of prompt 0 come first, then those of prompt 1 …"""

@@ -5,7 +5,7 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -27,14 +27,14 @@ _LAST_WORDS = 3.0
 _MAX_HEADER_BYTES = 64 << 10
 
 
-def check_address(host: str, port: int, api_key: str | None) -> None:
+def check_address(host: str, port: int, api_key: str | None, allowed_origins: Sequence[str] = ()) -> None:
     """Raises `ConfigError` unless `run_server` could listen there now: to be called before anything slow."""
-    ServerSettings(host=host, port=port, api_key=api_key)
+    ServerSettings(host=host, port=port, api_key=api_key, allowed_origins=tuple(allowed_origins))
     bind(host, port).close()
 
 
 def run_server(config: EngineConfig, *, console: Console | None = None, **options: Any) -> int:
-    """Serve a bundle until SIGTERM or SIGINT. `options` are the fields of `ServerSettings` (host, port, api_key …).
+    """Serve a bundle until SIGTERM, SIGINT or SIGHUP. `options` are the fields of `ServerSettings` (host, port …).
 
     Returns the exit code: 0 after a stop that was asked for, 1 when the engine died.
     Raises: `PolymoeError` for what prevents the start (the port is in use, the bundle cannot be loaded …).
@@ -81,13 +81,16 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            console.quiet = True  # the terminal may be gone
         if stop.is_set():  # asked twice: do not wait for the running requests
             client.fail_all(UnavailableError("The server is shutting down.", code="draining"))
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    signals = stop_signals()
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
     http = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         if await _before(stop, _load(client, state, console)):
@@ -100,12 +103,18 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
         server.should_exit = True
         await client.shutdown()
         await http
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             loop.remove_signal_handler(number)
     if client.dead.is_set():
         console.print("The engine stopped unexpectedly; the server ends so that it can be restarted.", style="red")
         return 1
     return 0
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks the server to stop: a closed terminal too, unless it was started with `nohup`."""
+    kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
 
 
 class _Server(uvicorn.Server):

@@ -4,6 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from polymoe.errors import ConfigError
+from polymoe.server.cors import check_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     api_key: str | None = None  # clients send it as a bearer token
+    allowed_origins: tuple[str, ...] = ()  # web pages that may use the server from a browser; "*": all
     max_body_bytes: int = 4 << 20
     body_timeout: float = 60.0  # for a request to arrive completely
     heartbeat_timeout: float = 120.0  # without progress for this long, /health reports a dead engine
@@ -23,6 +25,12 @@ class ServerSettings:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}.")
         if self.api_key == "":
             raise ConfigError("the API key is empty; leave it out or give one.")
+        if self.api_key is not None and (self.api_key != self.api_key.strip() or not self.api_key.isprintable()):
+            raise ConfigError(
+                "the API key begins or ends with white space, or holds a control character (a line break?), which no "
+                "client can send; remove it."
+            )
+        object.__setattr__(self, "allowed_origins", tuple(check_origin(origin) for origin in self.allowed_origins))
         if self.max_body_bytes < 1:
             raise ConfigError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}.")
         for name in ("body_timeout", "heartbeat_timeout"):

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from polymoe.engine.request_stream import RequestStream
-from polymoe.errors import EngineDeadError, PolymoeError
+from polymoe.errors import NoProbabilitiesError, PolymoeError
 from polymoe.server.errors import error_response
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.responses import Format
@@ -76,7 +76,7 @@ class EventStream(Response):
                 self._timer.observe(deltas)
                 yield b"".join(_event(form.chunk(delta)) for delta in deltas)
                 if any(delta.finish_reason == "error" for delta in deltas):
-                    raise PolymoeError("The engine could not finish the request.")
+                    raise NoProbabilitiesError(form.model)
             if form.include_usage:
                 yield _event(form.usage_chunk())
         except Exception as error:
@@ -101,7 +101,7 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
             return Response(status_code=499)
         runner.result()
         if any(output.finish_reason == "error" for result in stream.results.values() for output in result.outputs):
-            raise EngineDeadError("The engine could not finish the request.")
+            raise NoProbabilitiesError(form.model)
         return JsonResponse(form.whole(stream.results))
     finally:
         stream.close()

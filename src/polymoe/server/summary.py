@@ -3,24 +3,28 @@
 import json
 
 from polymoe.config import format_bytes
-from polymoe.console import Console
+from polymoe.console import Console, warn
 from polymoe.engine.client import AsyncEngineClient
 from polymoe.engine.info import VariantInfo
+from polymoe.kernels.fast_path import FastPath
 
 
 def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, api_key: bool) -> None:
     """Variants, what is resident, what fits, where to connect, and a curl line that works."""
     info = client.info
     width = max(len(variant.name) for variant in info.variants)
-    lines = [f"{len(info.variants)} variants, policy {info.policy}, {info.dtype} on {info.device}"]
+    lines = [f"{len(client.processor.served)} variants, policy {info.policy}, {info.dtype} on {info.device}"]
     lines += [
         f"  {variant.name:<{width}}  version {variant.version[:12]}  {variant.max_model_len} tokens of context"
         f"{_fidelity(variant)}"
-        for variant in info.variants
+        for variant in client.processor.served
     ]
+    faults = client.processor.faults
+    lines += [f"  {name:<{width}}  is NOT SERVED: {fault.reason} ({fault.details})" for name, fault in faults.items()]
     sizes = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in info.resident_bytes.items())
     lines += [
         f"experts   {info.experts_resident} resident, {info.experts_absent} absent",
+        *_fast_paths(info.fast_paths),
         f"slots     {info.slots} for {len(info.variants)} variants",
         f"memory    {sizes}",
         f"KV cache  {info.num_kv_blocks * info.block_size} tokens, "
@@ -29,9 +33,19 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
         "",
         curl_line(client, host, port, api_key),
     ]
+    for path in info.fast_paths:
+        if path.slow:
+            warn(console, path.warning)
     for line in lines:
         # Soft wrap: a line that the terminal broke could not be copied.
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _fast_paths(paths: list[FastPath]) -> list[str]:
+    """One line a part: how many layers or modules run on what."""
+    parts = list(dict.fromkeys(path.part for path in paths))
+    lines = [(part, ", ".join(str(path) for path in paths if path.part == part)) for part in parts]
+    return [f"{'runs on' if i == 0 else '':<10}{part}: {text}" for i, (part, text) in enumerate(lines)]
 
 
 def _fidelity(variant: VariantInfo) -> str:
@@ -41,7 +55,7 @@ def _fidelity(variant: VariantInfo) -> str:
 
 def curl_line(client: AsyncEngineClient, host: str, port: int, api_key: bool) -> str:
     """A first request that this server answers."""
-    variant = client.info.variants[0]
+    variant = client.processor.served[0]
     tokenizer = client.processor.tokenizer(variant.name)
     body: dict[str, object] = {"model": variant.name, "max_tokens": min(32, variant.max_model_len // 2)}
     if tokenizer is not None and tokenizer.has_chat_template:

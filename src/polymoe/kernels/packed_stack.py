@@ -1,0 +1,151 @@
+"""What the compiled kernels are told of a layer's packed and stored experts: addresses, kinds and sizes."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from polymoe.kernels.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.quant.exact import changes_before_rows
+from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, row_bytes
+
+if TYPE_CHECKING:
+    from polymoe.kernels.compressed_experts import CompressedLayer
+
+Pool = PackedPool | StoredPool | ExactPool
+
+_EXACT, _FP8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_MARK_ROWS = 16
+
+
+class Stack(ctypes.Structure):
+    """`Stack` of packed_codes.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("levels", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("marks", ctypes.c_void_p),
+        ("num_marks", ctypes.c_int64),
+        ("type", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix of a layer's experts in all pools: `[outputs, inputs]`, C arrays of `Stack`.
+
+    fits_bf16: whether packed_experts.cpp knows it; packed_floats.cpp knows all.
+    """
+
+    bases: Any
+    deltas: Any
+    outputs: int
+    inputs: int
+    fits_bf16: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStacks:
+    """matrices: tensor name -> what the kernels are told. made: tensors that only they look at."""
+
+    matrices: dict[str, Matrix]
+    has_biases: bool
+    made: list[Tensor]
+
+    @property
+    def fits_bf16(self) -> bool:
+        return all(matrix.fits_bf16 for matrix in self.matrices.values())
+
+
+_LAYERS: WeakKeyDictionary["CompressedLayer", LayerStacks | None] = WeakKeyDictionary()
+
+
+def layer_stacks(layer: "CompressedLayer") -> LayerStacks | None:
+    """What to tell of `layer`, made once; None if its tensors are not laid out as the kernels read them."""
+    if layer not in _LAYERS:
+        _LAYERS[layer] = _described(layer)
+    return _LAYERS[layer]
+
+
+def _described(layer: "CompressedLayer") -> LayerStacks | None:
+    stored = StoredPool(layer.stored)
+    bases: list[Pool] = [stored, *layer.bases]
+    deltas: list[Pool] = [*layer.deltas]
+    names = {name for name in layer.stored if not name.endswith("_bias")}
+    if any(set(pool.tensors) != set(layer.stored) for pool in (*bases, *deltas)):
+        return None
+    if layer.transposed and len(stored):
+        return None
+    made: list[Tensor] = []
+    matrices = {}
+    for name in names:
+        outputs, inputs = layer.stored[name].shape[-2:]
+        if layer.transposed:
+            outputs, inputs = inputs, outputs
+        arrays = []
+        for pools in (bases, deltas):
+            found = [stack for pool in pools if (stack := _stack(pool, name, inputs, made)) is not None]
+            if len(found) < len(pools):
+                return None
+            arrays.append((Stack * len(found))(*found))
+        in_bases, in_deltas = arrays
+        types = {stack.type for array in arrays for stack in array if stack.count}
+        fits = outputs % 32 == 0 and inputs % 32 == 0 and types <= {_TYPES[torch.bfloat16]}
+        matrices[name] = Matrix(in_bases, in_deltas, outputs, inputs, fits)
+    return LayerStacks(matrices, set(layer.stored) != names, made)
+
+
+def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | None:
+    """A pool's matrix `name`; None if its tensors are not as the kernels read them."""
+    if isinstance(pool, StoredPool):
+        stored = pool.tensors[name]
+        if stored.dtype not in _TYPES or not stored.is_contiguous():
+            return None
+        return Stack(kind=_STORED, count=len(pool), data=stored.data_ptr(), type=_TYPES[stored.dtype])
+    parts = pool.tensors[name]
+    if not all(part.is_contiguous() for part in parts.values()):
+        return None
+    if isinstance(pool, ExactPool):
+        if parts["values"].dtype not in _TYPES:
+            return None
+        # int32 [D, ⌈O / 16⌉]
+        marks = changes_before_rows(parts["bitmap"])[:, ::_MARK_ROWS].to(torch.int32).contiguous()
+        made.append(marks)
+        return Stack(
+            kind=_EXACT, count=len(pool), data=parts["bitmap"].data_ptr(), row_bytes=parts["bitmap"].shape[-1],
+            values=parts["values"].data_ptr(), starts=parts["starts"].data_ptr(), marks=marks.data_ptr(),
+            num_marks=marks.shape[1], type=_TYPES[parts["values"].dtype],
+        )  # fmt: skip
+    fmt = pool.fmt
+    if "codes" not in parts or parts["scales"].dtype != SCALE_DTYPE:
+        return None
+    assert parts["codes"].shape[-1] == row_bytes(fmt, inputs)
+    return Stack(
+        kind=_FP8 if fmt.name == "fp8" else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
+        scales=parts["scales"].data_ptr(), row_bytes=row_bytes(fmt, inputs), group=group_size(fmt, inputs),
+        levels=address(_levels(fmt)),
+    )  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _levels(fmt: Format) -> Tensor | None:
+    """float32 [64]: the levels over and over, so that bits above a code's do not matter. fp8: [128], without sign."""
+    if fmt.name == "fp8":
+        return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels)) if fmt.bits < 8 else None

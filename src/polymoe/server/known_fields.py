@@ -1,0 +1,103 @@
+"""Fields that other servers of this API know and this one does not implement, with the values that ask for nothing.
+
+Clients often send every field they have, at its default. Those values (and null) are accepted; any other value is
+refused by name, because a field that is accepted and then ignored is a wrong answer without an error. A field that a
+request class declares is implemented there, whatever this list says.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Inert = Mapping[str, tuple[Any, ...]]  # field -> the values that ask for nothing
+
+# Of OpenAI's completions and chat completions.
+_OPENAI: Inert = {
+    "audio": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+# Of vLLM's sampling parameters and extra parameters, newer versions and older ones.
+_VLLM: Inert = {
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "early_stopping": (None, False),
+    "ec_transfer_params": (None,),
+    "echo": (None, False),
+    "guided_choice": (None,),
+    "guided_decoding_backend": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_whitespace_pattern": (None,),
+    "include_reasoning": (None, True),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "logprob_token_ids": (None,),
+    "media_io_kwargs": (None, {}),
+    "mm_processor_kwargs": (None, {}),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
+    "repetition_detection": (None,),
+    "request_id": (None,),
+    "return_mm_kwargs": (None, True),
+    "return_prompt_text": (None, False),
+    "return_token_ids": (None, False),
+    "return_token_offsets": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "routed_experts_prompt_start": (None, 0),
+    "spaces_between_special_tokens": (None, True),
+    "stream_interval": (None, 1),
+    "structural_tag": (None,),
+    "structured_outputs": (None,),
+    "thinking_token_budget": (None, -1),
+    "truncate_prompt_tokens": (None,),
+    "truncation_side": (None,),
+    "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
+    "watermarking": (None, False),
+}
+OF_GENERATION: Inert = {**_OPENAI, **_VLLM}
+
+OF_STREAM_OPTIONS: Inert = {"include_obfuscation": (None, False)}
+
+# What openai-python's response messages carry besides role and content, so that they can be sent back as they are.
+OF_MESSAGES: Inert = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "reasoning": (None,),
+    "reasoning_content": (None,),
+    "refusal": (None,),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+}
+
+OF_TOKENIZING: Inert = {
+    "add_generation_prompt": (None, True),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "media_io_kwargs": (None, {}),
+    "mm_processor_kwargs": (None, {}),
+    "tools": (None, []),
+}
+
+
+def asks_for_nothing(value: Any, inert: tuple[Any, ...]) -> bool:
+    """Whether `value` is one of `inert`, as JSON sees it: 1 is 1.0, but it is not true."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in inert)
