@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import polymoe
 from families import make_family
 from polymoe.cli import app, main
+from polymoe.cli import console as cli_console
 from polymoe.config import EngineConfig, parse_bytes
 from polymoe.console import Console, DescriptionColumn, print_error, printable, warn
 from polymoe.demo import family_paths, text_paths
@@ -51,7 +53,7 @@ class Result:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """The command line as it is entered, in this process, since a new one takes seconds to load torch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(cli_console, "_width", 400)
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["polymoe", *arguments])
@@ -340,18 +342,24 @@ def test_a_picture_that_cannot_be_written_costs_the_picture_only(run: Callable[.
 @pytest.mark.skipif(
     os.geteuid() != 0, reason="root may write everywhere, so somebody else must be asked; only root can"
 )
-def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:3]):
+def test_a_folder_of_somebody_else() -> None:
+    with tempfile.TemporaryDirectory() as name:  # not pytest's own, which nobody else may enter
+        folder = Path(name)
         folder.chmod(0o755)
+        printed = asked_by_nobody(folder / "a" / "b")
+    assert f"{folder} is read-only for you; choose another folder" in printed
+
+
+def asked_by_nobody(path: Path) -> str:
     script = (
         "import os; from pathlib import Path; from polymoe.offline.atomic import check_can_write\n"
         "from polymoe.errors import PlanError\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        f"try: check_can_write(Path({str(tmp_path / 'a' / 'b')!r}))\n"
+        f"try: check_can_write(Path({str(path)!r}))\n"
         "except PlanError as error: print(error)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert f"{tmp_path} is read-only for you; choose another folder" in result.stdout
+    return result.stdout
 
 
 def test_what_can_be_written(tmp_path: Path) -> None:
