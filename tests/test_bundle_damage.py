@@ -51,8 +51,7 @@ def use(folder: Path) -> None:
     try:
         llm.generate([[5, 6, 7]] * len(llm.variants), variants=llm.variants)
     except VariantUnusableError as error:  # only this one's files are damaged
-        assert error.__cause__ is not None
-        raise error.__cause__ from None
+        raise BundleError(str(error.__cause__)) from error
 
 
 @pytest.mark.parametrize("kind", ["packed", "tiers"])
