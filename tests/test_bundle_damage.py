@@ -14,7 +14,7 @@ from damage import Liar, damages, restore
 from families import make_family
 from polymoe import LLM
 from polymoe.bundle.reader import Bundle
-from polymoe.errors import BundleError
+from polymoe.errors import BundleError, VariantUnusableError
 from polymoe.offline.api import make_plan
 from polymoe.offline.plan.options import PlanOptions
 
@@ -48,7 +48,10 @@ def liar(folder: Path) -> Liar:
 def use(folder: Path) -> None:
     """Serve the bundle and let every variant say something."""
     llm = LLM(folder, dtype="float32")
-    llm.generate([[5, 6, 7]] * len(llm.variants), variants=llm.variants)
+    try:
+        llm.generate([[5, 6, 7]] * len(llm.variants), variants=llm.variants)
+    except VariantUnusableError as error:  # only this one's files are damaged
+        raise BundleError(str(error.__cause__)) from error
 
 
 @pytest.mark.parametrize("kind", ["packed", "tiers"])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import polymoe
 from polymoe.bench.family import cached_family
 from polymoe.cache_folder import VARIABLE, cache_root, writable_cache
+from polymoe.cli.cache import console as cli_console
 from polymoe.cli.main import app
 from polymoe.console import Console
 from polymoe.errors import ConfigError
@@ -32,6 +33,7 @@ def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(cli_console, "_width", 300)
     (tmp_path / "tmp").mkdir()
 
 
@@ -41,7 +43,7 @@ def planned(trio: dict[str, Path], cache: Path | None = None, console: Console |
 
 
 def cache_command(*arguments: str, cache: Path) -> Result:
-    result = CliRunner().invoke(app, ["cache", *arguments, "--cache", str(cache)], env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, ["cache", *arguments, "--cache", str(cache)])
     assert result.exit_code == 0, result.output
     return result
 

@@ -165,10 +165,10 @@ def test_budgets(scan: FamilyScan) -> None:
     assert expert_capacity(parse_memory("1.0x"), scan) == 10
     assert expert_capacity(parse_memory("1.1x"), scan) == 11
     assert expert_capacity(parse_memory("0x"), scan) == 0
-    assert expert_capacity(parse_memory(f"{fixed}"), scan) == 0
+    assert expert_capacity(parse_memory(f"{fixed}B"), scan) == 0
     assert expert_capacity(parse_memory(f"{fixed + 399}B"), scan) == 3
     with pytest.raises(PlanError, match=f"minimum of .*{fixed} bytes"):
-        expert_capacity(parse_memory(f"{fixed - 1}"), scan)
+        expert_capacity(parse_memory(f"{fixed - 1}B"), scan)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1x", "1.x", "1e3x", "24 apples", "nan", "1.0xx"])

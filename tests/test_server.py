@@ -27,6 +27,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadServer]
     bundle = make_bundle(tmp_path_factory.mktemp("measured"))
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["variants"][1]["predicted_damage"] = 0.02
+    manifest["digest"] = ""
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     figures = Fidelity(text="t.txt", tokens=900, kl=0.01, top1=0.97, perplexity_original=5.5, perplexity_served=5.75)
     record_fidelity(bundle, {"v1": figures})

@@ -42,10 +42,10 @@ def unlink(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file", "reason"),
     [
-        (spoil, "tokenizer.json", "its tokenizer cannot be loaded"),
-        (unlink, "tokenizer.json", "its configuration cannot be read"),
-        (spoil, "generation_config.json", "its configuration cannot be read"),
-        (spoil, "config.json", "its configuration cannot be read"),
+        (spoil, "tokenizer.json", "its files in the bundle cannot be used"),
+        (unlink, "tokenizer.json", "its files in the bundle cannot be used"),
+        (spoil, "generation_config.json", "its files in the bundle cannot be used"),
+        (spoil, "config.json", "its files in the bundle cannot be used"),
     ],
 )
 @pytest.mark.parametrize("variant", ["base", "v1"])
@@ -68,7 +68,7 @@ def test_the_others_are_served(
 def test_no_variant_left(damaged: Path) -> None:
     for variant in ("base", "v1"):
         spoil(damaged / "variants" / variant / "config.json")
-    with pytest.raises(BundleError, match=r"config\.json cannot be read"):
+    with pytest.raises(BundleError, match=r"config\.json has changed"):
         LLM(damaged, num_threads=1, kv_cache_bytes=1 << 24)
 
 
@@ -92,7 +92,7 @@ def test_over_http(server: ThreadServer) -> None:
         assert refused.status_code == 503, refused.text
         error = refused.json()["error"]
         assert (error["code"], error["type"]) == ("model_unusable", "service_unavailable_error")
-        assert "`base` is not served: its tokenizer cannot be loaded" in error["message"]
+        assert "`base` is not served: its files in the bundle cannot be used" in error["message"]
         assert "/" not in error["message"], "no paths"
     assert [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["v1"]
     (fault,) = server.client.processor.faults.values()

@@ -53,7 +53,7 @@ class OutputProcessor:
     def __init__(self, info: "EngineInfo") -> None:
         self.variants: dict[str, VariantInfo] = {variant.name: variant for variant in info.variants}
         self.faults = {
-            variant.name: Fault("its configuration cannot be read", variant.fault)
+            variant.name: Fault("its files in the bundle cannot be used", variant.fault)
             for variant in info.variants
             if variant.fault is not None
         }

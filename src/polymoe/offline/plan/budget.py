@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from polymoe.offline.calibrate.calibrate import Calibration
     from polymoe.offline.checkpoint.family import Family
 
-_FEWEST_BYTES = 1024  # a budget below, without a unit, is no number of bytes
+_FEWEST_BYTES = 256  # a budget below, without a unit, is no number of bytes
 _MOST_MULTIPLES = 1e6
 
 
