@@ -24,17 +24,17 @@ from polymoe.errors import ConfigError, PolymoeError
 from polymoe.field_types import wrong_value
 
 PREFIX = "POLYMOE_"
-# Variables that are no options: read where a library is loaded, before or without a command line.
-_NO_OPTIONS = ("NO_KERNELS", "NO_AUTOTUNE", "CONFIG")
+# Variables that are no options: read where a library is loaded, or by tests, before or without a command line.
+_NO_OPTIONS = ("CONFIG", "KERNELS", "NO_KERNELS", "NO_AUTOTUNE", "STRICT_TESTS")
 
 
 @dataclass(frozen=True)
 class Option:
     """What the annotation of a field says beside its type.
 
-    name: of the flag, the key and the variable; default: the field's. flag: whether command lines have it.
-    shown: the default, as one types it. variable: whether --help names it. ranged: whether --help shows the bounds, and
-    the command line checks them. secret: is never printed.
+    name: of the flag, the key and the variable, where it is not the field's. flag: whether command lines have it.
+    shown: the default as one types it. variable: whether --help names the variable. ranged: whether --help shows the
+    bounds (a value beyond them is then a usage error). secret: is not printed by --check-config.
     read: (what was given, where) -> the field's value, for what is written otherwise than in Python.
     check: raises `ConfigError` for a value that is wrong in a way that bounds do not say.
     """
