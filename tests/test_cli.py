@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from polymoe.cli.main import app, engine_config
+from polymoe.cli.main import app
+from polymoe.config import EngineConfig
 from polymoe.demo import family_paths
 from polymoe.errors import PolymoeError
+from polymoe.options import options_of, resolve
 
 SPECS = [f"{name}={path}" for name, path in family_paths().items()]
 
@@ -68,6 +70,10 @@ def test_help_is_fast_and_complete() -> None:
     assert all(command in result.output for command in ("inspect", "plan", "generate", "serve", "demo", "eval"))
     lazy = "import sys, polymoe.cli.main; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", lazy], check=True)
+
+
+def engine_config(bundle: str, **flags: object) -> EngineConfig:
+    return EngineConfig(bundle=bundle, **resolve(options_of(EngineConfig), flags, {}).of(EngineConfig))
 
 
 def test_sizes_and_types_on_the_command_line() -> None:

@@ -13,14 +13,13 @@ from damage import Liar
 from families import make_family
 from polymoe.bundle.manifest import Fidelity, VariantRecord
 from polymoe.bundle.reader import Bundle, record_fidelity
-from polymoe.cli.main import file_lists
 from polymoe.errors import BundleError, PlanError, PolymoeError
 from polymoe.evaluate.target import meet_target
 from polymoe.offline.api import inspect_bundle, make_plan
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.budget import build_plan, expert_budget, parse_memory
 from polymoe.offline.plan.layout import lay_out
-from polymoe.offline.plan.options import POLICIES, PlanOptions
+from polymoe.offline.plan.options import POLICIES, PlanOptions, file_lists
 from polymoe.offline.plan.plan import Plan
 from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
 from polymoe.offline.similarity.relation import related_groups

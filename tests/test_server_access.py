@@ -10,8 +10,7 @@ from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
-from polymoe.server.cors import check_origin
-from polymoe.server.settings import ServerSettings
+from polymoe.server.settings import ServerSettings, check_origin
 
 PAGE = "https://app.example.org"
 

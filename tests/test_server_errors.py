@@ -305,13 +305,13 @@ def test_addresses_are_checked_before_anything_is_loaded(tmp_path: Path) -> None
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} is in use; choose another with --port"):
-            run_server(config, port=port)
+            run_server(config, ServerSettings(port=port))
         with pytest.raises(ConfigError, match="is in use"):
-            check_address("127.0.0.1", port, None)
+            check_address(ServerSettings(port=port))
     for host in ("0.0.0.0", "::", "192.168.1.1", "example.org"):
         with pytest.raises(ConfigError, match="--api-key"):
-            check_address(host, port, None)
+            check_address(ServerSettings(host=host, port=port))
     with pytest.raises(ConfigError, match="choose another with --host"):
-        check_address("192.0.2.1", port, "key")
-    check_address("127.0.0.1", port, None)
-    check_address("0.0.0.0", port, "key")
+        check_address(ServerSettings(host="192.0.2.1", port=port, api_key="key"))
+    check_address(ServerSettings(port=port))
+    check_address(ServerSettings(host="0.0.0.0", port=port, api_key="key"))

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from benchmarks.options import Out, Specs, checkpoints_of, console, program
-from polymoe.cli.arguments import file_lists, pairs
 from polymoe.cli.main import main
 from polymoe.demo import text_paths
+from polymoe.offline.plan.options import file_lists, pairs
 
 app = program()
 

@@ -7,10 +7,10 @@ import typer
 
 from benchmarks.baselines.methods import BUDGETS, GROUPS
 from benchmarks.options import Out, Specs, checkpoints_of, console, program
-from polymoe.cli.arguments import file_lists, pairs
 from polymoe.cli.main import main
 from polymoe.demo import text_paths
 from polymoe.errors import PolymoeError
+from polymoe.offline.plan.options import file_lists, pairs
 
 app = program()
 

@@ -3,14 +3,14 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
 from polymoe.errors import ConfigError
-from polymoe.field_types import wrong_field
+from polymoe.options import Option, check_options
 
 DEFAULT_KV_BYTES = 1 << 30  # of the KV cache where nothing is said and it does not fill a device
 
@@ -71,6 +71,71 @@ def parse_numbers(values: Sequence[str], option: str, meaning: str) -> dict[str,
     return found
 
 
+def _size(given: Any, _where: str) -> Any:
+    """`4GiB` -> bytes; a number (of a file) is bytes."""
+    return parse_bytes(given) if isinstance(given, str) else given
+
+
+def _size_or_auto(given: Any, where: str) -> Any:
+    return None if given == "auto" else _size(given, where)
+
+
+def _numbers(meaning: str) -> Callable[[Any, str], Any]:
+    """Reads `["math=2"]`; a table (of a file) is what it says."""
+
+    def read(given: Any, where: str) -> Any:
+        is_texts = isinstance(given, list) and all(isinstance(item, str) for item in given)
+        return parse_numbers(given, where, meaning) if is_texts else given
+
+    return read
+
+
+def _path(given: Any, where: str) -> Path:
+    if not isinstance(given, str | Path):
+        raise ConfigError(f"{where} must be a path, got {given!r}.")
+    return Path(given)
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for variant, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"the weight of {variant} must be more than 0, got {weight:g}; 1 is an equal share.")
+
+
+def _check_classes(slo: Mapping[str, float]) -> None:
+    for name, seconds in slo.items():
+        if _CLASS_NAME.fullmatch(name) is None:
+            raise ConfigError(f"{name[:64]!r} is no name of an SLO class; use letters, digits, '.', '_' and '-'.")
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"SLO class {name} must be more than 0 seconds, got {seconds:g}.")
+
+
+class PlanConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is served: a bundle, or checkpoints and how they become one."""
+
+    sources: Annotated[
+        tuple[str, ...], Option("a bundle, or checkpoints to plan now, each as NAME=PATH", flag=False)
+    ] = ()
+    policy: Annotated[
+        str,
+        Option(
+            "auto: sharing and formats chosen position by position; paper, separate, mean, regmean, delta, "
+            "exact-delta, cluster: one way everywhere"
+        ),
+    ] = "auto"
+    memory: Annotated[
+        str | None,
+        Option(
+            "1.0x: expert bytes in multiples of one model's; 24GiB (or 24G): all weights on the device. K, M, G, T "
+            "are powers of 1024, KB, MB, GB, TB of 1000"
+        ),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        Option("where bundles planned on the fly are kept; default ~/.cache/polymoe", variable=True, read=_path),
+    ] = None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine serves one bundle.
 
@@ -78,54 +143,83 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     bundle: str
-    verify: bool = False  # compare every file of the bundle with its hash before it is served
-    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
-    slots: int | None = None  # None: one a variant, so no switch ever happens
-    max_variants_per_step: int | None = None  # None: as many as there are slots; 1: no mixing in a batch
-    prefetch: bool = True  # with fewer slots than variants: one staging row more, for the variant that runs next
-    async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: with CUDA graphs
-    block_size: int = 16
-    num_kv_blocks: int | None = None  # None: from kv_cache_bytes
-    kv_cache_bytes: int | None = None  # None: what remains of a GPU; DEFAULT_KV_BYTES on a CPU
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None  # None: what the variants were configured for
-    enable_prefix_caching: bool = True
-    expert_cache_bytes: int = 256 << 20  # room for absent experts that were fetched; 0: drop after use
-    max_waiting: int = 1024  # requests waiting beyond this are refused with 429
-    weights: dict[str, float] = {}  # variant -> its share of the tokens when all want some; 1 where nothing is said
-    slo: dict[str, float] = {}  # class of requests -> seconds to the first token; "default": those that name none
-    admission_factor: float | None = 1.5  # refuse what would take this many times its class; None: never
-    target_itl: float | None = None  # seconds; prompts are cut smaller so that no sequence waits longer for a token
-    num_threads: int | None = None  # CPU threads for torch; None: torch's default, one for a very small model
-    seed: int = 0
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Option("auto (as stored), float32, bfloat16 or float16")
+    ] = "auto"
+    slots: Annotated[
+        int | None, Option("variants whose non-experts are on the device at once; default all", at_least=1)
+    ] = None
+    max_variants_per_step: Annotated[
+        int | None, Option("default: as many as there are slots; 1: no mixing in a batch", flag=False, at_least=1)
+    ] = None
+    prefetch: Annotated[
+        bool,
+        Option("with fewer slots than variants: one staging row more, for the variant that runs next", flag=False),
+    ] = True
+    async_scheduling: Annotated[
+        bool | None,
+        Option("launch a step before the last one's tokens are read; default: with CUDA graphs", flag=False),
+    ] = None
+    block_size: Annotated[int, Option("tokens in a block of keys and values", flag=False, at_least=1)] = 16
+    num_kv_blocks: Annotated[int | None, Option("default: from kv_cache", flag=False, at_least=1)] = None
+    kv_cache_bytes: Annotated[
+        int | None,
+        Option(
+            "memory for keys and values, for example 4GiB; auto: what remains of a GPU, 1GiB on a CPU",
+            name="kv_cache", shown="auto", at_least=0, read=_size_or_auto,
+        ),
+    ] = None  # fmt: skip
+    expert_cache_bytes: Annotated[  # 0: drop after use
+        int,
+        Option(
+            "memory for absent experts that were fetched", name="expert_cache", shown="256MiB", at_least=0, read=_size
+        ),
+    ] = 256 << 20
+    max_model_len: Annotated[
+        int | None, Option("longest sequence in tokens; default: what the variants support", at_least=1)
+    ] = None
+    max_num_seqs: Annotated[int, Option("sequences that run at once", at_least=1)] = 64
+    max_num_batched_tokens: Annotated[int, Option("tokens in one step", at_least=1)] = 2048
+    enable_prefix_caching: Annotated[bool, Option("keep keys and values of prompts that begin alike", flag=False)] = (
+        True
+    )
+    max_waiting: Annotated[int, Option("requests waiting beyond this are refused with 429", at_least=1)] = 1024
+    weights: Annotated[
+        dict[str, float],
+        Option(
+            "share of a variant when all are busy; default 1 each; may be repeated", name="weight",
+            metavar="NAME=WEIGHT", read=_numbers("WEIGHT"), check=_check_weights,
+        ),
+    ] = {}  # fmt: skip
+    slo: Annotated[  # "default": of requests that name none
+        dict[str, float],
+        Option(
+            "class of requests and its time to first token; may be repeated", metavar="NAME=SECONDS",
+            read=_numbers("SECONDS"), check=_check_classes,
+        ),
+    ] = {}  # fmt: skip
+    admission_factor: Annotated[
+        float | None,
+        Option(
+            "refuse what would take this many times its SLO class; 0: refuse nothing for that", more_than=0,
+            read=lambda given, _where: given if given != 0 or given is False else None,
+        ),
+    ] = 1.5  # fmt: skip
+    target_itl: Annotated[
+        float | None,
+        Option("seconds: prompts are cut smaller so that no token takes longer; default no limit", more_than=0),
+    ] = None
+    num_threads: Annotated[  # one for a very small model
+        int | None, Option("CPU threads; default torch's", name="threads", at_least=1)
+    ] = None
+    verify: Annotated[bool, Option("first compare all weights with their hashes, as `polymoe verify` does")] = False
+    seed: Annotated[int, Option("of requests that name none", flag=False)] = 0
 
     def __post_init__(self) -> None:
-        if (wrong := wrong_field(self)) is not None:
-            raise ConfigError(f"{wrong[0]} must be {wrong[1]}.")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("slots", "max_variants_per_step", "num_kv_blocks", "max_model_len", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        for name in ("kv_cache_bytes", "expert_cache_bytes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for variant, weight in self.weights.items():
-            if not 0 < weight < math.inf:
-                raise ConfigError(f"the weight of {variant} must be more than 0, got {weight:g}; 1 is an equal share.")
-        for name, seconds in self.slo.items():
-            if _CLASS_NAME.fullmatch(name) is None:
-                raise ConfigError(f"{name[:64]!r} is no name of an SLO class; use letters, digits, '.', '_' and '-'.")
-            if not 0 < seconds < math.inf:
-                raise ConfigError(f"SLO class {name} must be more than 0 seconds, got {seconds:g}.")
-        for name in ("admission_factor", "target_itl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be more than 0, got {value:g}; leave it out to switch it off.")
+        if not isinstance(self.bundle, str):
+            raise ConfigError(f"bundle must be a text, got {self.bundle!r}.")
+        check_options(self)
 
     @property
     def cache_bytes(self) -> int:

@@ -12,7 +12,12 @@ import msgspec
 @cache
 def _fields(kind: type[msgspec.Struct]) -> tuple[tuple[str, Any, frozenset[type]], ...]:
     """(name, annotation, classes whose values are right without a closer look) of each field."""
-    return tuple((field.name, field.type, frozenset(_plain(field.type))) for field in msgspec.structs.fields(kind))
+    hints = ((field.name, _bare(field.type)) for field in msgspec.structs.fields(kind))
+    return tuple((name, hint, frozenset(_plain(hint))) for name, hint in hints)
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
 def _plain(hint: Any) -> set[type]:
@@ -29,11 +34,18 @@ def wrong_field(record: msgspec.Struct) -> tuple[str, str] | None:
         value = getattr(record, name)
         if value.__class__ in plain or (value.__class__ in (list, dict) and not value):
             continue
-        try:
-            msgspec.convert(value, hint)
-        except msgspec.ValidationError:
-            given = repr(value)
-            return name, f"{_words(hint)}, got {given if len(given) <= 200 else given[:200] + '…'}"
+        if (wrong := wrong_value(hint, value)) is not None:
+            return name, wrong
+    return None
+
+
+def wrong_value(hint: Any, value: Any) -> str | None:
+    """`a number or None, got 'x'` for a value that is not of the type `hint`; None for one that is."""
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        given = repr(value)
+        return f"{_words(hint)}, got {given if len(given) <= 200 else given[:200] + '…'}"
     return None
 
 
@@ -47,5 +59,6 @@ def _words(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}
     if hint in names:
         return names[hint]
-    parts = " to ".join(_words(part).split(" ", 1)[-1] + "s" for part in typing.get_args(hint))
-    return f"a {typing.get_origin(hint).__name__} of {parts}"
+    parts = " to ".join(_words(part).split(" ", 1)[-1] + "s" for part in typing.get_args(hint) if part is not ...)
+    kind = typing.get_origin(hint)
+    return f"a {'list' if kind is tuple else kind.__name__} of {parts}"

@@ -1,13 +1,13 @@
 """`polymoe cache …`: what was planned on the fly and made for benchmarks, and how to get rid of it."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from polymoe.cache_folder import cache_root
-from polymoe.cli.arguments import CacheFolder
+from polymoe.cache_folder import VARIABLE, cache_root
 from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PolymoeError, explain
@@ -20,6 +20,12 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 console = Console()
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", envvar=VARIABLE, help="where bundles planned on the fly are kept; default ~/.cache/polymoe"
+    ),
+]
 
 
 @app.command(name="list")

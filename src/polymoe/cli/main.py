@@ -4,53 +4,23 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 from rich.table import Table
 
-from polymoe.cli.arguments import (
-    AdmissionFactor,
-    AllowedOrigin,
-    ApiKey,
-    Base,
-    CacheFolder,
-    Calibrate,
-    Clusters,
-    DeltaBits,
-    Device,
-    Distill,
-    DType,
-    ExpertCache,
-    Grace,
-    Host,
-    HostShare,
-    KVCache,
-    MaxBatched,
-    MaxLen,
-    MaxSeqs,
-    Memory,
-    MinTop1,
-    Policy,
-    Port,
-    Slo,
-    SlotsOption,
-    Specs,
-    TargetItl,
-    Text,
-    Threads,
-    Verify,
-    Weight,
-    file_lists,
-    pairs,
-)
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
-from polymoe.config import EngineConfig, parse_bytes, parse_numbers
+from polymoe.cli.options import PLAN, SERVE, some, takes
+from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
+from polymoe.offline.plan.options import PlanOptions, pairs
+from polymoe.options import Settings
+from polymoe.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from polymoe.evaluate.fidelity import Samples
@@ -65,19 +35,16 @@ app.add_typer(bench)
 app.add_typer(cache_app)
 console = Console()
 
-
-def engine_config(bundle: str | Path, **options: Any) -> EngineConfig:
-    """Options as typed on the command line -> `EngineConfig`."""
-    return EngineConfig(bundle=str(bundle), **engine_options(**options))
-
-
-def engine_options(**options: Any) -> dict[str, Any]:
-    """Options as typed on the command line -> fields of `EngineConfig`."""
-    for name in ("kv_cache", "expert_cache"):
-        if name in options:
-            text = options.pop(name)
-            options[f"{name}_bytes"] = None if name == "kv_cache" and text == "auto" else parse_bytes(text)
-    return options
+Specs = Annotated[
+    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="VARIANT=FILE",
+        help="held-out text, as for --calibrate: measure at the end what a variant lost, and record it",
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -123,18 +90,11 @@ def inspect(
 
 
 @app.command()
+@takes(some(PLAN, "policy memory base delta_bits clusters min_top1 host_share calibrate distill"))
 def plan(
     specs: Specs,
     out: Annotated[Path, typer.Option(help="folder of the new bundle")],
-    policy: Policy = "auto",
-    memory: Memory = None,
-    base: Base = "stored",
-    delta_bits: DeltaBits = None,
-    clusters: Clusters = None,
-    min_top1: MinTop1 = None,
-    host_share: HostShare = None,
-    calibrate: Calibrate = None,
-    distill: Distill = None,
+    settings: Settings,
     text: Text = None,
     force: Annotated[
         bool,
@@ -146,17 +106,13 @@ def plan(
     """Decide which experts are shared, and how they are stored, and write a bundle that is ready to serve."""
     from polymoe.bundle.reader import Bundle
     from polymoe.offline.api import make_plan
-    from polymoe.offline.plan.options import PlanOptions
 
-    options = PlanOptions(
-        base=base, delta_bits=delta_bits, clusters=clusters, min_top1=min_top1, host_share=host_share,
-        calibrate=file_lists(calibrate or [], "--calibrate"), distill=distill, accept_unrelated=force,
-    )  # fmt: skip
+    options = PlanOptions(**settings.of(PlanOptions), accept_unrelated=force)
     texts = pairs(text or [], "--text")
     checkpoints, samples = _samples(specs, texts)  # what is wrong with a text is said before minutes of planning
 
     def make(options: PlanOptions, overwrite: bool) -> Bundle:
-        return make_plan(specs, policy, memory, out, overwrite, console, options)
+        return make_plan(specs, settings["policy"], settings["memory"], out, overwrite, console, options)
 
     if not texts:
         make(options, force)
@@ -168,7 +124,9 @@ def plan(
 
 
 @app.command()
+@takes(some(SERVE, "dtype device slots threads"))
 def generate(
+    settings: Settings,
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
     prompt: Annotated[list[str], typer.Option(help="a prompt; may be repeated")],
     variant: Annotated[list[str] | None, typer.Option(help="which variants answer; default all")] = None,
@@ -176,15 +134,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int | None, typer.Option()] = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    slots: SlotsOption = None,
-    threads: Threads = None,
 ) -> None:
     """Complete prompts with several variants in one batch, without a server."""
     from polymoe import LLM, SamplingParams
 
-    llm = LLM(bundle, **engine_options(dtype=dtype, device=device, slots=slots, num_threads=threads))
+    llm = LLM(bundle, **settings.of(EngineConfig))
     names = variant or llm.variants
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     prompts = [text for text in prompt for _ in names]
@@ -197,82 +151,69 @@ def generate(
 
 
 @app.command()
+@takes(SERVE, file="config")
 def serve(
-    sources: Annotated[
-        list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to plan now")
-    ],
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    api_key: ApiKey = None,
-    allowed_origin: AllowedOrigin = None,
-    policy: Policy = "auto",
-    memory: Memory = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    slots: SlotsOption = None,
-    kv_cache: KVCache = "auto",
-    expert_cache: ExpertCache = "256MiB",
-    max_model_len: MaxLen = None,
-    max_num_seqs: MaxSeqs = 64,
-    max_num_batched_tokens: MaxBatched = 2048,
-    max_waiting: Annotated[int, typer.Option(help="requests waiting beyond this are refused with 429")] = 1024,
-    weight: Weight = None,
-    slo: Slo = None,
-    admission_factor: AdmissionFactor = 1.5,
-    target_itl: TargetItl = None,
-    threads: Threads = None,
-    grace: Grace = 30.0,
-    verify: Verify = False,
-    cache: CacheFolder = None,
+    settings: Settings,
+    sources: Annotated[  # noqa: ARG001  (`takes` reads it, and the file)
+        list[str] | None,
+        typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to plan now"),
+    ] = None,
+    config: Annotated[  # noqa: ARG001
+        Path | None, typer.Option(envvar="POLYMOE_CONFIG", help="TOML file of options: docs/configuration.md")
+    ] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="print what would be used and where it comes from, and exit")
+    ] = False,
 ) -> None:
     """Serve a bundle through the OpenAI API; `model` in a request names the variant."""
+    if not settings["sources"]:
+        raise typer.BadParameter("name a bundle, or checkpoints as NAME=PATH…")
+    if check_config:
+        ServerSettings(**settings.of(ServerSettings))
+        EngineConfig(bundle="", **settings.of(EngineConfig))
+        for line in settings.lines():
+            console.print(line, soft_wrap=True)
+    else:
+        _serve(settings["sources"], settings, settings["policy"], settings["memory"])
+
+
+@app.command()
+@takes(some(SERVE, "host port policy threads cache"))
+def demo(settings: Settings) -> None:
+    """Serve the four small models that come with the package: base, math, drama and code."""
+    from polymoe.demo import family_paths
+
+    specs = [f"{name}={path}" for name, path in family_paths().items()]
+    policy = settings["policy"]
+    if policy == "auto":
+        console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
+    # One model's experts for all four, as `paper` takes by itself: that they fit a computer whole would show nothing.
+    _serve(specs, settings, policy, "1.0x" if policy == "auto" else None)
+
+
+def _serve(sources: Sequence[str], settings: Settings, policy: str, memory: str | None) -> None:
+    """Until the server is stopped. `settings`: of the server, the engine and the cache."""
     from polymoe.server.serve import check_address, run_server
 
-    options = engine_options(
-        dtype=dtype, device=device, slots=slots, kv_cache=kv_cache, expert_cache=expert_cache,
-        max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        max_waiting=max_waiting, weights=parse_numbers(weight or [], "--weight", "WEIGHT"),
-        slo=parse_numbers(slo or [], "--slo", "SECONDS"), admission_factor=admission_factor or None,
-        target_itl=target_itl, num_threads=threads, verify=verify,
-    )  # fmt: skip
-    config = EngineConfig(bundle="", **options)  # what is wrong is said before minutes are spent on planning
-    origins = tuple(allowed_origin or ())
-    check_address(host, port, api_key, origins)
+    config = EngineConfig(bundle="", **settings.of(EngineConfig))  # before minutes are spent on planning
+    server = ServerSettings(**settings.of(ServerSettings))
+    check_address(server)
     if len(sources) == 1 and "=" not in sources[0]:
         bundle = Path(sources[0])
     else:
         from polymoe.offline.cache import planned_bundle
 
         bundle = planned_bundle(
-            sources, policy, memory, device=device, reserved=config.cache_bytes, cache=cache, console=console
-        )
-    config = msgspec.structs.replace(config, bundle=str(bundle))
-    raise typer.Exit(
-        run_server(config, host=host, port=port, api_key=api_key, allowed_origins=origins, grace=grace, console=console)
-    )
-
-
-@app.command()
-def demo(
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    policy: Policy = "auto",
-    threads: Threads = None,
-    cache: CacheFolder = None,
-) -> None:
-    """Serve the four small models that come with the package: base, math, drama and code."""
-    from polymoe.demo import family_paths
-
-    specs = [f"{name}={path}" for name, path in family_paths().items()]
-    if policy == "auto":
-        console.print("Policy auto; the paper's own sharing: polymoe demo --policy paper", soft_wrap=True)
-    # One model's experts for all four, as `paper` takes by itself: that they fit a computer whole would show nothing.
-    memory = "1.0x" if policy == "auto" else None
-    serve(specs, host=host, port=port, policy=policy, memory=memory, threads=threads, cache=cache)
+            sources, policy, memory, device=config.device, reserved=config.cache_bytes, cache=settings["cache"],
+            console=console,
+        )  # fmt: skip
+    raise typer.Exit(run_server(msgspec.structs.replace(config, bundle=str(bundle)), server, console=console))
 
 
 @app.command(name="eval")
+@takes(some(SERVE, "dtype device slots threads", dtype="float32"))
 def evaluate(
+    settings: Settings,
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
     text: Annotated[
         list[str],
@@ -284,19 +225,16 @@ def evaluate(
     original: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT=PATH", help="its checkpoint, if it moved since the plan")
     ] = None,
-    dtype: DType = "float32",
-    device: Device = "auto",
     window: Annotated[int | None, typer.Option(min=2, help="tokens a window of text; default 256")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="windows or pairs a variant; default all")] = None,
     batch: Annotated[int, typer.Option(min=1, help="windows or pairs a pass")] = 8,
-    slots: SlotsOption = None,
-    threads: Threads = None,
 ) -> None:
     """Measure how close each served variant is to its original: KL, top-1 agreement, perplexities, bytes."""
     from polymoe.evaluate.report import run_eval
 
-    config = engine_config(bundle, dtype=dtype, device=device, slots=slots, num_threads=threads,
-                           enable_prefix_caching=False, max_num_seqs=batch)  # fmt: skip
+    config = EngineConfig(
+        bundle=str(bundle), **settings.of(EngineConfig), enable_prefix_caching=False, max_num_seqs=batch
+    )
     report = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
     print(json.dumps(report))
 

@@ -1,7 +1,8 @@
 """The target of agreement against the measured one: what falls short is planned again with more bytes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from polymoe.bundle.manifest import Fidelity
 from polymoe.bundle.reader import Bundle

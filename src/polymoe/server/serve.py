@@ -5,7 +5,7 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -27,19 +27,17 @@ _LAST_WORDS = 3.0
 _MAX_HEADER_BYTES = 64 << 10
 
 
-def check_address(host: str, port: int, api_key: str | None, allowed_origins: Sequence[str] = ()) -> None:
+def check_address(settings: ServerSettings) -> None:
     """Raises `ConfigError` unless `run_server` could listen there now: to be called before anything slow."""
-    ServerSettings(host=host, port=port, api_key=api_key, allowed_origins=tuple(allowed_origins))
-    bind(host, port).close()
+    bind(settings.host, settings.port).close()
 
 
-def run_server(config: EngineConfig, *, console: Console | None = None, **options: Any) -> int:
-    """Serve a bundle until SIGTERM, SIGINT or SIGHUP. `options` are the fields of `ServerSettings` (host, port …).
+def run_server(config: EngineConfig, settings: ServerSettings, *, console: Console | None = None) -> int:
+    """Serve a bundle until SIGTERM, SIGINT or SIGHUP.
 
     Returns the exit code: 0 after a stop that was asked for, 1 when the engine died.
     Raises: `PolymoeError` for what prevents the start (the port is in use, the bundle cannot be loaded …).
     """
-    settings = ServerSettings(**options)
     console = console or Console()
     sock = bind(settings.host, settings.port)  # before minutes are spent on loading
     try:

@@ -1,43 +1,75 @@
 """Options of the HTTP server (those of the engine are `polymoe.config.EngineConfig`)."""
 
 import ipaddress
-from dataclasses import dataclass
+import re
+from typing import Annotated
+
+import msgspec
 
 from polymoe.errors import ConfigError
-from polymoe.server.cors import check_origin
+from polymoe.options import Option, check_options
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*]+)(?::(\d{1,5}))?")
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
+def check_origin(origin: str) -> str:
+    """An origin as browsers send it (lower case, without the scheme's own port), or `*`. Raises `ConfigError`."""
+    if origin == "*":
+        return origin
+    match = _ORIGIN.fullmatch(origin.lower())
+    if match is None:
+        raise ConfigError(
+            f"{origin[:200]!r} is not an origin; write --allowed-origin https://app.example.org or "
+            "http://localhost:3000, without a path, or * for every web page."
+        )
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}" if port in (None, _DEFAULT_PORTS.get(scheme)) else f"{scheme}://{host}:{port}"
+
+
+def _check_key(key: str | None) -> None:
+    if key == "":
+        raise ConfigError("the API key is empty; leave it out or give one.")
+    if key is not None and (key != key.strip() or not key.isprintable()):
+        raise ConfigError(
+            "the API key begins or ends with white space, or holds a control character (a line break?), which no "
+            "client can send; remove it."
+        )
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for origin in origins:
+        check_origin(origin)
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are bytes, times are seconds. Raises `ConfigError` for a value out of range."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    api_key: str | None = None  # clients send it as a bearer token
-    allowed_origins: tuple[str, ...] = ()  # web pages that may use the server from a browser; "*": all
-    max_body_bytes: int = 4 << 20
-    body_timeout: float = 60.0  # for a request to arrive completely
-    heartbeat_timeout: float = 120.0  # without progress for this long, /health reports a dead engine
-    grace: float = 30.0  # for running requests when the server is told to stop
+    host: Annotated[str, Option("address to listen on; another than 127.0.0.1 needs --api-key")] = "127.0.0.1"
+    port: Annotated[int, Option("0: any free one", at_least=0, at_most=65535, ranged=True)] = 8000
+    api_key: Annotated[
+        str | None, Option("clients must send this key", variable=True, secret=True, check=_check_key)
+    ] = None  # as a bearer token
+    allowed_origins: Annotated[  # "*": all
+        tuple[str, ...],
+        Option(
+            "whose web pages may use the server, like http://localhost:3000; may be repeated", name="allowed_origin",
+            metavar="ORIGIN", check=_check_origins,
+        ),
+    ] = ()  # fmt: skip
+    max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
+    body_timeout: Annotated[float, Option("seconds for a request to arrive completely", flag=False, more_than=0)] = 60.0
+    heartbeat_timeout: Annotated[
+        float, Option("seconds without progress after which /health reports a dead engine", flag=False, more_than=0)
+    ] = 120.0
+    grace: Annotated[
+        float, Option("seconds to finish running requests after SIGTERM or SIGHUP", at_least=0, ranged=True)
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 0 and 65535, got {self.port}.")
-        if self.api_key == "":
-            raise ConfigError("the API key is empty; leave it out or give one.")
-        if self.api_key is not None and (self.api_key != self.api_key.strip() or not self.api_key.isprintable()):
-            raise ConfigError(
-                "the API key begins or ends with white space, or holds a control character (a line break?), which no "
-                "client can send; remove it."
-            )
-        object.__setattr__(self, "allowed_origins", tuple(check_origin(origin) for origin in self.allowed_origins))
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}.")
-        for name in ("body_timeout", "heartbeat_timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0 seconds, got {getattr(self, name)}.")
-        if self.grace < 0:
-            raise ConfigError(f"grace must not be negative, got {self.grace}.")
+        check_options(self)
+        origins = tuple(check_origin(origin) for origin in self.allowed_origins)
+        msgspec.structs.force_setattr(self, "allowed_origins", origins)
         if self.api_key is None and not _is_loopback(self.host):
             raise ConfigError(
                 f"Listening on {self.host} without a key would let anybody in the network use this server; "

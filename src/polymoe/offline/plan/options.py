@@ -1,11 +1,13 @@
 """What a user may ask of a policy beside its budget."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from polymoe.errors import PlanError
-from polymoe.quant.formats import BASE_FORMATS, STORED
+import msgspec
+
+from polymoe.errors import PlanError, PolymoeError
+from polymoe.options import Option
 
 POLICIES = {
     "auto": "the best use of every byte, chosen position by position",
@@ -20,26 +22,62 @@ POLICIES = {
 _DEFAULT_BITS = 2
 
 
-@dataclass(frozen=True)
-class PlanOptions:
+def pairs(values: Sequence[str], option: str) -> dict[str, Path]:
+    """`VARIANT=FILE` options -> a dict, each once, each an existing path."""
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise PolymoeError(f"{option} {value!r}: write VARIANT=PATH.")
+        if name in found:
+            raise PolymoeError(f"{option} names {name} twice.")
+        if not Path(path).exists():
+            raise PolymoeError(f"{option} {name}: {path} does not exist.")
+        found[name] = Path(path)
+    return found
+
+
+def file_lists(values: Sequence[str], option: str) -> dict[str, list[Path]]:
+    """`VARIANT=FILE` options -> variant -> its files, in order; each an existing path."""
+    found: dict[str, list[Path]] = {}
+    for value in values:
+        for name, path in pairs([value], option).items():
+            found.setdefault(name, []).append(path)
+    return found
+
+
+class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of `polymoe plan`; None is the policy's default.
 
-    base: format of the bases. delta_bits: bits a value of policy `delta`. clusters: groups of policy `cluster`.
-    min_top1: share of tokens on which every variant must agree with its original, policy `auto`.
     caution: `min_top1` is to hold for so many times the predicted error.
-    host_share: of what is routed, the share that may be fetched from the host tier, policy `auto`.
-    calibrate: variant -> text files. distill: steps of distillation on them after the plan.
     accept_unrelated: merge variants that plainly have another ancestor all the same.
     """
 
-    base: str = STORED.name
-    delta_bits: int | None = None
-    clusters: int | None = None
-    min_top1: float | None = None
+    base: Annotated[str, Option("format of the shared experts: stored, fp8, int8, int6, int5, int4 or int3")] = "stored"
+    delta_bits: Annotated[int | None, Option("policy delta: bits of each variant's correction, 1 to 4; default 2")] = (
+        None
+    )
+    clusters: Annotated[int | None, Option("policy cluster: groups of variants a position; default 2")] = None
+    min_top1: Annotated[float | None, Option("policy auto: fewest bytes at which each variant agrees this often")] = (
+        None
+    )
     caution: float = 1.0
-    host_share: float | None = None
-    calibrate: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    distill: int | None = None
+    host_share: Annotated[
+        float | None,
+        Option("policy auto: share of what is routed that may be fetched from the host tier; default 0"),
+    ] = None
+    calibrate: Annotated[
+        Mapping[str, Sequence[Path]],
+        Option(
+            "text to fit merges and formats to: plain, or .jsonl of {text} or {messages} (encoder–decoder: of {input, "
+            "target}); of a large file pieces spread over it are read; may be repeated, for a variant too",
+            metavar="VARIANT=FILE", read=file_lists,
+        ),
+    ] = {}  # fmt: skip
+    distill: Annotated[
+        int | None,
+        Option("then fit delta scales, norms and routers to the originals on the text", metavar="STEPS"),
+    ] = None
     accept_unrelated: bool = False
 
     @property
@@ -48,6 +86,8 @@ class PlanOptions:
 
     def check(self, policy: str) -> None:
         """Raise `PlanError` for an unknown policy, a value out of range, or an option that the policy does not have."""
+        from polymoe.quant.formats import BASE_FORMATS, STORED  # here: it loads torch, and the command line reads this file
+
         if policy not in POLICIES:
             names = list(POLICIES)
             raise PlanError(f"unknown policy {policy!r}; there are {', '.join(names[:-1])} and {names[-1]}.")
