@@ -7,8 +7,9 @@ import pytest
 
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager
-from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence, Scheduler
+from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import SampledToken, ScheduledSequence, StepResult
 from polymoe.errors import OverloadedError
 from polymoe.protocol.request import EngineRequest, SamplingParams, TokenOutput
 
@@ -37,10 +38,10 @@ def step(scheduler: Scheduler, token: int = 7) -> tuple[list[ScheduledSequence],
     scheduled = scheduler.schedule()
     assert sum(s.num_tokens for s in scheduled) <= scheduler.max_num_batched_tokens
     slots = scheduler.policies.slots
-    assert slots is None or {s.sequence.variant for s in scheduled} <= slots.active
+    assert slots is None or {s.variant for s in scheduled} <= slots.active
     assert all(s.num_tokens > 0 for s in scheduled)
-    sampled = {s.sequence: SampledToken(token) for s in scheduled if s.samples}
-    outputs = scheduler.update(scheduler.launched(scheduled), sampled)
+    sampled = {s.key: SampledToken(token) for s in scheduled if s.samples}
+    outputs = scheduler.update(scheduler.launched(scheduled), StepResult(sampled))
     scheduler.check_integrity()
     return scheduled, outputs
 
@@ -64,7 +65,7 @@ def test_a_long_prompt_is_split_over_steps_and_decodes_go_on_beside_it() -> None
     sizes = []
     for _ in range(3):
         scheduled, outputs = step(scheduler)
-        sizes.append({s.sequence.request_id: s.num_tokens for s in scheduled})
+        sizes.append({s.request.request_id: s.num_tokens for s in scheduled})
         assert any(o.request_id == "short" for o in outputs)
     assert sizes == [{"short": 1, "long": 15}, {"short": 1, "long": 15}, {"short": 1, "long": 10}]
 
@@ -126,7 +127,7 @@ def test_with_few_slots_no_variant_is_starved(slots: int) -> None:
             variant = 0 if rng.random() < 0.8 else rng.randrange(1, 3)
             scheduler.add(sequence(f"{tick}", variant=variant, max_tokens=4))
         waiting = {s.variant for s in scheduler.sequences}
-        served = {s.sequence.variant for s in step(scheduler)[0]}
+        served = {s.variant for s in step(scheduler)[0]}
         unserved = [unserved[v] + 1 if v in waiting - served else 0 for v in range(3)]
         assert max(unserved) <= 2 * (3 - slots)
     run_dry(scheduler)

@@ -15,7 +15,8 @@ from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager, salt_of
 from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
-from polymoe.engine.scheduling.step_plan import LaunchedStep, ScheduledSequence
+from polymoe.engine.scheduling.step_plan import LaunchedStep
+from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
 from polymoe.model.backends.base import DeviceKernels
@@ -271,13 +272,13 @@ class EngineCore:
                 request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything,
                 num_encoder_tokens=encoded,
             )  # fmt: skip
-            sequence = Sequence(request, salt=b"", block_ids=self.blocks.allocate(self.blocks.blocks_for(len(ids))))
-            scheduled.append(ScheduledSequence(sequence, len(ids)))
+            blocks = self.blocks.allocate(self.blocks.blocks_for(len(ids)))
+            scheduled.append(ScheduledSequence(SequenceKey(), request, 0, ids, blocks, samples=True))
         try:
             return self.runner.logits(scheduled)
         finally:
             for item in scheduled:
-                self.blocks.release(item.sequence.block_ids)
+                self.blocks.release(item.block_ids)
 
     def stats(self) -> EngineStats:
         num = len(self.info.variants)

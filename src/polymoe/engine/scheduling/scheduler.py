@@ -12,29 +12,19 @@ How much and whose turn it is, is decided by the policies (`policies.py`); here 
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager
 from polymoe.engine.scheduling.load_estimate import look_out
 from polymoe.engine.scheduling.running_batch import Places
-from polymoe.engine.scheduling.sequence import NO_TOKEN, PENDING, Sequence
-from polymoe.engine.scheduling.step_plan import LaunchedStep, PrefillQueues, ScheduledSequence, StepPlan
+from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_plan import LaunchedStep, PrefillQueues, StepPlan
+from polymoe.engine.scheduling.step_record import NO_TOKEN, PENDING, ScheduledSequence, StepResult
 from polymoe.engine.scheduling.variant_turns import VariantTurns
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
 from polymoe.protocol.queue_room import has_room
-from polymoe.protocol.request import TokenLogprobs, TokenOutput
-
-__all__ = ["SampledToken", "ScheduledSequence", "Scheduler"]
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """What the runner drew for one sequence."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+from polymoe.protocol.request import TokenOutput
 
 
 class Scheduler:
@@ -71,6 +61,7 @@ class Scheduler:
         self.tokens_served = [0] * len(max_model_len)
         self.deadline_misses = [0] * len(max_model_len)
         self._reconfigurations = reconfigurations
+        self._planned: list[Sequence] = []  # those of the step that was scheduled last
         self._step_started = 0.0
         self._measured = (0.0, 0, 0.0)  # the end of the last step, reconfigurations until then, their seconds
 
@@ -120,7 +111,8 @@ class Scheduler:
         if not plan.chosen and plan.allowed is not None and any(s.num_uncomputed for s in self.sequences):
             # All places or blocks are held by sequences that do not lose them, while it is not their turn.
             plan = self._plan(now, self.variants.of_the_oldest(now))
-        return [ScheduledSequence(s, n) for s, n in plan.chosen.items()]
+        self._planned = list(plan.chosen)
+        return [sequence.scheduled(count) for sequence, count in plan.chosen.items()]
 
     def _plan(self, now: float, allowed: frozenset[int] | None) -> StepPlan:
         plan = StepPlan(self.max_num_batched_tokens, allowed)
@@ -187,31 +179,32 @@ class Scheduler:
     # --- the end of a step
 
     def launched(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
-        """Book the progress of a step that was given to the device, as if it were done."""
+        """Book the progress of the step that was scheduled last and given to the device, as if it were done."""
         num_decodes = sum(item.num_tokens == 1 for item in scheduled)
         num_tokens = sum(item.num_tokens for item in scheduled)
-        for item in scheduled:
-            sequence = item.sequence
+        sequences = list(zip(self._planned, scheduled, strict=True))
+        for sequence, item in sequences:
             self.tokens_served[sequence.variant] += item.num_tokens
             if sequence.ended:  # the step before was its last
                 continue
-            samples = item.samples
             sequence.num_computed_tokens += item.num_tokens
-            if samples:
+            if item.samples:
                 sequence.token_ids.append(PENDING)
-        return LaunchedStep(scheduled, self._step_started, num_decodes, num_tokens - num_decodes)
+        return LaunchedStep(sequences, self._step_started, num_decodes, num_tokens - num_decodes)
 
-    def update(self, step: LaunchedStep, sampled: dict[Sequence, SampledToken]) -> list[TokenOutput]:
+    def update(self, step: LaunchedStep, result: StepResult) -> list[TokenOutput]:
         """The step's tokens are known: put them into their sequences, and finish what is finished."""
         outputs = []
         finished = []
         now = self.clock()
         self._measure(step, now)
-        for item in step.scheduled:
-            sequence = item.sequence
+        for sequence, item in step.sequences:
             if sequence.ended:
                 continue
-            token = sampled.get(sequence)
+            if (scored := result.prompt_logprobs.get(item.key)) is not None:
+                # What a run before a preemption has already collected is kept.
+                sequence.prompt_logprobs += scored[len(sequence.prompt_logprobs) - item.start :]
+            token = result.sampled.get(item.key)
             if token is None:
                 self.places.remember_full(sequence)
                 continue
