@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from polymoe.engine.policies.admission import AdmissionControl
+from polymoe.engine.policies.admission import AdmissionControl, has_room
 from polymoe.engine.policies.deficit_round_robin import MAX_DEBT, DeficitRoundRobin
 from polymoe.engine.policies.fair_share import FairShare
 from polymoe.engine.policies.slot_policy import SlotPolicy, VariantWork
@@ -14,7 +14,6 @@ from polymoe.engine.policies.step_budget import MIN_PREFILL, StepBudget
 from polymoe.engine.policies.step_cost import StepCost
 from polymoe.engine.scheduling.load_estimate import Backlog, Outlook
 from polymoe.errors import OverloadedError
-from polymoe.protocol.queue_room import has_room
 
 
 def serve(ring: DeficitRoundRobin[str], ready: set[str], tokens: int, most: int = 10) -> dict[str, int]:

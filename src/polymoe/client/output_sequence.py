@@ -8,6 +8,7 @@ from polymoe.protocol.request import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    SequenceId,
     TokenLogprobs,
     TokenOutput,
 )
@@ -19,6 +20,7 @@ class CompletionDelta:
     """What one step added to one of the n sequences of a request."""
 
     request_id: str
+    prompt_index: int
     index: int  # which of the n
     text: str
     token_ids: list[int]
@@ -37,6 +39,7 @@ class ClientRequest:
     def __init__(
         self,
         request_id: str,
+        prompt_index: int,
         variant: str,
         prompt: str | None,
         prompt_token_ids: list[int],
@@ -44,7 +47,7 @@ class ClientRequest:
         tokenizer: VariantTokenizer | None,
         sampling: SamplingParams,
     ) -> None:
-        self.request_id = request_id
+        self.request_id, self.prompt_index = request_id, prompt_index
         self.variant = variant
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
@@ -65,16 +68,17 @@ class ClientRequest:
             outputs=[sequence.result() for sequence in self.sequences],
             finished=True,
             num_cached_tokens=self.num_cached_tokens,
+            prompt_index=self.prompt_index,
         )
 
 
 class OutputSequence:
     """One of the n sequences: tokens come in, text goes out."""
 
-    def __init__(self, request: ClientRequest, index: int, engine_id: str, stop_ids: frozenset[int]) -> None:
+    def __init__(self, request: ClientRequest, index: int, stop_ids: frozenset[int]) -> None:
         sampling = request.sampling
         self.request = request
-        self.engine_id = engine_id
+        self.id = SequenceId(request.request_id, request.prompt_index, index)
         self._stop_ids = stop_ids
         self._sampling = sampling
         tokenizer = request.tokenizer
@@ -114,6 +118,7 @@ class OutputSequence:
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
         return CompletionDelta(
             request_id=request.request_id,
+            prompt_index=request.prompt_index,
             index=self.output.index,
             text=text,
             token_ids=token_ids,
@@ -132,6 +137,7 @@ class OutputSequence:
         self.output.finish_reason = reason
         return CompletionDelta(
             request_id=self.request.request_id,
+            prompt_index=self.request.prompt_index,
             index=self.output.index,
             text=text,
             token_ids=[],

@@ -18,7 +18,7 @@ from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_plan import LaunchedStep
 from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
-from polymoe.errors import ConfigError, ContextLengthError, RequestError
+from polymoe.errors import ConfigError, RequestError
 from polymoe.model.backends.base import DeviceKernels
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.encoder_decoder import EncoderDecoderModel
@@ -28,7 +28,7 @@ from polymoe.model.memory_plan import MemoryPlan, plan_memory
 from polymoe.model.served_model import ServedModel
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.protocol.info import EngineInfo, EngineStats
-from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
+from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceId, TokenOutput, TokenSampling
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
@@ -194,20 +194,10 @@ class EngineCore:
             warm_up(self.model, prompt_lengths(self.config.max_num_batched_tokens), progress)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `RequestError` for one that could never run, or (`OverloadedError`) not in time."""
-        if not 0 <= request.variant < len(self.info.variants):
-            raise RequestError(f"variant index {request.variant} does not exist.", param="model")
-        info = self.info.variants[request.variant]
-        count = len(request.prompt_token_ids)
-        if count == 0:
-            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        if count >= info.max_model_len:
-            raise ContextLengthError(info.max_model_len, count, request.sampling.max_tokens)
-        ids = (*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias)
-        if min(ids) < 0 or max(ids) >= info.vocab_size:
-            raise RequestError(f"token ids must be in [0, {info.vocab_size}) for model {info.name}.", param="prompt")
-        target = self._ttft_target(request.qos.slo_class)
-        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt), target))
+        """Queue a request. Raises `RequestError` for an SLO class that does not exist, and `OverloadedError` where the
+        queue is full or the first token would come too late."""
+        salt = salt_of(self.info.variants[request.variant].version, request.cache_salt)
+        self.scheduler.add(Sequence(request, salt, self._ttft_target(request.qos.slo_class)))
 
     def _ttft_target(self, slo_class: str) -> float | None:
         if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
@@ -217,7 +207,7 @@ class EngineCore:
             )
         return self.config.slo.get(slo_class)
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort(self, request_ids: list[SequenceId]) -> None:
         """Drop requests and free their blocks; ids that are not running are ignored."""
         self.scheduler.abort(set(request_ids))
 
@@ -264,12 +254,12 @@ class EngineCore:
         needed = sum(self.blocks.blocks_for(len(ids)) for _, ids in prompts)
         if not self.blocks.can_allocate([], needed):
             raise ConfigError(f"the KV cache has {self.blocks.num_free} free blocks, these prompts need {needed}.")
-        everything = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        everything = TokenSampling(max_tokens=1, prompt_logprobs=0)
         scheduled = []
         for index, (variant, ids) in enumerate(prompts):
             encoded = 0 if num_encoder_tokens is None else num_encoder_tokens[index]
             request = EngineRequest(
-                request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything,
+                request_id=SequenceId("logits", index), variant=variant, prompt_token_ids=ids, sampling=everything,
                 num_encoder_tokens=encoded,
             )  # fmt: skip
             blocks = self.blocks.allocate(self.blocks.blocks_for(len(ids)))

@@ -17,7 +17,7 @@ from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionDelta
 from polymoe.engine.core import EngineCore
 from polymoe.errors import EngineDeadError, RequestError
-from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams
+from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams, SequenceId
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SharedEngine:
         self._idle = threading.Condition(self._lock)
         self._leading = False  # whether a thread is in a step, and so the core is not to be touched
         self._tickets: dict[str, Ticket] = {}  # request id -> who waits for it
-        self._aborts: list[str] = []  # engine requests to drop before the next step
+        self._aborts: list[SequenceId] = []  # sequences to drop before the next step
         self._closed = False
 
     def submit(self, requests: Sequence[Submission], deltas: bool = False) -> Ticket:
@@ -184,11 +184,11 @@ class SharedEngine:
             ticket.news.finished.append(result)
             ticket.changed.notify_all()
 
-    def _abort(self, engine_ids: list[str]) -> None:
+    def _abort(self, sequences: list[SequenceId]) -> None:
         if self._leading:
-            self._aborts += engine_ids
+            self._aborts += sequences
         else:
-            self._core.abort(engine_ids)
+            self._core.abort(sequences)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """The ticket's requests end with an error."""

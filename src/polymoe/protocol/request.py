@@ -4,7 +4,7 @@ These types cross the process border (msgspec over a private socket), so they ar
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -127,6 +127,14 @@ class QoS(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+class SequenceId(NamedTuple):
+    """Names one sequence across the process border: of a client's request, its prompt, and the n choices for that."""
+
+    request: str
+    prompt: int = 0
+    choice: int = 0
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to extend, checked by `OutputProcessor.add_request`: what it says fits its variant. A client request
     with `n > 1` becomes n of these.
@@ -135,7 +143,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     already among them unless the client asked to ignore them.
     """
 
-    request_id: str
+    request_id: SequenceId
     variant: int
     prompt_token_ids: list[int]
     sampling: TokenSampling
@@ -157,7 +165,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine step added to one request."""
 
-    request_id: str
+    request_id: SequenceId
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None  # one entry a new token
     # One entry for each prompt token but the first, sent with the first new token.
@@ -201,3 +209,4 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_index: int = 0  # of a request with several prompts

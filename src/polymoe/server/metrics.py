@@ -76,14 +76,14 @@ class RequestTimer:
         self._variant = variant
         self._arrival = arrival  # time.monotonic()
         self._open = num_sequences
-        self._last: dict[tuple[str, int], float] = {}  # (request id, index) -> time of its last token
+        self._last: dict[tuple[int, int], float] = {}  # (prompt, which of its n) -> time of its last token
         metrics.prompt_tokens.labels(variant).inc(num_prompt_tokens)
 
     def observe(self, deltas: Sequence[CompletionDelta]) -> None:
         now = time.monotonic()
         metrics, variant = self._metrics, self._variant
         for delta in deltas:
-            key = (delta.request_id, delta.index)
+            key = (delta.prompt_index, delta.index)
             if delta.token_ids:
                 metrics.generation_tokens.labels(variant).inc(len(delta.token_ids))
                 if key in self._last:

@@ -1,5 +1,6 @@
 """Whether a request is taken: by the length of the queue, and by the time to first token that it would see."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -7,6 +8,16 @@ from polymoe.engine.policies.step_cost import StepCost
 from polymoe.errors import OverloadedError
 
 _SMOOTHING = 0.02  # weight of the newest interval between two ends of sequences
+
+
+def has_room(limit: int, total: int, own: int, share: float) -> bool:
+    """Whether one more fits into a queue of `limit`. Beyond it a variant may still fill its own `share` (0 to 1) of
+    the limit, so that the queue of one variant never shuts the others out; the queue stays below twice the limit.
+
+    Args:
+        total: entries in the queue, `own` of them of the variant that asks.
+    """
+    return total < limit or own < math.floor(limit * share)
 
 
 @dataclass(frozen=True)

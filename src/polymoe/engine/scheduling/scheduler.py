@@ -13,6 +13,7 @@ How much and whose turn it is, is decided by the policies (`policies.py`); here 
 import time
 from collections.abc import Callable, Iterable
 
+from polymoe.engine.policies.admission import has_room
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager
 from polymoe.engine.scheduling.load_estimate import look_out
@@ -23,8 +24,7 @@ from polymoe.engine.scheduling.step_record import NO_TOKEN, PENDING, ScheduledSe
 from polymoe.engine.scheduling.variant_turns import VariantTurns
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
-from polymoe.protocol.queue_room import has_room
-from polymoe.protocol.request import TokenOutput
+from polymoe.protocol.request import SequenceId, TokenOutput
 
 
 class Scheduler:
@@ -95,7 +95,7 @@ class Scheduler:
         sequence.max_len = min(limit, self.max_model_len[sequence.variant])
         self.waiting.add(sequence)
 
-    def abort(self, request_ids: set[str]) -> list[Sequence]:
+    def abort(self, request_ids: set[SequenceId]) -> list[Sequence]:
         """Forget these sequences and free their blocks; unknown ids are finished ones and fine."""
         gone = [s for s in self.sequences if s.request_id in request_ids]
         self._drop(gone)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence, SequenceKey
-from polymoe.protocol.request import EngineRequest, TokenLogprobs
+from polymoe.protocol.request import EngineRequest, SequenceId, TokenLogprobs
 
 Rank = tuple[int, float, float, float, int]
 
@@ -48,7 +48,7 @@ class Sequence:
         self.token_ids = list(self.request.prompt_token_ids)
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> SequenceId:
         return self.request.request_id
 
     @property

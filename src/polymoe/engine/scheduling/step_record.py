@@ -27,8 +27,8 @@ class ScheduledSequence:
     key: SequenceKey
     request: EngineRequest
     start: int  # tokens whose keys and values exist
-    input_ids: Sequence[int]  # at least one; the last one may be `PENDING`
-    block_ids: Sequence[int]  # of the KV cache, for the tokens computed and these
+    input_ids: list[int]  # at least one; the last one may be `PENDING`
+    block_ids: list[int]  # of the KV cache, for the tokens computed and these
     samples: bool  # whether these reach the end of the sequence, so that a new token is drawn
     num_output_tokens: int = 0  # known or pending
     token_ids: Sequence[int] = ()  # the whole sequence, where its sampling parameters look back
