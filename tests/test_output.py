@@ -99,7 +99,7 @@ def test_a_stop_string_ends_the_request_and_aborts_in_the_engine(processor: Outp
     assert finished[0].aborts == [SequenceId("r", 0, 0)]
     output = finished[0].finished[0].outputs[0]
     assert (output.text, output.finish_reason, output.stop_reason) == ("the quic", "stop", "k d")
-    assert "".join(delta.text for step in steps for delta in step.deltas) == output.text
+    assert "".join(chunk.text for step in steps for chunk in step.chunks) == output.text
     assert output.token_ids == ids[: len(output.token_ids)]
     assert len(output.token_ids) < len(ids)
     assert processor.num_sequences == 0
@@ -187,7 +187,7 @@ def test_abort_ends_what_still_runs(processor: OutputProcessor) -> None:
     assert [o.finish_reason for o in step.finished[0].outputs] == ["length", "abort"]
     assert [o.text for o in step.finished[0].outputs] == ["z", "dogz"]
     late = processor.process(outputs_of(SequenceId("r", 0, 1), [5]))
-    assert not late.deltas
+    assert not late.chunks
     assert processor.num_sequences == 0
 
 

@@ -90,8 +90,8 @@ def test_under_pressure_the_youngest_gives_way_and_all_finish() -> None:
         scheduler.add(sequence(name, prompt=6, max_tokens=12))
     counts = run_dry(scheduler)
     assert counts == {"a": 12, "b": 12, "c": 12}
-    assert sum(scheduler.places.preemptions) > 0
-    assert scheduler.places.blocks.num_free == 6
+    assert sum(scheduler.batch.preemptions) > 0
+    assert scheduler.batch.blocks.num_free == 6
 
 
 def test_abort_frees_everything_and_unknown_ids_are_fine() -> None:
@@ -104,7 +104,7 @@ def test_abort_frees_everything_and_unknown_ids_are_fine() -> None:
     assert [s.request_id for s in scheduler.sequences] == ["b"]
     scheduler.abort({"b"})
     assert not scheduler.has_work()
-    assert scheduler.places.blocks.usage == 0
+    assert scheduler.batch.blocks.usage == 0
 
 
 def test_a_full_queue_refuses() -> None:
@@ -145,7 +145,7 @@ def test_a_paused_variant_gives_its_blocks_to_the_one_whose_turn_it_is() -> None
     scheduler.add(old)
     old.added_time = young.added_time - 1  # preempted earlier, say: it is older although it waits
     assert run_dry(scheduler) == {"old": 8, "young": 7}  # one token of the young one was drawn above
-    assert scheduler.places.preemptions == [1, 0, 0]
+    assert scheduler.batch.preemptions == [1, 0, 0]
 
 
 def test_random_traffic_finishes_and_loses_nothing() -> None:

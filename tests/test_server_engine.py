@@ -94,9 +94,9 @@ def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(
         async def read(number: int) -> RequestOutput:
             stream = await client.submit(f"read-{number}", "base", [(None, prompts[number])], params)
             tokens: dict[int, list[int]] = {0: [], 1: []}
-            async for deltas in stream:
-                for delta in deltas:
-                    tokens[delta.index] += delta.token_ids
+            async for chunks in stream:
+                for chunk in chunks:
+                    tokens[chunk.index] += chunk.token_ids
             result = stream.results[0]
             assert tokens == {output.index: output.token_ids for output in result.outputs}
             return result
@@ -145,17 +145,17 @@ def test_wrong_requests_and_too_many(client: AsyncEngineClient, runner: asyncio.
 
 def test_requests_end_when_they_are_aborted_by_id(client: AsyncEngineClient, runner: asyncio.Runner) -> None:
     async def scenario() -> None:
-        deltas = [
-            delta
-            async for delta in client.generate(
+        chunks = [
+            chunk
+            async for chunk in client.generate(
                 "g", "base", ("the", [5, 6]), SamplingParams(max_tokens=3, ignore_eos=True)
             )
         ]
-        assert sum(len(delta.token_ids) for delta in deltas) == 3
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 3
         stream = await client.submit("x", "base", [(None, [5])], LONG)
         await anext(stream)
         client.abort(["x"])
-        reasons = [delta.finish_reason async for deltas in stream for delta in deltas]
+        reasons = [chunk.finish_reason async for chunks in stream for chunk in chunks]
         assert reasons[-1] == "abort"
         assert stream.results[0].finished
         assert await is_idle(client)

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from polymoe.client.output import OutputProcessor, StepOutput
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.errors import EngineDeadError, PolymoeError, RequestError
@@ -200,12 +200,12 @@ class AsyncEngineClient:
 
     async def generate(
         self, request_id: str, variant: str, prompt: Prompt, sampling: SamplingParams
-    ) -> AsyncIterator[CompletionDelta]:
-        """One prompt, delta by delta. Closing the generator aborts."""
+    ) -> AsyncIterator[CompletionChunk]:
+        """One prompt, chunk by chunk. Closing the generator aborts."""
         with await self.submit(request_id, variant, [prompt], sampling) as stream:
-            async for deltas in stream:
-                for delta in deltas:
-                    yield delta
+            async for chunks in stream:
+                for chunk in chunks:
+                    yield chunk
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests early (ids as given to `submit`); a stream still read sees reason "abort"."""
@@ -277,8 +277,8 @@ class AsyncEngineClient:
     def _deliver(self, step: StepOutput) -> None:
         if step.aborts:
             self._send(Abort(step.aborts))
-        for delta in step.deltas:
-            self._streams[delta.request_id].push_delta(delta)
+        for chunk in step.chunks:
+            self._streams[chunk.request_id].push_chunk(chunk)
         for result in step.finished:
             self._streams[result.request_id].push_result(result)
         for request_id in {result.request_id for result in step.finished} - self.processor.open_requests:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from polymoe.client.output_sequence import ClientRequest, CompletionDelta, OutputSequence
+from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
 from polymoe.errors import (
     BundleError,
     ContextLengthError,
@@ -49,7 +49,7 @@ class Fault:
 class StepOutput:
     """What the outputs of one engine step mean for the clients."""
 
-    deltas: list[CompletionDelta] = field(default_factory=list)
+    chunks: list[CompletionChunk] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
     aborts: list[SequenceId] = field(default_factory=list)  # sequences that nobody waits for any more
 
@@ -206,9 +206,9 @@ class OutputProcessor:
             sequence = self._sequences.get(output.request_id)
             if sequence is None:
                 continue
-            delta = sequence.update(output)
-            step.deltas.append(delta)
-            if delta.finish_reason is not None:
+            chunk = sequence.update(output)
+            step.chunks.append(chunk)
+            if chunk.finish_reason is not None:
                 if output.finish_reason is None:  # a stop string: the engine does not know yet
                     step.aborts.append(sequence.id)
                 self._end(sequence, step)
@@ -221,7 +221,7 @@ class OutputProcessor:
             parts = list(self._requests.get(request_id, {}).values())
             for sequence in (sequence for part in parts for sequence in part.sequences):
                 if sequence.output.finish_reason is None:
-                    step.deltas.append(sequence.finish("abort"))
+                    step.chunks.append(sequence.finish("abort"))
                     step.aborts.append(sequence.id)
                     self._end(sequence, step)
         return step

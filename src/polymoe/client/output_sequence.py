@@ -16,7 +16,7 @@ from polymoe.text.tokenizer import VariantTokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionDelta:
+class CompletionChunk:
     """What one step added to one of the n sequences of a request."""
 
     request_id: str
@@ -25,7 +25,7 @@ class CompletionDelta:
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None  # one entry a token
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first delta of sequence 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first chunk of sequence 0
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -90,7 +90,7 @@ class OutputSequence:
         logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
         self.output = CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs)
 
-    def update(self, new: TokenOutput) -> CompletionDelta:
+    def update(self, new: TokenOutput) -> CompletionChunk:
         """Take the tokens of a step. Tokens behind a stop string are dropped."""
         text, count, stop = self._push(new)
         if stop is None and new.finish_reason is not None:
@@ -116,7 +116,7 @@ class OutputSequence:
         self.output.token_ids += token_ids
         self._pieces.append(text)
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
-        return CompletionDelta(
+        return CompletionChunk(
             request_id=request.request_id,
             prompt_index=request.prompt_index,
             index=self.output.index,
@@ -130,12 +130,12 @@ class OutputSequence:
             timing=None if finish_reason is None else (new.queue_time, new.prefill_time, new.decode_time),
         )
 
-    def finish(self, reason: str) -> CompletionDelta:
+    def finish(self, reason: str) -> CompletionChunk:
         """End without another token."""
         text, _ = self._flush(may_stop=False)
         self._pieces.append(text)
         self.output.finish_reason = reason
-        return CompletionDelta(
+        return CompletionChunk(
             request_id=self.request.request_id,
             prompt_index=self.request.prompt_index,
             index=self.output.index,

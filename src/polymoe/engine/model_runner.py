@@ -236,7 +236,7 @@ class ModelRunner:
 
     @staticmethod
     def _prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> list[TokenLogprobs]:
-        """The row at position p scores the prompt token at p + 1; the last token's row scores none."""
+        """The row of prompt token p scores token p + 1; the last one's row scores none."""
         wanted = item.request.sampling.prompt_logprobs
         assert wanted is not None
         targets = item.request.prompt_token_ids[item.start + 1 : item.start + 1 + item.num_tokens]

@@ -106,8 +106,8 @@ class AsyncLLM:
         output = RunningOutput(request_id or f"llm-{next(self._ids)}", name, text, token_ids, sampling.n, delta)
         try:
             with await self._submit(name, (text, token_ids), sampling) as stream:
-                async for deltas in stream:
-                    yield output.add(deltas)
+                async for chunks in stream:
+                    yield output.add(chunks)
         finally:
             async with self._room:
                 self._room.notify_all()

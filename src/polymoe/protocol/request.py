@@ -155,7 +155,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: the token itself first, then the most probable ones (ties as torch.topk)."""
+    """Log-probabilities for one token: the token itself first, then the most probable ones (ties as torch.topk)."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -180,7 +180,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Logprob(msgspec.Struct, frozen=True):
-    """One alternative at one position, as vLLM reports it."""
+    """One alternative to a token, as vLLM reports it."""
 
     logprob: float
     rank: int | None

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polymoe.client.client import Prompt
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.text.tokenizer import VariantTokenizer
 
 Json = dict[str, Any]
-Piece = CompletionDelta | CompletionOutput  # a part of a sequence, or all of it
+Piece = CompletionChunk | CompletionOutput  # a part of a sequence, or all of it
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None
 
 
@@ -47,11 +47,11 @@ class Format:
         """Chunks that come before any token."""
         return []
 
-    def chunk(self, delta: CompletionDelta) -> Json:
-        """The chunk of a stream for one delta."""
-        p = delta.prompt_index
-        self._count(p, delta.token_ids, delta.num_cached_tokens)
-        return self._chunk([self._choice(p, self._index(p, delta.index), delta, delta.prompt_logprobs)])
+    def chunk(self, chunk: CompletionChunk) -> Json:
+        """An event of a stream."""
+        p = chunk.prompt_index
+        self._count(p, chunk.token_ids, chunk.num_cached_tokens)
+        return self._chunk([self._choice(p, self._index(p, chunk.index), chunk, chunk.prompt_logprobs)])
 
     def usage_chunk(self) -> Json:
         """The last chunk when usage was asked for."""

@@ -57,7 +57,7 @@ class PrefillQueues:
         self._plan, self._waiting = plan, waiting
         self.ready: dict[int, dict[str, list[Sequence]]] = {}  # variant -> tenant -> running ones, most urgent last
         self._refused = False  # a flow was dropped that could have gone on
-        self.blocked: set[Flow] = set()  # flows whose waiting sequences found no place or no blocks
+        self.blocked: set[Flow] = set()  # flows whose waiting sequences found no room in the batch or no blocks
         for sequence in running:
             if plan.allows(sequence) and plan.left(sequence) > 0:
                 self._of(sequence.flow).insert(0, sequence)
