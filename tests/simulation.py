@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.policies.slot_policy import SlotPolicy, VariantWork
 from polymoe.engine.scheduling.block_manager import BlockManager
-from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence, Scheduler
+from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import SampledToken, ScheduledSequence, StepResult
 from polymoe.errors import OverloadedError
 from polymoe.protocol.request import EngineRequest, QoS, SamplingParams
 
@@ -44,7 +45,7 @@ class Machine:
     load: float = 0.0
 
     def step(self, scheduled: list[ScheduledSequence]) -> float:
-        decodes = sum(item.sequence.num_uncomputed == 1 for item in scheduled)
+        decodes = sum(item.samples and item.num_tokens == 1 for item in scheduled)
         tokens = sum(item.num_tokens for item in scheduled) - decodes
         return self.fixed + self.prefill * tokens + self.decode * decodes
 
@@ -178,7 +179,7 @@ class Simulation:
         started = self.now
         scheduled = self.scheduler.schedule()
         assert scheduled, "there is work, but nothing runs"
-        variants = {item.sequence.variant for item in scheduled}
+        variants = {item.variant for item in scheduled}
         self._note_waits(variants)
         for variant in variants - self._loaded.keys():
             del self._loaded[min((v for v in self._loaded if v not in variants), key=lambda v: self._loaded[v])]
@@ -187,8 +188,8 @@ class Simulation:
             self.now += self.machine.load
         self._loaded.update(dict.fromkeys(variants, self.now))
         self.now += self.machine.step(scheduled)
-        sampled = {item.sequence: SampledToken(7) for item in scheduled if item.samples}
-        for output in self.scheduler.update(self.scheduler.launched(scheduled), sampled):
+        sampled = {item.key: SampledToken(7) for item in scheduled if item.samples}
+        for output in self.scheduler.update(self.scheduler.launched(scheduled), StepResult(sampled)):
             result = self._results[output.request_id]
             if result.first_token == float("inf"):
                 result.first_token = self.now

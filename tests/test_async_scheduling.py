@@ -10,7 +10,7 @@ import pytest
 
 from families import make_family
 from polymoe import LLM, RequestOutput, SamplingParams
-from polymoe.engine.scheduling.sequence import PENDING
+from polymoe.engine.scheduling.step_record import PENDING
 from polymoe.offline.api import make_plan
 from polymoe.protocol.request import EngineRequest, TokenOutput
 from test_exactness import load

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from polymoe.client.output import OutputProcessor
 from polymoe.client.stop_strings import StopStrings
 from polymoe.protocol.info import EngineInfo, VariantInfo
-from polymoe.protocol.request import SamplingParams, TokenOutput
+from polymoe.protocol.request import SamplingParams, SequenceId, TokenOutput
 from test_tokenizer import byte_level, sentencepiece
 
 Piece = tuple[str, bool]  # text, hidden
@@ -82,13 +82,13 @@ def processor(request: pytest.FixtureRequest, tmp_path: Path) -> OutputProcessor
 
 
 def run(processor: OutputProcessor, ids: list[int], sampling: SamplingParams) -> tuple[str, str, str | int | None, int]:
-    """(text, finish reason, stop reason, number of tokens) of a sequence with these tokens; its deltas join to it."""
+    """(text, finish reason, stop reason, number of tokens) of a sequence with these tokens; its chunks join to it."""
     processor.add_request("r", "a", [5], sampling)
     given = ""
     for position, token in enumerate(ids):
         reason = "length" if position == len(ids) - 1 else None
-        step = processor.process([TokenOutput(request_id="r-0", new_token_ids=[token], finish_reason=reason)])
-        given += "".join(delta.text for delta in step.deltas)
+        step = processor.process([TokenOutput(request_id=SequenceId("r"), new_token_ids=[token], finish_reason=reason)])
+        given += "".join(chunk.text for chunk in step.chunks)
         if step.finished:
             output = step.finished[0].outputs[0]
             assert given == output.text

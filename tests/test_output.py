@@ -11,7 +11,7 @@ from polymoe.client.output import OutputProcessor
 from polymoe.client.stop_strings import StopStrings
 from polymoe.errors import ContextLengthError, RequestError, UnknownVariantError
 from polymoe.protocol.info import EngineInfo, VariantInfo
-from polymoe.protocol.request import SamplingParams, TokenLogprobs, TokenOutput
+from polymoe.protocol.request import SamplingParams, SequenceId, TokenLogprobs, TokenOutput, TokenSampling
 
 
 def reference_stop(text: str, stops: list[str], include: bool, floor: int) -> tuple[str, str | None]:
@@ -79,7 +79,9 @@ def processor(tmp_path: Path) -> OutputProcessor:
     return OutputProcessor(info)
 
 
-def outputs_of(request_id: str, ids: list[int], finish_reason: str | None = None, **more: object) -> list[TokenOutput]:
+def outputs_of(
+    request_id: SequenceId, ids: list[int], finish_reason: str | None = None, **more: object
+) -> list[TokenOutput]:
     """One token a step; the last one carries the reason."""
     reasons = [None] * (len(ids) - 1) + [finish_reason]
     return [
@@ -91,13 +93,13 @@ def outputs_of(request_id: str, ids: list[int], finish_reason: str | None = None
 def test_a_stop_string_ends_the_request_and_aborts_in_the_engine(processor: OutputProcessor) -> None:
     ids = processor.require_tokenizer("a", "this test").encode("the quick dog jumps")
     processor.add_request("r", "a", "fox", SamplingParams(stop=["k d"], max_tokens=20))
-    steps = [processor.process([output]) for output in outputs_of("r-0", ids)]
+    steps = [processor.process([output]) for output in outputs_of(SequenceId("r", 0, 0), ids)]
     finished = [step for step in steps if step.finished]
     assert len(finished) == 1
-    assert finished[0].aborts == ["r-0"]
+    assert finished[0].aborts == [SequenceId("r", 0, 0)]
     output = finished[0].finished[0].outputs[0]
     assert (output.text, output.finish_reason, output.stop_reason) == ("the quic", "stop", "k d")
-    assert "".join(delta.text for step in steps for delta in step.deltas) == output.text
+    assert "".join(chunk.text for step in steps for chunk in step.chunks) == output.text
     assert output.token_ids == ids[: len(output.token_ids)]
     assert len(output.token_ids) < len(ids)
     assert processor.num_sequences == 0
@@ -110,7 +112,9 @@ def test_the_text_of_a_stop_token_is_left_out(processor: OutputProcessor) -> Non
         sampling = SamplingParams(stop_token_ids=[fox], include_stop_str_in_output=include)
         (request,) = processor.add_request("r", "a", [5], sampling)
         assert request.stop_token_ids == [1, fox]
-        last = TokenOutput(request_id="r-0", new_token_ids=[dog, fox], finish_reason="stop", stop_reason=fox)
+        last = TokenOutput(
+            request_id=SequenceId("r", 0, 0), new_token_ids=[dog, fox], finish_reason="stop", stop_reason=fox
+        )
         output = processor.process([last]).finished[0].outputs[0]
         assert (output.text, output.token_ids, output.stop_reason) == (text, [dog, fox], fox)
 
@@ -118,11 +122,12 @@ def test_the_text_of_a_stop_token_is_left_out(processor: OutputProcessor) -> Non
 def test_n_sequences_differ_by_seed_and_end_one_by_one(processor: OutputProcessor) -> None:
     sampling = SamplingParams(n=3, seed=2**63 - 2, prompt_logprobs=1, ignore_eos=True)
     requests = processor.add_request("r", "b", [5, 6], sampling, cache_salt="tenant")
-    assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
+    assert [r.request_id for r in requests] == [SequenceId("r", 0, 0), SequenceId("r", 0, 1), SequenceId("r", 0, 2)]
     assert [r.sampling.seed for r in requests] == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert [r.sampling.prompt_logprobs for r in requests] == [1, None, None]
-    assert {(r.variant, r.cache_salt, r.sampling.n, *r.stop_token_ids) for r in requests} == {(1, "tenant", 1)}
-    steps = [processor.process(outputs_of(f"r-{k}", [k + 7], "length")) for k in (1, 2, 0)]
+    assert {(r.variant, r.cache_salt, *r.stop_token_ids) for r in requests} == {(1, "tenant")}
+    assert {type(r.sampling) for r in requests} == {TokenSampling}  # one sequence each: there is no n
+    steps = [processor.process(outputs_of(SequenceId("r", 0, k), [k + 7], "length")) for k in (1, 2, 0)]
     assert [len(step.finished) for step in steps] == [0, 0, 1]
     outputs = steps[-1].finished[0].outputs
     assert [(o.index, o.token_ids, o.text) for o in outputs] == [(0, [7], ""), (1, [8], ""), (2, [9], "")]
@@ -132,7 +137,7 @@ def test_logprobs_in_vllms_form(processor: OutputProcessor) -> None:
     entry = TokenLogprobs([7, 9, 7, 8], [-2.0, -0.5, -2.0, -3.0], 2)
     processor.add_request("r", "a", [5, 6], SamplingParams(logprobs=2, prompt_logprobs=0, max_tokens=1))
     output = processor.process(
-        outputs_of("r-0", [7], "length", logprobs=[entry], prompt_logprobs=[entry], num_cached_tokens=1)
+        outputs_of(SequenceId("r", 0, 0), [7], "length", logprobs=[entry], prompt_logprobs=[entry], num_cached_tokens=1)
     ).finished[0]
     assert output.num_cached_tokens == 1
     assert output.prompt_logprobs is not None
@@ -175,14 +180,14 @@ def test_wrong_requests_leave_nothing(
 
 def test_abort_ends_what_still_runs(processor: OutputProcessor) -> None:
     processor.add_request("r", "a", "the fox", SamplingParams(n=2, stop=["zz"]))
-    processor.process(outputs_of("r-0", processor.require_tokenizer("a", "").encode("z"), "length"))
-    processor.process(outputs_of("r-1", processor.require_tokenizer("a", "").encode("dogz")))
+    processor.process(outputs_of(SequenceId("r", 0, 0), processor.require_tokenizer("a", "").encode("z"), "length"))
+    processor.process(outputs_of(SequenceId("r", 0, 1), processor.require_tokenizer("a", "").encode("dogz")))
     step = processor.abort(["r", "unknown"])
-    assert step.aborts == ["r-1"]
+    assert step.aborts == [SequenceId("r", 0, 1)]
     assert [o.finish_reason for o in step.finished[0].outputs] == ["length", "abort"]
     assert [o.text for o in step.finished[0].outputs] == ["z", "dogz"]
-    late = processor.process(outputs_of("r-1", [5]))
-    assert not late.deltas
+    late = processor.process(outputs_of(SequenceId("r", 0, 1), [5]))
+    assert not late.chunks
     assert processor.num_sequences == 0
 
 

@@ -6,15 +6,14 @@ import random
 
 import pytest
 
-from polymoe.engine.policies.admission import AdmissionControl
+from polymoe.engine.policies.admission import AdmissionControl, has_room
 from polymoe.engine.policies.deficit_round_robin import MAX_DEBT, DeficitRoundRobin
 from polymoe.engine.policies.fair_share import FairShare
 from polymoe.engine.policies.slot_policy import SlotPolicy, VariantWork
 from polymoe.engine.policies.step_budget import MIN_PREFILL, StepBudget
 from polymoe.engine.policies.step_cost import StepCost
-from polymoe.engine.scheduling.load_estimate import Backlog, Outlook
+from polymoe.engine.scheduling.load_estimate import Backlog, LoadEstimate
 from polymoe.errors import OverloadedError
-from polymoe.protocol.queue_room import has_room
 
 
 def serve(ring: DeficitRoundRobin[str], ready: set[str], tokens: int, most: int = 10) -> dict[str, int]:
@@ -145,36 +144,34 @@ def trained(seconds: float = 0.1) -> StepCost:
     return cost
 
 
-def outlook(own: float = 100, others: float = 0, places: float = 8, weight: float = 1.0) -> Outlook:
-    return Outlook(Backlog(own, 1, 1.0), [Backlog(others, others / 100, weight)], 10, 100, places)
+def load(own: float = 100, others: float = 0, room: float = 8, weight: float = 1.0) -> LoadEstimate:
+    return LoadEstimate(Backlog(own, 1, 1.0), [Backlog(others, others / 100, weight)], 10, 100, room)
 
 
 def test_predictions_count_what_fair_sharing_serves_before() -> None:
     now = 0.0
     admission = AdmissionControl(trained(), 2.0, lambda: now)
-    assert admission.predict(outlook()) == pytest.approx(0.2, rel=0.05)
-    assert admission.predict(outlook(others=10_000)) == pytest.approx(0.4, rel=0.05), "a flood counts as much as I do"
-    assert admission.predict(outlook(others=10_000, weight=3)) == pytest.approx(0.8, rel=0.05)
-    assert admission.predict(outlook(own=1000)) == pytest.approx(2.0, rel=0.05)
+    assert admission.predict(load()) == pytest.approx(0.2, rel=0.05)
+    assert admission.predict(load(others=10_000)) == pytest.approx(0.4, rel=0.05), "a flood counts as much as I do"
+    assert admission.predict(load(others=10_000, weight=3)) == pytest.approx(0.8, rel=0.05)
+    assert admission.predict(load(own=1000)) == pytest.approx(2.0, rel=0.05)
     for _ in range(200):
         now += 3.0
         admission.ended(2)
-    assert admission.predict(outlook(places=0)) == pytest.approx(1.5, rel=0.05), "one place must become free"
-    assert admission.predict(outlook(places=1)) == pytest.approx(0.2, rel=0.05)
+    assert admission.predict(load(room=0)) == pytest.approx(1.5, rel=0.05), "one place must become free"
+    assert admission.predict(load(room=1)) == pytest.approx(0.2, rel=0.05)
 
 
 def test_admission_refuses_what_would_be_too_late_and_says_when_to_come_back() -> None:
     admission = AdmissionControl(trained(), 1.5, lambda: 0.0)
-    admission.check(1.0, outlook)
-    admission.check(None, lambda: outlook(10**6))
+    admission.check(1.0, load)
+    admission.check(None, lambda: load(10**6))
     with pytest.raises(OverloadedError, match="SLO class") as refused:
-        admission.check(1.0, lambda: outlook(5000))
+        admission.check(1.0, lambda: load(5000))
     assert refused.value.status == 429
     assert refused.value.retry_after == pytest.approx(10 - 1.5, rel=0.1)
-    AdmissionControl(trained(), None, lambda: 0.0).check(1.0, lambda: outlook(5000))
-    AdmissionControl(StepCost(), 1.5, lambda: 0.0).check(
-        1.0, lambda: outlook(5000)
-    )  # nothing measured, nothing refused
+    AdmissionControl(trained(), None, lambda: 0.0).check(1.0, lambda: load(5000))
+    AdmissionControl(StepCost(), 1.5, lambda: 0.0).check(1.0, lambda: load(5000))  # nothing measured, nothing refused
 
 
 def test_slots_go_to_whoever_waited_longest_but_not_back_and_forth() -> None:

@@ -5,17 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from polymoe.engine.sampler import sample
+from polymoe.engine.sampler import Generators, sample
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import ScheduledSequence
 from polymoe.errors import RequestError
 from polymoe.protocol.request import EngineRequest, SamplingParams
 
 VOCAB = 20
+GENERATORS = Generators("cpu", 0)
 
 
 def sequence(
     prompt: list[int] | None = None, output: list[int] | None = None, stop: list[int] | None = None, **sampling: Any
-) -> Sequence:
+) -> ScheduledSequence:
     request = EngineRequest(
         request_id="r",
         variant=0,
@@ -25,11 +27,12 @@ def sequence(
     )
     made = Sequence(request, b"")
     made.token_ids += output or []
-    return made
+    return made.scheduled(made.num_uncomputed)
 
 
-def draw(logits: torch.Tensor, *sequences: Sequence, seed: int = 0) -> list[int]:
-    return sample(logits.clone(), list(sequences), torch.Generator().manual_seed(seed)).wait()[0]
+def draw(logits: torch.Tensor, *sequences: ScheduledSequence, seed: int = 0) -> list[int]:
+    GENERATORS.shared.manual_seed(seed)
+    return sample(logits.clone(), list(sequences), GENERATORS).wait()[0]
 
 
 def frequencies(logits: torch.Tensor, count: int = 4000, **sampling: Any) -> torch.Tensor:
@@ -106,7 +109,7 @@ def test_logit_bias_and_minimum_length(logits: torch.Tensor) -> None:
 def test_logprobs_are_of_the_raw_logits_with_ranks(logits: torch.Tensor) -> None:
     expected = torch.log_softmax(logits, 0)
     first = sequence(temperature=0, logprobs=3, logit_bias={7: 100.0})
-    report, none = sample(logits[None].repeat(2, 1), [first, sequence()], torch.Generator()).wait()[1]
+    report, none = sample(logits[None].repeat(2, 1), [first, sequence()], GENERATORS).wait()[1]
     assert report is not None
     assert report.token_ids == [7, *expected.topk(3).indices.tolist()]
     assert report.logprobs == pytest.approx([float(expected[i]) for i in report.token_ids])
@@ -116,7 +119,7 @@ def test_logprobs_are_of_the_raw_logits_with_ranks(logits: torch.Tensor) -> None
 
 def test_the_greedy_token_has_exactly_the_top_logprob(logits: torch.Tensor) -> None:
     """Log-likelihood clients compare the two floats for equality."""
-    report = sample(logits[None].clone(), [sequence(temperature=0, logprobs=1)], torch.Generator()).wait()[1][0]
+    report = sample(logits[None].clone(), [sequence(temperature=0, logprobs=1)], GENERATORS).wait()[1][0]
     assert report is not None
     assert report.token_ids[0] == report.token_ids[1]
     assert report.logprobs[0] == report.logprobs[1]

@@ -9,8 +9,8 @@ import torch
 
 from families import make_family
 from polymoe import LLM, SamplingParams
-from polymoe.engine.sampler import sample
-from polymoe.engine.scheduling.sequence import NO_TOKEN
+from polymoe.engine.sampler import Generators, sample
+from polymoe.engine.scheduling.step_record import NO_TOKEN
 from polymoe.errors import RequestError
 from polymoe.offline.api import make_plan
 from polymoe.protocol.request import sampling_params
@@ -89,7 +89,7 @@ def test_no_usable_logit_is_no_token(logits: torch.Tensor, temperature: float) -
     rows[1] = float("-inf")
     rows[2] = float("nan")
     tokens, reports = sample(
-        rows, [sequence(temperature=temperature, logprobs=1) for _ in range(4)], torch.Generator()
+        rows, [sequence(temperature=temperature, logprobs=1) for _ in range(4)], Generators("cpu", 0)
     ).wait()
     assert tokens[:3] == [NO_TOKEN] * 3
     assert tokens[3] not in (NO_TOKEN, NEVER)

@@ -7,8 +7,9 @@ import pytest
 
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager
-from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence, Scheduler
+from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import SampledToken, ScheduledSequence, StepResult
 from polymoe.errors import OverloadedError
 from polymoe.protocol.request import EngineRequest, SamplingParams, TokenOutput
 
@@ -37,10 +38,10 @@ def step(scheduler: Scheduler, token: int = 7) -> tuple[list[ScheduledSequence],
     scheduled = scheduler.schedule()
     assert sum(s.num_tokens for s in scheduled) <= scheduler.max_num_batched_tokens
     slots = scheduler.policies.slots
-    assert slots is None or {s.sequence.variant for s in scheduled} <= slots.active
+    assert slots is None or {s.variant for s in scheduled} <= slots.active
     assert all(s.num_tokens > 0 for s in scheduled)
-    sampled = {s.sequence: SampledToken(token) for s in scheduled if s.samples}
-    outputs = scheduler.update(scheduler.launched(scheduled), sampled)
+    sampled = {s.key: SampledToken(token) for s in scheduled if s.samples}
+    outputs = scheduler.update(scheduler.launched(scheduled), StepResult(sampled))
     scheduler.check_integrity()
     return scheduled, outputs
 
@@ -64,7 +65,7 @@ def test_a_long_prompt_is_split_over_steps_and_decodes_go_on_beside_it() -> None
     sizes = []
     for _ in range(3):
         scheduled, outputs = step(scheduler)
-        sizes.append({s.sequence.request_id: s.num_tokens for s in scheduled})
+        sizes.append({s.request.request_id: s.num_tokens for s in scheduled})
         assert any(o.request_id == "short" for o in outputs)
     assert sizes == [{"short": 1, "long": 15}, {"short": 1, "long": 15}, {"short": 1, "long": 10}]
 
@@ -89,8 +90,8 @@ def test_under_pressure_the_youngest_gives_way_and_all_finish() -> None:
         scheduler.add(sequence(name, prompt=6, max_tokens=12))
     counts = run_dry(scheduler)
     assert counts == {"a": 12, "b": 12, "c": 12}
-    assert sum(scheduler.places.preemptions) > 0
-    assert scheduler.places.blocks.num_free == 6
+    assert sum(scheduler.batch.preemptions) > 0
+    assert scheduler.batch.blocks.num_free == 6
 
 
 def test_abort_frees_everything_and_unknown_ids_are_fine() -> None:
@@ -103,7 +104,7 @@ def test_abort_frees_everything_and_unknown_ids_are_fine() -> None:
     assert [s.request_id for s in scheduler.sequences] == ["b"]
     scheduler.abort({"b"})
     assert not scheduler.has_work()
-    assert scheduler.places.blocks.usage == 0
+    assert scheduler.batch.blocks.usage == 0
 
 
 def test_a_full_queue_refuses() -> None:
@@ -126,7 +127,7 @@ def test_with_few_slots_no_variant_is_starved(slots: int) -> None:
             variant = 0 if rng.random() < 0.8 else rng.randrange(1, 3)
             scheduler.add(sequence(f"{tick}", variant=variant, max_tokens=4))
         waiting = {s.variant for s in scheduler.sequences}
-        served = {s.sequence.variant for s in step(scheduler)[0]}
+        served = {s.variant for s in step(scheduler)[0]}
         unserved = [unserved[v] + 1 if v in waiting - served else 0 for v in range(3)]
         assert max(unserved) <= 2 * (3 - slots)
     run_dry(scheduler)
@@ -144,7 +145,7 @@ def test_a_paused_variant_gives_its_blocks_to_the_one_whose_turn_it_is() -> None
     scheduler.add(old)
     old.added_time = young.added_time - 1  # preempted earlier, say: it is older although it waits
     assert run_dry(scheduler) == {"old": 8, "young": 7}  # one token of the young one was drawn above
-    assert scheduler.places.preemptions == [1, 0, 0]
+    assert scheduler.batch.preemptions == [1, 0, 0]
 
 
 def test_random_traffic_finishes_and_loses_nothing() -> None:

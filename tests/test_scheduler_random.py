@@ -41,4 +41,4 @@ def test_whatever_comes_everything_finishes(seed: int) -> None:
     report = sim.run(until=2000)
     assert not sim.scheduler.has_work()
     assert all(result.last_token < float("inf") for result in report.results)
-    assert sim.scheduler.places.blocks.usage == 0
+    assert sim.scheduler.batch.blocks.usage == 0

@@ -32,7 +32,7 @@ from polymoe.protocol.messages import (
     decode_event,
     frame,
 )
-from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams
+from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams, SequenceId
 from servers import engine_config, make_bundle
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
@@ -94,10 +94,10 @@ def test_the_process_answers_like_the_engine_and_forgets_what_was_aborted(
         async def read(number: int) -> RequestOutput:
             stream = await client.submit(f"read-{number}", "base", [(None, prompts[number])], params)
             tokens: dict[int, list[int]] = {0: [], 1: []}
-            async for deltas in stream:
-                for delta in deltas:
-                    tokens[delta.index] += delta.token_ids
-            result = stream.results[f"read-{number}-0"]
+            async for chunks in stream:
+                for chunk in chunks:
+                    tokens[chunk.index] += chunk.token_ids
+            result = stream.results[0]
             assert tokens == {output.index: output.token_ids for output in result.outputs}
             return result
 
@@ -145,19 +145,19 @@ def test_wrong_requests_and_too_many(client: AsyncEngineClient, runner: asyncio.
 
 def test_requests_end_when_they_are_aborted_by_id(client: AsyncEngineClient, runner: asyncio.Runner) -> None:
     async def scenario() -> None:
-        deltas = [
-            delta
-            async for delta in client.generate(
+        chunks = [
+            chunk
+            async for chunk in client.generate(
                 "g", "base", ("the", [5, 6]), SamplingParams(max_tokens=3, ignore_eos=True)
             )
         ]
-        assert sum(len(delta.token_ids) for delta in deltas) == 3
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 3
         stream = await client.submit("x", "base", [(None, [5])], LONG)
         await anext(stream)
-        client.abort(["x-0"])
-        reasons = [delta.finish_reason async for deltas in stream for delta in deltas]
+        client.abort(["x"])
+        reasons = [chunk.finish_reason async for chunks in stream for chunk in chunks]
         assert reasons[-1] == "abort"
-        assert stream.results["x-0"].finished
+        assert stream.results[0].finished
         assert await is_idle(client)
 
     runner.run(scenario())
@@ -205,7 +205,7 @@ def test_the_engine_ends_with_its_server(config: EngineConfig) -> None:
             ours.sendall(frame(Start(config)))
             while not isinstance(read(stream), Ready):
                 pass
-            request = EngineRequest(request_id="r", variant=0, prompt_token_ids=[5], sampling=LONG)
+            request = EngineRequest(request_id=SequenceId("r"), variant=0, prompt_token_ids=[5], sampling=LONG)
             ours.sendall(frame(Add(1, [request])))
             assert isinstance(read(stream), Accepted)
         assert process.wait(10) == 0

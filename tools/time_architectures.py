@@ -30,7 +30,7 @@ from polymoe.engine.core import EngineCore
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.probe import trace
 from polymoe.offline.api import make_plan
-from polymoe.protocol.request import EngineRequest, SamplingParams
+from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from try_architectures import SMALL, architectures, small_config
@@ -91,7 +91,9 @@ def output_rate(engine: EngineCore, in_flight: int, input_tokens: int, output_to
         prompt = [rng.randrange(3, SIZES["vocab_size"]) for _ in range(input_tokens)]
         sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
         engine.add_request(
-            EngineRequest(request_id=str(i), variant=i % NUM_VARIANTS, prompt_token_ids=prompt, sampling=sampling)
+            EngineRequest(
+                request_id=SequenceId(str(i)), variant=i % NUM_VARIANTS, prompt_token_ids=prompt, sampling=sampling
+            )
         )
     started = time.process_time()
     count = 0

@@ -45,7 +45,7 @@ from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.plan import separate_plan
 from polymoe.offline.similarity.scan import scan_family
 from polymoe.offline.write.bundle_writer import write_bundle
-from polymoe.protocol.request import EngineRequest, SamplingParams
+from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from families import randomize
@@ -168,7 +168,7 @@ def make_requests(vocab_size: int) -> list[EngineRequest]:
     rng = random.Random(0)
     return [
         EngineRequest(
-            request_id=str(i),
+            request_id=SequenceId(str(i)),
             variant=rng.randrange(NUM_VARIANTS),
             prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(rng.choice((1, 2, 5, 12, 19, 30)))],
             sampling=SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14)),
@@ -177,14 +177,17 @@ def make_requests(vocab_size: int) -> list[EngineRequest]:
     ]
 
 
-def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+Answers = tuple[dict[SequenceId, list[int]], list[torch.Tensor]]  # tokens by request, logits of all
+
+
+def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> Answers:
     """Greedy tokens of each request from one engine, and all logits of the finished sequences from one mixed pass."""
     config = EngineConfig(
         bundle=str(bundle), device="cpu", dtype="float32", slots=slots, block_size=4, num_kv_blocks=150,
         max_model_len=64, max_num_seqs=8, max_num_batched_tokens=13, num_threads=1,
     )  # fmt: skip
     engine = EngineCore(config)
-    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    tokens: dict[SequenceId, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.add_request(request)
     while engine.has_work():
@@ -198,7 +201,7 @@ def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> tuple[dict
 
 
 @torch.no_grad()
-def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> Answers:
     """The same from each model alone, with transformers' plainest code paths."""
     models = [
         AutoModelForCausalLM.from_pretrained(
@@ -206,7 +209,7 @@ def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> tuple[di
         ).eval()
         for path in paths.values()
     ]
-    tokens: dict[str, list[int]] = {}
+    tokens: dict[SequenceId, list[int]] = {}
     logits = []
     for request in requests:
         model, prompt = models[request.variant], torch.tensor([request.prompt_token_ids])

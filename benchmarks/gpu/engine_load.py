@@ -10,7 +10,7 @@ from typing import Any
 from polymoe.bench.ceiling import expected_touched
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
-from polymoe.protocol.request import EngineRequest, SamplingParams
+from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId
 from synthetic_bundle import Layout, SyntheticBundle
 
 _ids = itertools.count()
@@ -32,11 +32,11 @@ def load_engine(layout: Layout, **options: Any) -> EngineCore:
     return EngineCore(config, bundle=SyntheticBundle(layout), kernels=kernels)
 
 
-def add(core: EngineCore, variant: int, prompt_tokens: int, output_tokens: int) -> str:
+def add(core: EngineCore, variant: int, prompt_tokens: int, output_tokens: int) -> SequenceId:
     """Queue a random request of these lengths."""
     rng = random.Random(next(_ids))
     vocabulary = core.info.variants[variant].vocab_size
-    name = f"bench-{next(_ids)}"
+    name = SequenceId(f"bench-{next(_ids)}")
     sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
     prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
     core.add_request(EngineRequest(request_id=name, variant=variant, prompt_token_ids=prompt, sampling=sampling))
@@ -47,7 +47,7 @@ def decode_seconds(core: EngineCore, variants: Sequence[int], context: int, step
     """Median seconds of a decode step with one sequence of about `context` tokens for each entry of `variants`."""
     warm_up = 1 if core.device.type == "cpu" else 3
     names = [add(core, variant, context, steps + warm_up + len(variants) + 8) for variant in variants]
-    started: set[str] = set()
+    started: set[SequenceId] = set()
     while len(started) < len(names):
         started |= {output.request_id for output in core.step()}
     times = []
@@ -80,7 +80,7 @@ def decode_bytes(core: EngineCore, variants: Sequence[int], context: float) -> f
     if bundle.delta is not None:
         total += expected_touched(bundle.delta.tolist(), rows, chance) * bundle.delta_bytes
     total += len(rows) * (bundle.nonexpert_bytes - bundle.embedding_bytes)
-    per_token = core.model.kv_bytes_per_block(core.config.block_size) / core.config.block_size
+    per_token = core.kv_bytes_per_block / core.config.block_size
     return total + len(variants) * context * per_token
 
 

@@ -93,8 +93,8 @@ class EngineSystem:
         sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
         name = f"bench-{self._count}"
         with await self.client.submit(name, self.only or variant, [(None, prompt)], sampling) as stream:
-            async for deltas in stream:
-                if count := sum(len(delta.token_ids) for delta in deltas):
+            async for chunks in stream:
+                if count := sum(len(chunk.token_ids) for chunk in chunks):
                     yield count
 
     async def counters(self) -> Counters:

@@ -10,10 +10,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from polymoe.client.output import OutputProcessor, StepOutput
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
-from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
+from polymoe.errors import EngineDeadError, PolymoeError, RequestError
 from polymoe.protocol.info import EngineInfo, EngineStats
 from polymoe.protocol.messages import (
     HEADER_BYTES,
@@ -35,7 +35,6 @@ from polymoe.protocol.messages import (
     decode_event,
     frame,
 )
-from polymoe.protocol.queue_room import check_batch, has_room
 from polymoe.protocol.request import QoS, SamplingParams
 
 _EQUAL = QoS()
@@ -158,7 +157,8 @@ class AsyncEngineClient:
         cache_salt: str = "",
         qos: QoS = _EQUAL,
     ) -> RequestStream:
-        """Give prompts to the engine, all or none; prompt p becomes request `{request_id}-{p}`.
+        """Give prompts to the engine, all or none. What is wrong with them is found here; whether there is room
+        for them is for the engine to say.
 
         Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
         `EngineDeadError`.
@@ -166,42 +166,33 @@ class AsyncEngineClient:
         processor = self.processor
         self._check_alive()
         processor.variant(variant)
-        weights = dict.fromkeys(processor.variants, 1.0) | self.config.weights
-        limit = self.config.max_num_seqs + self.config.max_waiting
-        check_batch(len(prompts), sampling.n, self.config.max_waiting)
-        more = len(prompts) * sampling.n - 1
-        total, own = processor.num_sequences + more, processor.num_sequences_of(variant) + more
-        if not has_room(limit, total, own, weights[variant] / sum(weights.values())):
-            raise OverloadedError(
-                f"Too many requests: {processor.num_sequences} sequences are in progress and the limit is {limit}. "
-                "Please retry later.",
-                retry_after=1.0,
-            )
-        request_ids = [f"{request_id}-{p}" for p in range(len(prompts))]
+        _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
             self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(request_ids, self.abort)
+        stream = RequestStream(request_id, len(prompts), self.abort)
         submission = next(self._submissions)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             requests = []
-            for name, (text, token_ids) in zip(request_ids, prompts, strict=True):
+            for p, (text, token_ids) in enumerate(prompts):
                 requests += processor.add_request(
-                    name,
+                    request_id,
                     variant,
                     token_ids,
                     sampling,
+                    prompt_index=p,
                     text=text,
                     cache_salt=cache_salt,
                     qos=qos,
                     arrival_time=time.monotonic(),
                 )
-                self._streams[name] = stream
+                self._streams[request_id] = stream
             self._acknowledgements[submission] = accepted
             self._send(Add(submission, requests))
             await accepted
         except BaseException:
-            stream.close()
+            if self._streams.get(request_id) is stream:
+                stream.close()
             raise
         finally:
             self._acknowledgements.pop(submission, None)
@@ -209,15 +200,15 @@ class AsyncEngineClient:
 
     async def generate(
         self, request_id: str, variant: str, prompt: Prompt, sampling: SamplingParams
-    ) -> AsyncIterator[CompletionDelta]:
-        """One prompt, delta by delta. Closing the generator aborts."""
+    ) -> AsyncIterator[CompletionChunk]:
+        """One prompt, chunk by chunk. Closing the generator aborts."""
         with await self.submit(request_id, variant, [prompt], sampling) as stream:
-            async for deltas in stream:
-                for delta in deltas:
-                    yield delta
+            async for chunks in stream:
+                for chunk in chunks:
+                    yield chunk
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests early (ids as in `RequestStream.request_ids`); a stream still read sees reason "abort"."""
+        """End requests early (ids as given to `submit`); a stream still read sees reason "abort"."""
         if self._processor is not None:
             self._deliver(self._processor.abort(request_ids))
 
@@ -286,10 +277,12 @@ class AsyncEngineClient:
     def _deliver(self, step: StepOutput) -> None:
         if step.aborts:
             self._send(Abort(step.aborts))
-        for delta in step.deltas:
-            self._streams[delta.request_id].push_delta(delta)
+        for chunk in step.chunks:
+            self._streams[chunk.request_id].push_chunk(chunk)
         for result in step.finished:
-            self._streams.pop(result.request_id).push_result(result)
+            self._streams[result.request_id].push_result(result)
+        for request_id in {result.request_id for result in step.finished} - self.processor.open_requests:
+            del self._streams[request_id]
 
     def _die(self, death: PolymoeError) -> None:
         """Nothing more will come: whoever waits is told."""
@@ -310,3 +303,13 @@ class AsyncEngineClient:
     def _check_alive(self) -> None:
         if not self.is_alive:
             raise EngineDeadError("The engine has stopped.")
+
+
+def _check_count(prompts: int, n: int, limit: int) -> None:
+    """Raises `RequestError` for more sequences than an empty queue holds: to try again would be in vain."""
+    if prompts * n > limit:
+        raise RequestError(
+            f"The request asks for {prompts * n} sequences at once ({prompts} prompts, n = {n}) and this server queues "
+            f"at most {limit}. Send fewer prompts in a request, or a smaller n.",
+            param="prompt" if prompts > limit or n == 1 else "n",
+        )

@@ -5,14 +5,13 @@ Synchronous, so that the offline `LLM` class and the server's asyncio client sha
 
 import contextlib
 import itertools
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from polymoe.client.output_sequence import ClientRequest, CompletionDelta, OutputSequence
+from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
 from polymoe.errors import (
     BundleError,
     ContextLengthError,
@@ -20,7 +19,15 @@ from polymoe.errors import (
     UnknownVariantError,
     VariantUnusableError,
 )
-from polymoe.protocol.request import EngineRequest, QoS, RequestOutput, SamplingParams, TokenOutput
+from polymoe.protocol.request import (
+    EngineRequest,
+    QoS,
+    RequestOutput,
+    SamplingParams,
+    SequenceId,
+    TokenOutput,
+    TokenSampling,
+)
 from polymoe.text.tokenizer import VariantTokenizer
 
 if TYPE_CHECKING:
@@ -42,9 +49,9 @@ class Fault:
 class StepOutput:
     """What the outputs of one engine step mean for the clients."""
 
-    deltas: list[CompletionDelta] = field(default_factory=list)
+    chunks: list[CompletionChunk] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
-    aborts: list[str] = field(default_factory=list)  # engine request ids that nobody waits for any more
+    aborts: list[SequenceId] = field(default_factory=list)  # sequences that nobody waits for any more
 
 
 class OutputProcessor:
@@ -59,18 +66,18 @@ class OutputProcessor:
         }
         self._index = {variant.name: index for index, variant in enumerate(info.variants)}
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
-        self._requests: dict[str, ClientRequest] = {}
-        self._sequences: dict[str, OutputSequence] = {}  # engine request id -> its sequence
-        self._num_sequences: Counter[str] = Counter()  # in flight, of each variant
+        self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part
+        self._sequences: dict[SequenceId, OutputSequence] = {}
 
     @property
     def num_sequences(self) -> int:
         """Sequences in flight, running or waiting."""
         return len(self._sequences)
 
-    def num_sequences_of(self, variant: str) -> int:
-        """Those of one variant."""
-        return self._num_sequences[variant]
+    @property
+    def open_requests(self) -> KeysView[str]:
+        """Ids of the requests in flight."""
+        return self._requests.keys()
 
     @property
     def served(self) -> list["VariantInfo"]:
@@ -134,6 +141,7 @@ class OutputProcessor:
         prompt: str | Sequence[int],
         sampling: SamplingParams,
         *,
+        prompt_index: int = 0,
         text: str | None = None,
         cache_salt: str = "",
         qos: QoS = _EQUAL,
@@ -144,14 +152,15 @@ class OutputProcessor:
 
         Args:
             prompt: text, or token ids (`text` is then what the output reports as its prompt, if given).
+            prompt_index: of a request with several prompts, each given by a call of its own.
             arrival_time: seconds, time.monotonic().
             fit: nobody asked for `max_tokens`; it is lowered to what the context has room for.
 
-        Returns: the `n` engine requests to add, with ids `{request_id}-{k}`.
+        Returns: the `n` engine requests to add. The engine relies on what is checked here and does not check it again.
         Raises: `RequestError`, and then nothing is noted.
         """
         info = self.variant(variant)
-        if request_id in self._requests:
+        if prompt_index in self._requests.get(request_id, {}):
             raise RequestError(f"The request id {request_id!r} is in use.", param="request_id")
         if isinstance(prompt, str):
             text = prompt
@@ -166,28 +175,28 @@ class OutputProcessor:
 
         stop_ids = [] if sampling.ignore_eos else self.end_token_ids(variant)
         stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
-        request = ClientRequest(request_id, variant, text, token_ids, start or token_ids, tokenizer, sampling)
+        request = ClientRequest(
+            request_id, prompt_index, variant, text, token_ids, start or token_ids, tokenizer, sampling
+        )
         engine_requests = []
         for k in range(sampling.n):
-            engine_id = f"{request_id}-{k}"
-            sequence = OutputSequence(request, k, engine_id, frozenset(stop_ids))
+            sequence = OutputSequence(request, k, frozenset(stop_ids))
             request.sequences.append(sequence)
-            self._sequences[engine_id] = sequence
-            self._num_sequences[variant] += 1
+            self._sequences[sequence.id] = sequence
             engine_requests.append(
                 EngineRequest(
-                    request_id=engine_id,
+                    request_id=sequence.id,
                     variant=self._index[variant],
                     prompt_token_ids=token_ids + start,
                     num_encoder_tokens=len(token_ids) if start else 0,
-                    sampling=_sampling_of(sampling, k),
+                    sampling=_token_sampling(sampling, k),
                     stop_token_ids=stop_ids,
                     cache_salt=cache_salt,
                     qos=qos,
                     arrival_time=arrival_time,
                 )
             )
-        self._requests[request_id] = request
+        self._requests.setdefault(request_id, {})[prompt_index] = request
         return engine_requests
 
     def process(self, outputs: Sequence[TokenOutput]) -> StepOutput:
@@ -197,32 +206,34 @@ class OutputProcessor:
             sequence = self._sequences.get(output.request_id)
             if sequence is None:
                 continue
-            delta = sequence.update(output)
-            step.deltas.append(delta)
-            if delta.finish_reason is not None:
+            chunk = sequence.update(output)
+            step.chunks.append(chunk)
+            if chunk.finish_reason is not None:
                 if output.finish_reason is None:  # a stop string: the engine does not know yet
-                    step.aborts.append(sequence.engine_id)
+                    step.aborts.append(sequence.id)
                 self._end(sequence, step)
         return step
 
     def abort(self, request_ids: Sequence[str]) -> StepOutput:
-        """End requests now, with finish reason "abort"; ids that are not in flight are ignored."""
+        """End requests now, all their prompts, with finish reason "abort"; ids that are not in flight are ignored."""
         step = StepOutput()
         for request_id in request_ids:
-            request = self._requests.get(request_id)
-            for sequence in request.sequences if request is not None else ():
+            parts = list(self._requests.get(request_id, {}).values())
+            for sequence in (sequence for part in parts for sequence in part.sequences):
                 if sequence.output.finish_reason is None:
-                    step.deltas.append(sequence.finish("abort"))
-                    step.aborts.append(sequence.engine_id)
+                    step.chunks.append(sequence.finish("abort"))
+                    step.aborts.append(sequence.id)
                     self._end(sequence, step)
         return step
 
     def _end(self, sequence: "OutputSequence", step: StepOutput) -> None:
         request = sequence.request
-        del self._sequences[sequence.engine_id]
-        self._num_sequences[request.variant] -= 1
+        del self._sequences[sequence.id]
         if all(other.output.finish_reason is not None for other in request.sequences):
-            del self._requests[request.request_id]
+            parts = self._requests[request.request_id]
+            del parts[request.prompt_index]
+            if not parts:
+                del self._requests[request.request_id]
             step.finished.append(request.result())
 
 
@@ -231,21 +242,19 @@ def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
 
 
-def _sampling_of(sampling: SamplingParams, k: int) -> SamplingParams:
-    """The parameters of the k-th of n sequences: another seed, and the prompt's logprobs only once."""
-    if sampling.n == 1:
-        return sampling
-    seed = sampling.seed
-    if seed is not None:
-        skipped = seed < -1 <= seed + k  # -1 is no seed
-        seed = (seed + k + skipped + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(
-        sampling, n=1, seed=seed, prompt_logprobs=sampling.prompt_logprobs if k == 0 else None
-    )
+def _token_sampling(sampling: SamplingParams, k: int) -> TokenSampling:
+    """What the engine needs for the k-th of n sequences: another seed, and the prompt's logprobs only once."""
+    values = {name: getattr(sampling, name) for name in TokenSampling.__struct_fields__}
+    if k > 0:
+        values["prompt_logprobs"] = None
+        if (seed := sampling.seed) is not None:
+            skipped = seed < -1 <= seed + k  # -1 is no seed
+            values["seed"] = (seed + k + skipped + 2**63) % 2**64 - 2**63
+    return TokenSampling(**values)
 
 
 def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingParams) -> None:
-    """Raises `RequestError` unless the engine can run this prompt on this variant."""
+    """Raises `RequestError` unless the engine can run this prompt on this variant. Nobody checks it again."""
     if not token_ids:
         raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
     if info.is_encoder_decoder and sampling.prompt_logprobs is not None:

@@ -8,6 +8,7 @@ from polymoe.protocol.request import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    SequenceId,
     TokenLogprobs,
     TokenOutput,
 )
@@ -15,15 +16,16 @@ from polymoe.text.tokenizer import VariantTokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionDelta:
+class CompletionChunk:
     """What one step added to one of the n sequences of a request."""
 
     request_id: str
+    prompt_index: int
     index: int  # which of the n
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None  # one entry a token
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first delta of sequence 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first chunk of sequence 0
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -37,6 +39,7 @@ class ClientRequest:
     def __init__(
         self,
         request_id: str,
+        prompt_index: int,
         variant: str,
         prompt: str | None,
         prompt_token_ids: list[int],
@@ -44,7 +47,7 @@ class ClientRequest:
         tokenizer: VariantTokenizer | None,
         sampling: SamplingParams,
     ) -> None:
-        self.request_id = request_id
+        self.request_id, self.prompt_index = request_id, prompt_index
         self.variant = variant
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
@@ -65,16 +68,17 @@ class ClientRequest:
             outputs=[sequence.result() for sequence in self.sequences],
             finished=True,
             num_cached_tokens=self.num_cached_tokens,
+            prompt_index=self.prompt_index,
         )
 
 
 class OutputSequence:
     """One of the n sequences: tokens come in, text goes out."""
 
-    def __init__(self, request: ClientRequest, index: int, engine_id: str, stop_ids: frozenset[int]) -> None:
+    def __init__(self, request: ClientRequest, index: int, stop_ids: frozenset[int]) -> None:
         sampling = request.sampling
         self.request = request
-        self.engine_id = engine_id
+        self.id = SequenceId(request.request_id, request.prompt_index, index)
         self._stop_ids = stop_ids
         self._sampling = sampling
         tokenizer = request.tokenizer
@@ -86,7 +90,7 @@ class OutputSequence:
         logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
         self.output = CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs)
 
-    def update(self, new: TokenOutput) -> CompletionDelta:
+    def update(self, new: TokenOutput) -> CompletionChunk:
         """Take the tokens of a step. Tokens behind a stop string are dropped."""
         text, count, stop = self._push(new)
         if stop is None and new.finish_reason is not None:
@@ -112,8 +116,9 @@ class OutputSequence:
         self.output.token_ids += token_ids
         self._pieces.append(text)
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
-        return CompletionDelta(
+        return CompletionChunk(
             request_id=request.request_id,
+            prompt_index=request.prompt_index,
             index=self.output.index,
             text=text,
             token_ids=token_ids,
@@ -125,13 +130,14 @@ class OutputSequence:
             timing=None if finish_reason is None else (new.queue_time, new.prefill_time, new.decode_time),
         )
 
-    def finish(self, reason: str) -> CompletionDelta:
+    def finish(self, reason: str) -> CompletionChunk:
         """End without another token."""
         text, _ = self._flush(may_stop=False)
         self._pieces.append(text)
         self.output.finish_reason = reason
-        return CompletionDelta(
+        return CompletionChunk(
             request_id=self.request.request_id,
+            prompt_index=self.request.prompt_index,
             index=self.output.index,
             text=text,
             token_ids=[],

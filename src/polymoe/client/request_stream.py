@@ -1,42 +1,47 @@
-"""The deltas of one submission, as they arrive."""
+"""The chunks of one submission, as they arrive."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import RequestOutput
 
 
-class RequestStream(AsyncIterator[list[CompletionDelta]]):
-    """What arrives for one submission: all deltas since the last look, until every request has ended.
+class RequestStream(AsyncIterator[list[CompletionChunk]]):
+    """What arrives for one submission: all chunks since the last look, until every prompt's answer has ended.
 
     Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
     """
 
-    def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None]) -> None:
-        self.request_ids = request_ids
-        self.results: dict[str, RequestOutput] = {}  # request id -> complete output, filled as requests end
+    def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None]) -> None:
+        self.request_id, self.num_prompts = request_id, num_prompts
+        self.results: dict[int, RequestOutput] = {}  # index of the prompt -> its complete output, filled as they end
         self._abort = abort
-        self._deltas: list[CompletionDelta] = []
+        self._chunks: list[CompletionChunk] = []
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
-    async def __anext__(self) -> list[CompletionDelta]:
-        """Raises `EngineDeadError` (or whatever ended the stream) once the deltas before it are delivered."""
-        while not self._deltas:
+    async def __anext__(self) -> list[CompletionChunk]:
+        """Raises `EngineDeadError` (or whatever ended the stream) once the chunks before it are delivered."""
+        while not self._chunks:
             if self._error is not None:
                 raise self._error
-            if len(self.results) == len(self.request_ids):
+            if self.is_complete:
                 raise StopAsyncIteration
             self._wake.clear()
             await self._wake.wait()
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.results) == self.num_prompts
 
     def close(self) -> None:
         """Idempotent. Nothing of the submission is left in the client or the engine afterwards."""
-        self._abort([request_id for request_id in self.request_ids if request_id not in self.results])
+        if not self.is_complete:
+            self._abort([self.request_id])
 
     def __enter__(self) -> "RequestStream":
         return self
@@ -46,13 +51,13 @@ class RequestStream(AsyncIterator[list[CompletionDelta]]):
     ) -> None:
         self.close()
 
-    def push_delta(self, delta: CompletionDelta) -> None:
-        if self._error is None:  # after an error the deltas are only those of the abort that follows it
-            self._deltas.append(delta)
+    def push_chunk(self, chunk: CompletionChunk) -> None:
+        if self._error is None:  # after an error the chunks are only those of the abort that follows it
+            self._chunks.append(chunk)
             self._wake.set()
 
     def push_result(self, result: RequestOutput) -> None:
-        self.results[result.request_id] = result
+        self.results[result.prompt_index] = result
         self._wake.set()
 
     def fail(self, error: Exception) -> None:

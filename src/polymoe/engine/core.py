@@ -15,19 +15,22 @@ from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager, salt_of
 from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
-from polymoe.engine.scheduling.step_plan import LaunchedStep, ScheduledSequence
+from polymoe.engine.scheduling.step_plan import LaunchedStep
+from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
-from polymoe.errors import ConfigError, ContextLengthError, RequestError
+from polymoe.errors import ConfigError, RequestError
 from polymoe.model.backends.base import DeviceKernels
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
-from polymoe.model.memory_plan import MemoryPlan, plan_memory
+from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
 from polymoe.model.served_model import ServedModel
 from polymoe.model.stock.skeleton import context_limit
+from polymoe.model.stock.stock_model import StockModel
+from polymoe.model.variants.slots import slot_rows
 from polymoe.protocol.info import EngineInfo, EngineStats
-from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SamplingParams, TokenOutput
+from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceId, TokenOutput, TokenSampling
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
@@ -74,25 +77,27 @@ class EngineCore:
         elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
             torch.set_num_threads(1)
         self.bundle = bundle
-        weights = config.weights_of([variant.name for variant in bundle.variants])
+        shares = config.weights_of([variant.name for variant in bundle.variants])
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
-        self.memory_plan: MemoryPlan | None = None  # of a GPU
-
-        def plan(model: ServedModel) -> None:
-            if facts is not None:
-                request = memory_request(config, bundle, model, facts, max(lengths))
-                self.memory_plan = plan_memory(model.weight_bytes(), request)
-
+        dtype = _DTYPES[name]
         encoder_decoder = bundle.config.is_encoder_decoder
         if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
+        stock = StockModel.of(bundle.config)
+        self.kv_bytes_per_block = stock.kv_bytes_per_block(config.block_size, dtype)
+        self.memory_plan: MemoryPlan | None = None  # of a GPU
+        if facts is not None:
+            num_rows = sum(slot_rows(slots, len(bundle.variants), config.prefetch))
+            weights = weight_bytes(bundle, stock.shapes, num_rows, dtype.itemsize)
+            request = memory_request(config, bundle, stock, dtype, facts, max(lengths))
+            self.memory_plan = plan_memory(weights, request)
         try:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
-                    bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
-                    kernels, plan,
+                    stock, bundle, self.device, dtype, slots, config.expert_cache_bytes, progress, config.prefetch,
+                    kernels,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
@@ -105,7 +110,7 @@ class EngineCore:
         prefix_caching = config.enable_prefix_caching and not encoder_decoder
         self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
         policies = Policies.of(
-            weights,
+            shares,
             num_slots=self.model.slots.num_slots,
             max_variants_per_step=config.max_variants_per_step,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -161,15 +166,15 @@ class EngineCore:
         """As many blocks as the budget holds and the sequences can use; at least one sequence of full length."""
         size = self.config.block_size
         needed = (longest + size - 1) // size
-        per_block = self.model.kv_bytes_per_block(size)
         room = DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
         if self.memory_plan is not None:
             room = self.memory_plan.kv_cache
-        count = self.config.num_kv_blocks or min(room // per_block, needed * self.config.max_num_seqs)
+        count = self.config.num_kv_blocks or min(room // self.kv_bytes_per_block, needed * self.config.max_num_seqs)
         if count < needed:
             raise ConfigError(
                 f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
-                f"at least {format_bytes(needed * per_block)} (--kv-cache) or lower --max-model-len to {count * size}."
+                f"at least {format_bytes(needed * self.kv_bytes_per_block)} (--kv-cache) or lower --max-model-len to "
+                f"{count * size}."
             )
         return count
 
@@ -193,20 +198,10 @@ class EngineCore:
             warm_up(self.model, prompt_lengths(self.config.max_num_batched_tokens), progress)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Raises `RequestError` for one that could never run, or (`OverloadedError`) not in time."""
-        if not 0 <= request.variant < len(self.info.variants):
-            raise RequestError(f"variant index {request.variant} does not exist.", param="model")
-        info = self.info.variants[request.variant]
-        count = len(request.prompt_token_ids)
-        if count == 0:
-            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        if count >= info.max_model_len:
-            raise ContextLengthError(info.max_model_len, count, request.sampling.max_tokens)
-        ids = (*request.prompt_token_ids, *request.stop_token_ids, *request.sampling.logit_bias)
-        if min(ids) < 0 or max(ids) >= info.vocab_size:
-            raise RequestError(f"token ids must be in [0, {info.vocab_size}) for model {info.name}.", param="prompt")
-        target = self._ttft_target(request.qos.slo_class)
-        self.scheduler.add(Sequence(request, salt_of(info.version, request.cache_salt), target))
+        """Queue a request. Raises `RequestError` for an SLO class that does not exist, and `OverloadedError` where the
+        queue is full or the first token would come too late."""
+        salt = salt_of(self.info.variants[request.variant].version, request.cache_salt)
+        self.scheduler.add(Sequence(request, salt, self._ttft_target(request.qos.slo_class)))
 
     def _ttft_target(self, slo_class: str) -> float | None:
         if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
@@ -216,7 +211,7 @@ class EngineCore:
             )
         return self.config.slo.get(slo_class)
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort(self, request_ids: list[SequenceId]) -> None:
         """Drop requests and free their blocks; ids that are not running are ignored."""
         self.scheduler.abort(set(request_ids))
 
@@ -249,7 +244,7 @@ class EngineCore:
     def prompt_logits(
         self, prompts: list[tuple[int, list[int]]], num_encoder_tokens: list[int] | None = None
     ) -> list[torch.Tensor]:
-        """Logits at every position of several prompts, in one mixed pass outside the schedule.
+        """Logits after every token of several prompts, in one mixed pass outside the schedule.
 
         Args:
             prompts: (variant index, token ids) each.
@@ -263,21 +258,21 @@ class EngineCore:
         needed = sum(self.blocks.blocks_for(len(ids)) for _, ids in prompts)
         if not self.blocks.can_allocate([], needed):
             raise ConfigError(f"the KV cache has {self.blocks.num_free} free blocks, these prompts need {needed}.")
-        everything = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        everything = TokenSampling(max_tokens=1, prompt_logprobs=0)
         scheduled = []
         for index, (variant, ids) in enumerate(prompts):
             encoded = 0 if num_encoder_tokens is None else num_encoder_tokens[index]
             request = EngineRequest(
-                request_id=str(index), variant=variant, prompt_token_ids=ids, sampling=everything,
+                request_id=SequenceId("logits", index), variant=variant, prompt_token_ids=ids, sampling=everything,
                 num_encoder_tokens=encoded,
             )  # fmt: skip
-            sequence = Sequence(request, salt=b"", block_ids=self.blocks.allocate(self.blocks.blocks_for(len(ids))))
-            scheduled.append(ScheduledSequence(sequence, len(ids)))
+            blocks = self.blocks.allocate(self.blocks.blocks_for(len(ids)))
+            scheduled.append(ScheduledSequence(SequenceKey(), request, 0, ids, blocks, samples=True))
         try:
             return self.runner.logits(scheduled)
         finally:
             for item in scheduled:
-                self.blocks.release(item.sequence.block_ids)
+                self.blocks.release(item.block_ids)
 
     def stats(self) -> EngineStats:
         num = len(self.info.variants)
@@ -286,9 +281,9 @@ class EngineCore:
             running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
             waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
             kv_usage=self.blocks.usage,
-            prefix_cache_queries=list(self.scheduler.places.prefix_queries),
-            prefix_cache_hits=list(self.scheduler.places.prefix_hits),
-            preemptions=list(self.scheduler.places.preemptions),
+            prefix_cache_queries=list(self.scheduler.batch.prefix_queries),
+            prefix_cache_hits=list(self.scheduler.batch.prefix_hits),
+            preemptions=list(self.scheduler.batch.preemptions),
             tokens_served=list(self.scheduler.tokens_served),
             deadline_misses=list(self.scheduler.deadline_misses),
             reconfigurations=reconfiguration.count,

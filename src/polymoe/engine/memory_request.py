@@ -2,19 +2,21 @@
 
 import math
 
+import torch
+
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
 from polymoe.model.backends.device_facts import DeviceFacts
 from polymoe.model.memory_plan import MemoryRequest, workspace_bytes
-from polymoe.model.served_model import ServedModel
+from polymoe.model.stock.stock_model import StockModel
 
 
 def memory_request(
-    config: EngineConfig, bundle: Bundle, model: ServedModel, facts: DeviceFacts, longest: int
+    config: EngineConfig, bundle: Bundle, stock: StockModel, dtype: torch.dtype, facts: DeviceFacts, longest: int
 ) -> MemoryRequest:
     """The workspace is that of the largest step; `longest`: tokens of the longest sequence."""
     text, manifest = bundle.config.get_text_config(), bundle.manifest
-    per_block, needed = model.kv_bytes_per_block(config.block_size), math.ceil(longest / config.block_size)
+    per_block, needed = stock.kv_bytes_per_block(config.block_size, dtype), math.ceil(longest / config.block_size)
     asked = config.kv_cache_bytes
     if config.num_kv_blocks is not None:
         asked = config.num_kv_blocks * per_block
@@ -31,6 +33,6 @@ def memory_request(
             expert_width=math.prod(manifest.expert_shapes["down_proj"]) // text.hidden_size,
             top_k=getattr(text, "num_experts_per_tok", None) or manifest.num_experts,
             vocabulary=text.vocab_size,
-            itemsize=model.dtype.itemsize,
+            itemsize=dtype.itemsize,
         ),
     )

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from polymoe.engine.sampler import SampleOutput, sample, top_logprobs
-from polymoe.engine.scheduling.scheduler import SampledToken, ScheduledSequence
-from polymoe.engine.scheduling.sequence import PENDING
-from polymoe.engine.scheduling.sequence import Sequence as SequenceState
+from polymoe.engine.sampler import Generators, SampleOutput, sample, top_logprobs
+from polymoe.engine.scheduling.step_record import PENDING, SampledToken, ScheduledSequence, SequenceKey, StepResult
 from polymoe.model.batch.batch import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.static_batch import DecodeInputs, PendingInputs
 from polymoe.model.served_model import ServedModel
 from polymoe.model.transfer.upload import upload
+from polymoe.protocol.request import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GatheredStep:
     block_table: np.ndarray  # [B, most blocks] int64, padded with 0
     seq_lens: list[int]  # B
     pending: np.ndarray  # [n] int64, which of the T tokens the host does not know yet; each the last of its sequence
-    pending_sequences: list[SequenceState]  # n
+    pending_sequences: list[SequenceKey]  # n
 
     @property
     def is_decode(self) -> bool:
@@ -56,15 +55,16 @@ class PreparedStep:
 class StepInFlight:
     """A step that was given to the device."""
 
-    sequences: list[SequenceState]  # [R] that a token was drawn for
+    sequences: list[SequenceKey]  # [R] that a token was drawn for
     output: SampleOutput
+    prompt_logprobs: dict[SequenceKey, list[TokenLogprobs]]
 
-    def wait(self) -> dict[SequenceState, SampledToken]:
+    def wait(self) -> StepResult:
         """The new tokens, once the device has drawn them."""
-        token_ids, logprobs = self.output.wait()
-        return dict(zip(self.sequences, map(SampledToken, token_ids, logprobs), strict=True))
+        sampled = map(SampledToken, *self.output.wait())
+        return StepResult(dict(zip(self.sequences, sampled, strict=True)), self.prompt_logprobs)
 
-    def tokens_of(self, sequences: list[SequenceState]) -> torch.Tensor:
+    def tokens_of(self, sequences: list[SequenceKey]) -> torch.Tensor:
         """`[n]` int64 on the device."""
         rows = [self.sequences.index(sequence) for sequence in sequences]
         return self.output.tokens[upload(rows, self.output.tokens.device)]
@@ -88,7 +88,7 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model, self.block_size, self.vocab_sizes, self.graphs = model, block_size, vocab_sizes, graphs
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.generators = Generators(model.device, seed)
 
     @torch.inference_mode()
     def launch(
@@ -127,48 +127,46 @@ class ModelRunner:
         step = self.gather(scheduled)
         ready = self.prepare(step)
         rows = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows).float()
-        pieces = dict(zip((item.sequence for item in step.order), torch.split(rows, list(step.num_rows)), strict=True))
-        return [pieces[i.sequence][:, : self.vocab_sizes[i.sequence.variant]] for i in scheduled]
+        pieces = dict(zip(step.order, torch.split(rows, list(step.num_rows)), strict=True))
+        return [pieces[item][:, : self.vocab_sizes[item.variant]] for item in scheduled]
 
     def gather(self, scheduled: list[ScheduledSequence]) -> GatheredStep:
         """Flatten and sort by variant: |-- sequences of variant 0 --|-- of variant 1 --|…"""
-        order = tuple(sorted(scheduled, key=lambda item: item.sequence.variant))
+        order = tuple(sorted(scheduled, key=lambda item: item.variant))
         input_ids: list[int] = []
         positions: list[np.ndarray] = []
-        slots: list[np.ndarray] = []
-        max_blocks = max(len(item.sequence.block_ids) for item in order)
+        slot_mapping: list[np.ndarray] = []
+        max_blocks = max(len(item.block_ids) for item in order)
         block_table = np.zeros((len(order), max_blocks), dtype=np.int64)
         pending: list[int] = []
         for i, item in enumerate(order):
-            sequence, first = item.sequence, item.sequence.num_computed_tokens
-            last = first + item.num_tokens
-            input_ids += sequence.token_ids[first:last]
+            input_ids += item.input_ids
             if input_ids[-1] == PENDING:
                 input_ids[-1] = 0
                 pending.append(i)
-            position = np.arange(first, last)
+            position = np.arange(item.start, item.start + item.num_tokens)
             positions.append(position)
-            block_table[i, : len(sequence.block_ids)] = sequence.block_ids
-            slots.append(self._slots(sequence, position))
+            block_table[i, : len(item.block_ids)] = item.block_ids
+            slot_mapping.append(self._slot_mapping(item, position))
         return GatheredStep(
             order=order,
-            variants=[item.sequence.variant for item in order],
+            variants=[item.variant for item in order],
             counts=[item.num_tokens for item in order],
             num_rows=tuple(self._rows_wanted(item) for item in order),
             input_ids=np.array(input_ids, dtype=np.int64),
             positions=np.concatenate(positions),
-            slot_mapping=np.concatenate(slots),
+            slot_mapping=np.concatenate(slot_mapping),
             block_table=block_table,
-            seq_lens=[item.sequence.num_computed_tokens + item.num_tokens for item in order],
+            seq_lens=[item.start + item.num_tokens for item in order],
             pending=np.cumsum([item.num_tokens for item in order])[pending] - 1,
-            pending_sequences=[order[i].sequence for i in pending],
+            pending_sequences=[order[i].key for i in pending],
         )
 
-    def _slots(self, sequence: SequenceState, position: np.ndarray) -> np.ndarray:
+    def _slot_mapping(self, item: ScheduledSequence, position: np.ndarray) -> np.ndarray:
         """Where the keys and values at these positions of a sequence go: block * block_size + offset."""
-        blocks = np.asarray(sequence.block_ids)
-        slots: np.ndarray = blocks[position // self.block_size] * self.block_size + position % self.block_size
-        return slots
+        blocks = np.asarray(item.block_ids)
+        mapping: np.ndarray = blocks[position // self.block_size] * self.block_size + position % self.block_size
+        return mapping
 
     def prepare(self, step: GatheredStep) -> PreparedStep:
         """The step's tensors on the device."""
@@ -206,10 +204,7 @@ class ModelRunner:
     @staticmethod
     def _rows_wanted(item: ScheduledSequence) -> int:
         """Logit rows at the end of the chunk: the last one to sample from, all of them for prompt log-probabilities."""
-        sequence = item.sequence
-        if sequence.request.sampling.prompt_logprobs is not None and sequence.num_output_tokens == 0:
-            return item.num_tokens
-        return int(item.samples)
+        return item.num_tokens if item.scores_prompt else int(item.samples)
 
     def mask_missing_tokens(self, logits: torch.Tensor, step: GatheredStep) -> torch.Tensor:
         """A variant with fewer vocabulary rows than the largest can never produce what it does not have."""
@@ -222,31 +217,30 @@ class ModelRunner:
         return logits
 
     def _sample(
-        self, step: GatheredStep, logits: torch.Tensor, pending: dict[SequenceState, torch.Tensor]
+        self, step: GatheredStep, logits: torch.Tensor, pending: dict[SequenceKey, torch.Tensor]
     ) -> StepInFlight:
         rows: list[int] = []
-        sequences = []
+        drawn: list[ScheduledSequence] = []
+        scored: dict[SequenceKey, list[TokenLogprobs]] = {}
         start = 0
         for item, count in zip(step.order, step.num_rows, strict=True):
-            if item.sequence.request.sampling.prompt_logprobs is not None and item.sequence.num_output_tokens == 0:
-                self._collect_prompt_logprobs(item, logits[start : start + count])
+            if item.scores_prompt:
+                scored[item.key] = self._prompt_logprobs(item, logits[start : start + count])
             start += count
             if item.samples:
                 rows.append(start - 1)
-                sequences.append(item.sequence)
+                drawn.append(item)
         if len(rows) < len(logits):
             logits = logits[upload(np.array(rows, dtype=np.int64), logits.device)]
-        return StepInFlight(sequences, sample(logits, sequences, self.generator, pending))
+        return StepInFlight([item.key for item in drawn], sample(logits, drawn, self.generators, pending), scored)
 
     @staticmethod
-    def _collect_prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> None:
-        """The row at position p scores the prompt token at p + 1; what a preempted run already collected is kept."""
-        sequence = item.sequence
-        wanted = sequence.request.sampling.prompt_logprobs
+    def _prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> list[TokenLogprobs]:
+        """The row of prompt token p scores token p + 1; the last one's row scores none."""
+        wanted = item.request.sampling.prompt_logprobs
         assert wanted is not None
-        first = sequence.num_computed_tokens
-        skip = max(0, len(sequence.prompt_logprobs) - first)
-        targets = sequence.request.prompt_token_ids[first + 1 + skip : first + 1 + item.num_tokens]
-        if targets:
-            logprobs = torch.log_softmax(logits[skip : skip + len(targets)].float(), dim=-1)
-            sequence.prompt_logprobs += top_logprobs(logprobs, targets, [wanted] * len(targets))
+        targets = item.request.prompt_token_ids[item.start + 1 : item.start + 1 + item.num_tokens]
+        if not targets:
+            return []
+        logprobs = torch.log_softmax(logits[: len(targets)].float(), dim=-1)
+        return top_logprobs(logprobs, targets, [wanted] * len(targets))

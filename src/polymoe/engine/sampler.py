@@ -4,13 +4,14 @@ Order of the steps (vLLM's): bias and penalties and minimum length on the raw lo
 top-k and top-p, then the draw. Reported log-probabilities are those of the raw logits, in float32.
 """
 
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from polymoe.engine.scheduling.sequence import NO_TOKEN, Sequence
+from polymoe.engine.scheduling.step_record import NO_TOKEN, ScheduledSequence, SequenceKey
 from polymoe.model.transfer.download import Download
 from polymoe.model.transfer.upload import upload
 from polymoe.protocol.request import TokenLogprobs
@@ -19,6 +20,23 @@ NEG_INF = float("-inf")
 _LARGEST = torch.finfo(torch.float32).max
 # A repetition penalty below this takes any logit out of the range of float32, and orders tokens in the same way.
 _LEAST_PENALTY = 1e-20
+
+
+class Generators:
+    """Sources of random numbers on one device: `shared` by the requests without a seed, and one for each that has one.
+
+    Args: `seed`: of the shared one.
+    """
+
+    def __init__(self, device: torch.device | str, seed: int) -> None:
+        self.shared = torch.Generator(device).manual_seed(seed)
+        self._own: WeakKeyDictionary[SequenceKey, torch.Generator] = WeakKeyDictionary()
+
+    def of(self, key: SequenceKey, seed: int) -> torch.Generator:
+        """The sequence's own, which goes on from step to step, preempted or not."""
+        if key not in self._own:
+            self._own[key] = torch.Generator(self.shared.device).manual_seed(seed)
+        return self._own[key]
 
 
 @dataclass(frozen=True)
@@ -44,15 +62,15 @@ class SampleOutput:
 
 def sample(
     logits: torch.Tensor,
-    sequences: list[Sequence],
-    generator: torch.Generator,
-    pending: dict[Sequence, torch.Tensor] | None = None,
+    sequences: list[ScheduledSequence],
+    generators: Generators,
+    pending: Mapping[SequenceKey, torch.Tensor] | None = None,
 ) -> SampleOutput:
     """Draw one token a row, without waiting for the device.
 
     Args:
         logits: `[R, vocabulary]`; row i belongs to `sequences[i]`. Changed in place.
-        generator: for requests without a seed, on the logits' device.
+        generators: on the logits' device.
         pending: the last token, `[]` on the device, of sequences whose host does not know it yet.
     """
     logits = logits.float()
@@ -65,7 +83,7 @@ def sample(
     rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
     if rows:
         index = upload(rows, logits.device)
-        tokens[index] = _draw(logits[index], best[index], [sequences[i] for i in rows], generator)
+        tokens[index] = _draw(logits[index], best[index], [sequences[i] for i in rows], generators)
     top: list[torch.Tensor] = []
     if raw is not None:
         top = _top(raw, tokens[upload(asking, logits.device)], max(w for w in wanted if w is not None))
@@ -85,7 +103,7 @@ def _top(logprobs: torch.Tensor, tokens: torch.Tensor, most: int) -> list[torch.
     return [tokens, chosen[:, 0], ranks, best.indices, best.values]
 
 
-def _reports(top: Rows[torch.Tensor], counts: list[int]) -> list[TokenLogprobs]:
+def _reports(top: Sequence[torch.Tensor], counts: list[int]) -> list[TokenLogprobs]:
     """What `_top` found, on the host, with `counts[i]` of the best for row i."""
     columns = zip(*(tensor.tolist() for tensor in top), counts, strict=True)
     return [
@@ -94,19 +112,21 @@ def _reports(top: Rows[torch.Tensor], counts: list[int]) -> list[TokenLogprobs]:
     ]
 
 
-def _edit(logits: torch.Tensor, sequences: list[Sequence], pending: dict[Sequence, torch.Tensor]) -> None:
+def _edit(
+    logits: torch.Tensor, sequences: list[ScheduledSequence], pending: Mapping[SequenceKey, torch.Tensor]
+) -> None:
     """Logit bias, penalties, and stop tokens held back until the minimum length. In place."""
     device = logits.device
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
-        last = pending.get(sequence)
+        last = pending.get(sequence.key)
         if sampling.repetition_penalty != 1.0:
             seen = _tokens(sequence, sequence.request.num_encoder_tokens, last, device)
             values = logits[row, seen]
             penalty = max(sampling.repetition_penalty, _LEAST_PENALTY)
             logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            output = _tokens(sequence, sequence.num_prompt_tokens, last, device)
+            output = _tokens(sequence, len(sequence.request.prompt_token_ids), last, device)
             counts = torch.zeros_like(logits[row]).index_add_(0, output, torch.ones_like(output, dtype=logits.dtype))
             logits[row] -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
         if sampling.logit_bias:
@@ -116,7 +136,7 @@ def _edit(logits: torch.Tensor, sequences: list[Sequence], pending: dict[Sequenc
             logits[row, upload(sequence.request.stop_token_ids, device)] = NEG_INF
 
 
-def _tokens(sequence: Sequence, start: int, last: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _tokens(sequence: ScheduledSequence, start: int, last: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """The sequence's tokens from `start` on, int64 on the device; `last`: its last one, where the host lacks it."""
     known = sequence.token_ids[start:]
     if last is None:
@@ -125,7 +145,7 @@ def _tokens(sequence: Sequence, start: int, last: torch.Tensor | None, device: t
 
 
 def _draw(
-    logits: torch.Tensor, best: torch.Tensor, sequences: list[Sequence], generator: torch.Generator
+    logits: torch.Tensor, best: torch.Tensor, sequences: list[ScheduledSequence], generators: Generators
 ) -> torch.Tensor:
     """Random draws `[R]`: argmax of probability / exponential noise is a draw from the probabilities.
 
@@ -142,20 +162,11 @@ def _draw(
         top_k=[p.top_k if p.top_k > 0 else logits.shape[1] for p in sampling],
         top_p=[p.top_p for p in sampling],
     )
-    noise = torch.empty(logits.shape, device=device).exponential_(generator=generator)
+    noise = torch.empty(logits.shape, device=device).exponential_(generator=generators.shared)
     for row, sequence in enumerate(sequences):
-        if sequence.generator is not None:
-            noise[row].exponential_(generator=_generator_on(device, sequence))
+        if sequence.request.sampling.seed is not None:
+            noise[row].exponential_(generator=generators.of(sequence.key, sequence.request.sampling.seed))
     return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1)
-
-
-def _generator_on(device: torch.device, sequence: Sequence) -> torch.Generator:
-    """The sequence's own generator; on a GPU one of its own there, made for its first draw."""
-    if sequence.generator is None or sequence.generator.device.type != device.type:
-        seed = sequence.request.sampling.seed
-        assert seed is not None
-        sequence.generator = torch.Generator(device).manual_seed(seed)
-    return sequence.generator
 
 
 def _truncate(logits: torch.Tensor, min_p: list[float], top_k: list[int], top_p: list[float]) -> torch.Tensor:

@@ -106,8 +106,8 @@ class AsyncLLM:
         output = RunningOutput(request_id or f"llm-{next(self._ids)}", name, text, token_ids, sampling.n, delta)
         try:
             with await self._submit(name, (text, token_ids), sampling) as stream:
-                async for deltas in stream:
-                    yield output.add(deltas)
+                async for chunks in stream:
+                    yield output.add(chunks)
         finally:
             async with self._room:
                 self._room.notify_all()
@@ -117,13 +117,15 @@ class AsyncLLM:
     ) -> RequestStream:
         """Waits for room. A single request that finds none in an idle engine is refused."""
         client = self._started
+        most = client.config.max_num_seqs + client.config.max_waiting
         while True:
-            try:
-                return await client.submit(f"llm-{os.urandom(8).hex()}", variant, [prompt], sampling)
-            except OverloadedError:
-                # With deadlines it is refused for what it would take, not for want of room.
-                if client.config.slo or not client.open_streams:
-                    raise
+            # With deadlines it is refused for what it would take, not for want of room.
+            if client.config.slo or client.processor.num_sequences < most:
+                try:
+                    return await client.submit(f"llm-{os.urandom(8).hex()}", variant, [prompt], sampling)
+                except OverloadedError:
+                    if client.config.slo or not client.open_streams:
+                        raise
             async with self._room:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room.wait(), _LOOK_AGAIN)

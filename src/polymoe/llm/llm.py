@@ -182,10 +182,10 @@ class LLM:
         text, token_ids = encode_prompt(self.processor, name, prompt)
         submission = self._submission(name, text, token_ids, sampling_params)
         output = RunningOutput(submission.request_id, name, text, token_ids, submission.sampling.n, delta)
-        ticket = self._shared.submit([submission], deltas=True)
+        ticket = self._shared.submit([submission], chunks=True)
         try:
-            while (news := self._shared.news(ticket)).deltas:
-                yield output.add(news.deltas)
+            while (news := self._shared.news(ticket)).chunks:
+                yield output.add(news.chunks)
         finally:
             self._shared.cancel(ticket)
 

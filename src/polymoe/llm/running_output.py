@@ -1,8 +1,8 @@
-"""A request while it runs: its deltas as the records that a stream yields."""
+"""A request while it runs: its chunks as the records that a stream yields."""
 
 from collections.abc import Sequence
 
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, RequestOutput
 
 
@@ -19,12 +19,12 @@ class RunningOutput:
         self._left = n
         self._found: dict[int, CompletionOutput] = {}
 
-    def add(self, deltas: Sequence[CompletionDelta]) -> RequestOutput:
-        """Several deltas of one sequence become one. The record is the caller's: it does not change any more."""
+    def add(self, chunks: Sequence[CompletionChunk]) -> RequestOutput:
+        """Several chunks of one sequence become one. The record is the caller's: it does not change any more."""
         if self._delta:
             self._found = {}
         output = self._output
-        for new in deltas:
+        for new in chunks:
             now = self._found.setdefault(new.index, CompletionOutput(index=new.index, text="", token_ids=[]))
             self._found[new.index] = CompletionOutput(
                 index=new.index,

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from polymoe.client.output import OutputProcessor, StepOutput
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.engine.core import EngineCore
 from polymoe.errors import EngineDeadError, RequestError
-from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams
+from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams, SequenceId
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Submission:
 class News:
     """What became known of a ticket's requests since the last look; nothing at all: they have all ended."""
 
-    deltas: list[CompletionDelta] = field(default_factory=list)
+    chunks: list[CompletionChunk] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
 
 
 class Ticket:
     """The requests of one call, for the thread that made it. Its fields belong to `SharedEngine`."""
 
-    def __init__(self, lock: threading.Lock, deltas: bool) -> None:
-        self.deltas = deltas
+    def __init__(self, lock: threading.Lock, chunks: bool) -> None:
+        self.chunks = chunks
         self.changed = threading.Condition(lock)
         self.waiting = False
         self.pending: deque[EngineRequest] = deque()
@@ -55,7 +55,7 @@ class Ticket:
 
     @property
     def has_news(self) -> bool:
-        return bool(self.news.deltas or self.news.finished or self.error or not self.open)
+        return bool(self.news.chunks or self.news.finished or self.error or not self.open)
 
 
 class SharedEngine:
@@ -67,15 +67,15 @@ class SharedEngine:
         self._idle = threading.Condition(self._lock)
         self._leading = False  # whether a thread is in a step, and so the core is not to be touched
         self._tickets: dict[str, Ticket] = {}  # request id -> who waits for it
-        self._aborts: list[str] = []  # engine requests to drop before the next step
+        self._aborts: list[SequenceId] = []  # sequences to drop before the next step
         self._closed = False
 
-    def submit(self, requests: Sequence[Submission], deltas: bool = False) -> Ticket:
-        """All or none. With `deltas` each token is news, without only the end of a request.
+    def submit(self, requests: Sequence[Submission], chunks: bool = False) -> Ticket:
+        """All or none. With `chunks` each token is news, without only the end of a request.
 
         Raises `RequestError`, and `EngineDeadError` after `close`.
         """
-        ticket = Ticket(self._lock, deltas)
+        ticket = Ticket(self._lock, chunks)
         with self._lock:
             self._check_open()
             try:
@@ -173,10 +173,10 @@ class SharedEngine:
 
     def _deliver(self, step: StepOutput) -> None:
         self._abort(step.aborts)
-        for delta in step.deltas:
-            ticket = self._tickets[delta.request_id]
-            if ticket.deltas:
-                ticket.news.deltas.append(delta)
+        for chunk in step.chunks:
+            ticket = self._tickets[chunk.request_id]
+            if ticket.chunks:
+                ticket.news.chunks.append(chunk)
                 ticket.changed.notify_all()
         for result in step.finished:
             ticket = self._tickets.pop(result.request_id)
@@ -184,11 +184,11 @@ class SharedEngine:
             ticket.news.finished.append(result)
             ticket.changed.notify_all()
 
-    def _abort(self, engine_ids: list[str]) -> None:
+    def _abort(self, sequences: list[SequenceId]) -> None:
         if self._leading:
-            self._aborts += engine_ids
+            self._aborts += sequences
         else:
-            self._core.abort(engine_ids)
+            self._core.abort(sequences)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """The ticket's requests end with an error."""

@@ -17,23 +17,21 @@ from polymoe.model.backends.cuda import CudaKernels
 from polymoe.model.batch.batch import ForwardBatch, RowMap
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
-from polymoe.model.memory_plan import WeightBytes, weight_bytes
 from polymoe.model.stock.fused_norm import fuse_norms
-from polymoe.model.stock.probe import trace
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
-    build_skeleton,
     expert_modules,
     expert_tensor_names,
     keeps_float32,
     retie,
     set_weight,
 )
+from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.transfer.copies import ThreadCopier
 from polymoe.model.transfer.staging import Staging
 from polymoe.model.transfer.stream_copies import StreamCopier
 from polymoe.model.variants.slot_gates import gate_slots
-from polymoe.model.variants.slots import Slots
+from polymoe.model.variants.slots import Slots, slot_rows
 from polymoe.model.variants.variant_stack import VariantStack
 from polymoe.native.library import cpu_kernels, one_torch_thread
 
@@ -50,6 +48,7 @@ class ServedModel:
     """Weights of all variants on one device behind one `forward`.
 
     Args:
+        stock: the bundle's, taken over.
         bundle: what to serve.
         device, dtype: where and in what precision everything is held and computed (weights that transformers keeps in
             float32 stay so).
@@ -57,13 +56,12 @@ class ServedModel:
         staging: with fewer slots than variants, one more row for the variant that runs next.
         expert_cache_bytes: device memory for absent experts that were fetched.
         progress: called with (stage, fraction done).
-        before_loading: called with the model when all its sizes are known and nothing is allocated: the place to
-            refuse what does not fit.
         kernels: what computes on a GPU. None: the GPU's own on a GPU, none on a CPU (tests pass the interpreter's).
     """
 
     def __init__(
         self,
+        stock: StockModel,
         bundle: "Bundle",
         device: torch.device,
         dtype: torch.dtype,
@@ -72,16 +70,14 @@ class ServedModel:
         progress: Progress | None = None,
         staging: bool = True,
         kernels: DeviceKernels | None = None,
-        before_loading: Callable[["ServedModel"], None] | None = None,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         if kernels is None and device.type == "cuda":
             kernels = CudaKernels()
         self.context = ForwardContext(kernels)
-        trial = trace(bundle.config)
-        self.attention_layers: dict[int, AttentionLayer] = trial.attention_layers
-        self._token_axes = trial.token_axes
-        self.model = build_skeleton(bundle.config)
+        self.attention_layers: dict[int, AttentionLayer] = stock.trial.attention_layers
+        self._token_axes = stock.trial.token_axes
+        self.model = stock.skeleton
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
         if [path for path, _ in experts] != list(bundle.expert_modules):
@@ -91,15 +87,11 @@ class ServedModel:
         report = progress or (lambda _stage, _fraction: None)
 
         num_variants = len(bundle.variants)
-        slots = min(slots, num_variants)
-        # With one slot less than variants a staging row would make a slot for everyone.
-        spare = int(staging and slots < num_variants)
+        slots, spare = slot_rows(slots, num_variants, staging)
         copier = StreamCopier(device) if device.type == "cuda" else ThreadCopier()
         self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read, copier=copier)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
-        if before_loading is not None:
-            before_loading(self)
         if self.context.kernels is not None:
             self.slots.row_map.keep_on(device)
         self._staging = Staging(device)
@@ -198,21 +190,12 @@ class ServedModel:
             row_map = self._row_maps.setdefault(assignment, self._row_map(list(assignment)))
         set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes.get(name)))
 
-    def weight_bytes(self) -> WeightBytes:
-        """What the weights take (or will take) on the device."""
-        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        return weight_bytes(self.bundle, shapes, self.slots.num_rows, self.dtype.itemsize)
-
-    def kv_bytes_per_block(self, block_size: int) -> int:
-        per_token = sum(layer.elements_per_token for layer in self.attention_layers.values())
-        return per_token * block_size * torch.empty((), dtype=self.dtype).element_size()
-
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""
         try:
             # One block more where steps are padded: what no sequence owns.
-            trash = int(self.context.kernels is not None)
-            self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype, trash)
+            null_blocks = int(self.context.kernels is not None)
+            self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype, null_blocks)
         except RuntimeError as error:  # the allocator's own error names no option
             raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller --kv-cache. ({error})") from error
         attention = PagedAttention(self.context, self.kv_cache)

@@ -12,7 +12,7 @@ import msgspec
 from polymoe.config import EngineConfig
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
 from polymoe.protocol.info import EngineInfo, EngineStats
-from polymoe.protocol.request import EngineRequest, TokenOutput
+from polymoe.protocol.request import EngineRequest, SequenceId, TokenOutput
 
 _LENGTH = struct.Struct(">I")
 HEADER_BYTES = _LENGTH.size
@@ -39,7 +39,9 @@ class Add(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    request_ids: list[str]
+    """Drop these sequences; those that have ended are no matter."""
+
+    request_ids: list[SequenceId]
 
 
 class GetStats(Message, frozen=True):

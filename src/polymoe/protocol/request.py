@@ -4,7 +4,7 @@ These types cross the process border (msgspec over a private socket), so they ar
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -21,14 +21,10 @@ DEFAULT_SLO_CLASS = "default"
 MIN_TEMPERATURE = 1e-5
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the tokens of one request are chosen. Defaults and meanings are vLLM's; `temperature=0` is greedy, and so
-    is one below `MIN_TEMPERATURE`.
+class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the engine chooses the tokens of one sequence: the checked values of a `SamplingParams`, which alone knows
+    their ranges."""
 
-    Raises `RequestError` (with `param` set) for a value out of range.
-    """
-
-    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 and -1: all tokens
@@ -37,15 +33,35 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None  # -1 is None: every request draws anew
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
     max_tokens: int = 16
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives to report beside the sampled token
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
+
+    @property
+    def greedy(self) -> bool:
+        """The most probable token is the only one that can be drawn."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a penalty depends on the tokens that the sequence has."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+class SamplingParams(TokenSampling, frozen=True, kw_only=True):
+    """How the tokens of one request are chosen. Defaults and meanings are vLLM's; `temperature=0` is greedy, and so
+    is one below `MIN_TEMPERATURE`.
+
+    Raises `RequestError` (with `param` set) for a value out of range.
+    """
+
+    n: int = 1
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -84,11 +100,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(all(t >= 0 for t in self.logit_bias), "logit_bias", "a map from token ids, zero or more")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "biases in [-100, 100]")
 
-    @property
-    def greedy(self) -> bool:
-        """The most probable token is the only one that can be drawn."""
-        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
-
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     """What a request gives, completed by its variant's defaults. Raises `RequestError`."""
@@ -116,17 +127,26 @@ class QoS(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+class SequenceId(NamedTuple):
+    """Names one sequence across the process border: of a client's request, its prompt, and the n choices for that."""
+
+    request: str
+    prompt: int = 0
+    choice: int = 0
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to extend. A client request with `n > 1` becomes n of these.
+    """One sequence to extend, checked by `OutputProcessor.add_request`: what it says fits its variant. A client request
+    with `n > 1` becomes n of these.
 
     `variant` is an index into the bundle's variants. `stop_token_ids` are final: the variant's end-of-text ids are
     already among them unless the client asked to ignore them.
     """
 
-    request_id: str
+    request_id: SequenceId
     variant: int
     prompt_token_ids: list[int]
-    sampling: SamplingParams
+    sampling: TokenSampling
     num_encoder_tokens: int = 0  # the prompt's first tokens, which an encoder reads; after them the decoder starts
     stop_token_ids: list[int] = []
     cache_salt: str = ""  # separates tenants in the prefix cache
@@ -135,7 +155,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: the token itself first, then the most probable ones (ties as torch.topk)."""
+    """Log-probabilities for one token: the token itself first, then the most probable ones (ties as torch.topk)."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -145,7 +165,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one engine step added to one request."""
 
-    request_id: str
+    request_id: SequenceId
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None  # one entry a new token
     # One entry for each prompt token but the first, sent with the first new token.
@@ -160,7 +180,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Logprob(msgspec.Struct, frozen=True):
-    """One alternative at one position, as vLLM reports it."""
+    """One alternative to a token, as vLLM reports it."""
 
     logprob: float
     rank: int | None
@@ -189,3 +209,4 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_index: int = 0  # of a request with several prompts

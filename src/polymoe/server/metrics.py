@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.info import EngineInfo, EngineStats
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -76,28 +76,28 @@ class RequestTimer:
         self._variant = variant
         self._arrival = arrival  # time.monotonic()
         self._open = num_sequences
-        self._last: dict[tuple[str, int], float] = {}  # (request id, index) -> time of its last token
+        self._last: dict[tuple[int, int], float] = {}  # (prompt, which of its n) -> time of its last token
         metrics.prompt_tokens.labels(variant).inc(num_prompt_tokens)
 
-    def observe(self, deltas: Sequence[CompletionDelta]) -> None:
+    def observe(self, chunks: Sequence[CompletionChunk]) -> None:
         now = time.monotonic()
         metrics, variant = self._metrics, self._variant
-        for delta in deltas:
-            key = (delta.request_id, delta.index)
-            if delta.token_ids:
-                metrics.generation_tokens.labels(variant).inc(len(delta.token_ids))
+        for chunk in chunks:
+            key = (chunk.prompt_index, chunk.index)
+            if chunk.token_ids:
+                metrics.generation_tokens.labels(variant).inc(len(chunk.token_ids))
                 if key in self._last:
                     metrics.between_tokens.labels(variant).observe(now - self._last[key])
                 else:
                     metrics.first_token.labels(variant).observe(now - self._arrival)
                 self._last[key] = now
-            if delta.finish_reason is not None:
+            if chunk.finish_reason is not None:
                 self._open -= 1
-                metrics.success.labels(variant, delta.finish_reason).inc()
+                metrics.success.labels(variant, chunk.finish_reason).inc()
                 metrics.whole.labels(variant).observe(now - self._arrival)
-            if delta.timing is not None:
+            if chunk.timing is not None:
                 for histogram, seconds in zip(
-                    (metrics.queue, metrics.prefill, metrics.decode), delta.timing, strict=True
+                    (metrics.queue, metrics.prefill, metrics.decode), chunk.timing, strict=True
                 ):
                     histogram.labels(variant).observe(seconds)
 

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polymoe.client.client import Prompt
-from polymoe.client.output_sequence import CompletionDelta
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.text.tokenizer import VariantTokenizer
 
 Json = dict[str, Any]
-Piece = CompletionDelta | CompletionOutput  # a part of a sequence, or all of it
+Piece = CompletionChunk | CompletionOutput  # a part of a sequence, or all of it
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None
 
 
@@ -41,29 +41,29 @@ class Format:
         # A prompt counts once, however many sequences are drawn from it.
         self._prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
         self._completion_tokens = 0
-        self._cached_tokens: dict[str, int] = {}  # request id -> prompt tokens found in the prefix cache
+        self._cached_tokens: dict[int, int] = {}  # index of the prompt -> tokens of it found in the prefix cache
 
     def opening(self) -> list[Json]:
         """Chunks that come before any token."""
         return []
 
-    def chunk(self, delta: CompletionDelta) -> Json:
-        """The chunk of a stream for one delta."""
-        self._count(delta.request_id, delta.token_ids, delta.num_cached_tokens)
-        p, index = self._index(delta.request_id, delta.index)
-        return self._chunk([self._choice(p, index, delta, delta.prompt_logprobs)])
+    def chunk(self, chunk: CompletionChunk) -> Json:
+        """An event of a stream."""
+        p = chunk.prompt_index
+        self._count(p, chunk.token_ids, chunk.num_cached_tokens)
+        return self._chunk([self._choice(p, self._index(p, chunk.index), chunk, chunk.prompt_logprobs)])
 
     def usage_chunk(self) -> Json:
         """The last chunk when usage was asked for."""
         return {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
 
-    def whole(self, results: Mapping[str, RequestOutput]) -> Json:
-        """The answer when nothing is streamed; `results` by request id."""
+    def whole(self, results: Mapping[int, RequestOutput]) -> Json:
+        """The answer when nothing is streamed; `results` by the index of their prompts."""
         choices: dict[int, Json] = {}
-        for request_id, result in results.items():
+        for p, result in results.items():
             for output in result.outputs:
-                self._count(request_id, output.token_ids, result.num_cached_tokens)
-                p, index = self._index(request_id, output.index)
+                self._count(p, output.token_ids, result.num_cached_tokens)
+                index = self._index(p, output.index)
                 choices[index] = self._choice(p, index, output, result.prompt_logprobs)
         ordered = [choices[index] for index in sorted(choices)]
         return {**self._envelope(self.object), "choices": ordered, "usage": self._usage()}
@@ -81,14 +81,13 @@ class Format:
     def _envelope(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model}
 
-    def _index(self, request_id: str, k: int) -> tuple[int, int]:
-        """(p of `{id}-{p}`, index of the choice): the choices of prompt 0 come first, then those of prompt 1 …"""
-        p = int(request_id.rpartition("-")[2])
-        return p, p * self._n + k
+    def _index(self, p: int, k: int) -> int:
+        """Of the choice: those for prompt 0 come first, then those for prompt 1 …"""
+        return p * self._n + k
 
-    def _count(self, request_id: str, token_ids: Sequence[int], cached: int) -> None:
+    def _count(self, p: int, token_ids: Sequence[int], cached: int) -> None:
         self._completion_tokens += len(token_ids)
-        self._cached_tokens[request_id] = max(cached, self._cached_tokens.get(request_id, 0))
+        self._cached_tokens[p] = max(cached, self._cached_tokens.get(p, 0))
 
     def _usage(self) -> Json:
         return {
@@ -143,8 +142,8 @@ class CompletionFormat(Format):
             "stop_reason": piece.stop_reason,
         }
 
-    def _count(self, request_id: str, token_ids: Sequence[int], cached: int) -> None:
-        super()._count(request_id, [] if self._prompt_only else token_ids, cached)
+    def _count(self, p: int, token_ids: Sequence[int], cached: int) -> None:
+        super()._count(p, [] if self._prompt_only else token_ids, cached)
 
     def _prompt_text(self, p: int) -> str:
         text, token_ids = self._prompts[p]

@@ -31,7 +31,7 @@ class JsonResponse(Response):
 
 
 class EventStream(Response):
-    """`data: {json}` for every delta and `data: [DONE]` at the end. An error in mid-stream is one more event.
+    """`data: {json}` for every chunk and `data: [DONE]` at the end. An error in mid-stream is one more event.
 
     It owns the request stream, and closes it whatever happens: the client leaves, sending fails, the server stops.
     (Starlette's StreamingResponse would not if the client left before the first chunk was asked for.)
@@ -72,10 +72,10 @@ class EventStream(Response):
         try:
             if opening := form.opening():
                 yield b"".join(_event(chunk) for chunk in opening)
-            async for deltas in self._stream:
-                self._timer.observe(deltas)
-                yield b"".join(_event(form.chunk(delta)) for delta in deltas)
-                if any(delta.finish_reason == "error" for delta in deltas):
+            async for chunks in self._stream:
+                self._timer.observe(chunks)
+                yield b"".join(_event(form.chunk(chunk)) for chunk in chunks)
+                if any(chunk.finish_reason == "error" for chunk in chunks):
                     raise NoProbabilitiesError(form.model)
             if form.include_usage:
                 yield _event(form.usage_chunk())
@@ -90,8 +90,8 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
     """The whole answer. When the client disconnects the requests are aborted, and nobody reads the response."""
 
     async def run() -> None:
-        async for deltas in stream:
-            timer.observe(deltas)
+        async for chunks in stream:
+            timer.observe(chunks)
 
     runner = asyncio.create_task(run())
     watcher = asyncio.create_task(_disconnected(request.receive))

@@ -1,6 +1,6 @@
-"""Who may have the next tokens, places and blocks: weighted shares of variants, equal shares of their tenants.
+"""Who may have the next tokens, room in the batch and blocks: configured shares of variants, equal ones of tenants.
 
-Tokens are divided by deficit round robin twice: over the variants, and within a variant over its tenants. Places in the
+Tokens are divided by deficit round robin twice: over the variants, and within a variant over its tenants. Room in the
 batch and KV blocks, which are held for long, are divided by entitlement: anybody may hold idle ones, but a newcomer of
 a variant below its share may take them back from a variant that is clearly above its own. A share is larger for a
 variant that used less than its part of the tokens lately and smaller for one that used more, so that a burst of the one
@@ -15,9 +15,9 @@ from polymoe.engine.policies.deficit_round_robin import MAX_DEBT, DeficitRoundRo
 Flow = tuple[int, str]  # (variant, tenant)
 
 # Holding this many times one's share is not yet too much: without slack, variants that are equally busy would take
-# places from each other all the time, and each time work is lost.
+# room from each other all the time, and each time work is lost.
 _SLACK = 1.25
-# A variant that used x times its share of the tokens may hold x^-_STEEPNESS of its share of places, within limits.
+# A variant that used x times its share of the tokens may hold x^-_STEEPNESS of its share of the batch, within limits.
 # Chosen by the simulation of a flood: less steep, others wait longer near saturation; steeper, nothing is gained.
 _STEEPNESS = 3
 _BURST = 3.0
@@ -25,21 +25,21 @@ _MEMORY = 500  # quanta after which a token that was used counts 1/e
 
 
 class FairShare:
-    """Shares of V variants. Of the `active` variants, those that want something now, each has its weight.
+    """Divides among V variants. Only the `active` ones, those that want something now, have a share.
 
     Args:
-        weights: [V], each more than 0.
-        quantum: tokens that a variant of weight 1 may take in a turn.
+        shares: [V], each more than 0, in relation to each other.
+        quantum: tokens that a variant of share 1 may take in a turn.
     """
 
-    def __init__(self, weights: Sequence[float], quantum: int) -> None:
+    def __init__(self, shares: Sequence[float], quantum: int) -> None:
         assert quantum > 0
-        assert all(weight > 0 for weight in weights)
-        self.weights, self.quantum = list(weights), quantum
-        self._variants: DeficitRoundRobin[int] = DeficitRoundRobin(lambda variant: quantum * self.weights[variant])
+        assert all(share > 0 for share in shares)
+        self.shares, self.quantum = list(shares), quantum
+        self._variants: DeficitRoundRobin[int] = DeficitRoundRobin(lambda variant: quantum * self.shares[variant])
         self._tenants: dict[int, DeficitRoundRobin[str]] = {}
-        self._used = [0.0] * len(weights)  # tokens of each variant, fading
-        self._in_step = [0] * len(weights)  # the same, of the step that is being planned
+        self._used = [0.0] * len(shares)  # tokens of each variant, fading
+        self._in_step = [0] * len(shares)  # the same, of the step that is being planned
 
     def enter(self, flow: Flow) -> None:
         """The flow has tokens to compute. Idempotent."""
@@ -65,7 +65,7 @@ class FairShare:
     def may_overdraw(self, flow: Flow) -> bool:
         """Whether the flow may jump the round robin once more: its debts are less than half of the limit."""
         variant, tenant = flow
-        floor = -MAX_DEBT / 2 * self.quantum * self.weights[variant]
+        floor = -MAX_DEBT / 2 * self.quantum * self.shares[variant]
         return self._variants.credit(variant) > floor and self._of(variant).credit(tenant) > floor
 
     def settle(self, active: Set[int], contended: bool) -> None:
@@ -73,14 +73,14 @@ class FairShare:
         if len(active) > 1:  # what one uses while nobody else is there is free
             fading = math.exp(-sum(self._in_step) / (_MEMORY * self.quantum))
             self._used = [fading * used + new for used, new in zip(self._used, self._in_step, strict=True)]
-        self._in_step = [0] * len(self.weights)
+        self._in_step = [0] * len(self.shares)
         if not contended:
             self._variants.clear()
             self._tenants.clear()
 
     def share(self, variant: int, active: Set[int], capacity: float) -> float:
-        """The part of `capacity` that weights alone give to `variant`."""
-        return capacity * self.weights[variant] / sum(self.weights[v] for v in active | {variant})
+        """The part of `capacity` that is `variant`'s by its share alone."""
+        return capacity * self.shares[variant] / sum(self.shares[v] for v in active | {variant})
 
     def usage(self, variant: int, active: Set[int]) -> float:
         """Tokens that the variant used lately, as a multiple of its share."""
@@ -115,6 +115,6 @@ class FairShare:
 
     def _of(self, variant: int) -> DeficitRoundRobin[str]:
         if variant not in self._tenants:
-            quantum = self.quantum * self.weights[variant]
+            quantum = self.quantum * self.shares[variant]
             self._tenants[variant] = DeficitRoundRobin(lambda _: quantum)
         return self._tenants[variant]

@@ -28,7 +28,7 @@ class Policies:
     @classmethod
     def of(
         cls,
-        weights: Sequence[float],
+        shares: Sequence[float],
         *,
         num_slots: int,
         max_variants_per_step: int | None = None,
@@ -38,16 +38,16 @@ class Policies:
         clock: Callable[[], float],
     ) -> "Policies":
         """Args:
-        weights: [V] shares of the variants.
+        shares: [V] of the variants, in relation to each other.
         target_itl: seconds that a step with decodes may take.
         admission_factor: predicted time to first token that is refused, in multiples of a request's target.
         """
         cost = StepCost()
-        num_slots = min(num_slots, len(weights))
+        num_slots = min(num_slots, len(shares))
         mixed = min(max_variants_per_step or num_slots, num_slots)
         return cls(
-            fair=FairShare(weights, max(1, max_num_batched_tokens // _TURNS_PER_STEP)),
-            slots=SlotPolicy(num_slots, range(num_slots)) if num_slots < len(weights) else None,
+            fair=FairShare(shares, max(1, max_num_batched_tokens // _TURNS_PER_STEP)),
+            slots=SlotPolicy(num_slots, range(num_slots)) if num_slots < len(shares) else None,
             mix=SlotPolicy(mixed, range(mixed)) if mixed < num_slots else None,
             cost=cost,
             budget=StepBudget(cost, target_itl),

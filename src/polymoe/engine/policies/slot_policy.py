@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_SMOOTHING = 0.2  # weight of the newest measurement of a load
+_SMOOTHING = 0.2  # part of the newest measurement of a load
 _SAVINGS = 2.0  # loads
 
 

@@ -14,7 +14,7 @@ import numpy as np
 _MIN_SAMPLES = 8
 _FIT_EVERY = 4  # samples
 _OUTLIER = 4.0  # a sample further from the prediction counts as this many times the prediction
-_RIDGE = 0.05  # weight of the previous fit, in samples of the typical size
+_RIDGE = 0.05  # part of the previous fit, in samples of the typical size
 
 
 class StepCost:

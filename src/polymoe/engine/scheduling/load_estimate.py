@@ -2,24 +2,24 @@
 
 from collections import Counter
 
-from polymoe.engine.policies.admission import Backlog, Outlook
+from polymoe.engine.policies.admission import Backlog, LoadEstimate
 from polymoe.engine.policies.fair_share import Flow
 from polymoe.engine.policies.policies import Policies
-from polymoe.engine.scheduling.running_batch import Places
+from polymoe.engine.scheduling.running_batch import RunningBatch
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 
 
-def look_out(
+def estimate_load(
     sequence: Sequence,
     policies: Policies,
-    places: Places,
+    batch: RunningBatch,
     waiting: WaitingQueue,
     max_num_batched_tokens: int,
     now: float,
-) -> Outlook:
+) -> LoadEstimate:
     """The engine as `sequence`, which has not been added yet, finds it."""
-    running = places.running
+    running = batch.running
     decodes = sum(s.num_uncomputed == 1 for s in running)
     prefilling: Counter[Flow] = Counter()
     for other in running:
@@ -28,15 +28,15 @@ def look_out(
     tenants = Counter(variant for variant, _ in flows)
 
     def backlog(flow: Flow, tokens: int, sequences: int) -> Backlog:
-        return Backlog(tokens + prefilling[flow], sequences, policies.fair.weights[flow[0]] / tenants[flow[0]])
+        return Backlog(tokens + prefilling[flow], sequences, policies.fair.shares[flow[0]] / tenants[flow[0]])
 
     before, count = waiting.ahead_of(sequence)
-    own = before + sequence.num_uncomputed - places.num_cached(sequence)
-    return Outlook(
+    own = before + sequence.num_uncomputed - batch.num_cached(sequence)
+    return LoadEstimate(
         own=backlog(sequence.flow, own, count + 1),
         others=[backlog(flow, *waiting.backlog(flow)) for flow in flows - {sequence.flow}],
         decodes=decodes,
         step_tokens=policies.budget.prefill_tokens(decodes, max_num_batched_tokens - decodes),
-        places=places.available(sequence.variant),
+        room=batch.room_for(sequence.variant),
         switch=0.0 if policies.slots is None else policies.slots.wait(now, sequence.variant),
     )

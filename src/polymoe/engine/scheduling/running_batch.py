@@ -1,6 +1,6 @@
-"""Places in the batch and blocks of the KV cache: who gets them, and who gives way when there are no more.
+"""The running batch: who gets into it and who gets blocks of the KV cache, and who gives way when there is no more.
 
-Idle ones are anybody's. When they run out, variants that hold clearly more than their share give way first, then
+What is idle is anybody's. When it runs out, variants that hold clearly more than their share give way first, then
 whoever is least urgent, but never the oldest of those that run: it keeps what it has and finishes, so that every
 sequence finishes one day.
 """
@@ -16,12 +16,12 @@ from polymoe.engine.scheduling.step_plan import StepPlan
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 
 
-class Places:
+class RunningBatch:
     """The running sequences and their blocks.
 
     Args:
         waiting: where new ones come from and where those go that give way.
-        max_num_seqs: places.
+        max_num_seqs: sequences at most.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Places:
         self.blocks, self.max_num_seqs = blocks, max_num_seqs
         self.running: list[Sequence] = []
         # Since the start, a variant each: tokens looked up in and found in the prefix cache, sequences put back.
-        self.prefix_queries = [0] * len(fair.weights)
-        self.prefix_hits = [0] * len(fair.weights)
-        self.preemptions = [0] * len(fair.weights)
+        self.prefix_queries = [0] * len(fair.shares)
+        self.prefix_hits = [0] * len(fair.shares)
+        self.preemptions = [0] * len(fair.shares)
         self._waiting, self._fair, self._clock = waiting, fair, clock
         self._memory = SequenceBlocks(blocks)
 
@@ -68,8 +68,8 @@ class Places:
         self._book(sequence, count, plan)
 
     def admit(self, sequence: Sequence, most: int, plan: StepPlan) -> bool:
-        """Start a waiting sequence with up to `most` tokens, if there is a place and there are blocks for it."""
-        if sequence in plan.preempted or not self._has_place(sequence, plan):
+        """Start a waiting sequence with up to `most` tokens, if the batch has room and there are blocks for it."""
+        if sequence in plan.preempted or not self._has_room(sequence, plan):
             return False
         matched = self._memory.known_prefix(sequence)
         cached = len(matched) * self.blocks.block_size
@@ -94,10 +94,10 @@ class Places:
         plan.give(sequence, count)
         self._fair.charge(sequence.flow, count)
 
-    def _has_place(self, sequence: Sequence, plan: StepPlan) -> bool:
+    def _has_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         if len(self.running) < self.max_num_seqs:
             return True
-        victim = self._overdrawn(sequence.flow, self._held_places(), 1, self.max_num_seqs)
+        victim = self._overdrawn(sequence.flow, self._held_room(), 1, self.max_num_seqs)
         if victim is not None:
             self._preempt(victim, plan)
         return victim is not None
@@ -117,7 +117,7 @@ class Places:
             self._preempt(victim, plan)
         return wanted
 
-    def _held_places(self) -> Counter[Flow]:
+    def _held_room(self) -> Counter[Flow]:
         return Counter(s.flow for s in self.running)
 
     def _held_blocks(self) -> Counter[Flow]:
@@ -171,21 +171,21 @@ class Places:
         """Tokens of a waiting sequence that the prefix cache holds now."""
         return len(self._memory.known_prefix(sequence)) * self.blocks.block_size
 
-    def available(self, variant: int) -> float:
-        """Places that the variant can have at once: those that are free, or those that it is still entitled to."""
-        held = _by_variant(self._held_places())
+    def room_for(self, variant: int) -> float:
+        """Sequences of the variant that can start at once: those the batch has room for, or that it is entitled to."""
+        held = _by_variant(self._held_room())
         entitled = self._fair.entitlement(variant, held.keys(), self.max_num_seqs) - held[variant]
         return max(self.max_num_seqs - len(self.running), entitled if len(held.keys() | {variant}) > 1 else 0.0)
 
     def can_run(self, flow: Flow) -> bool:
         """Whether a step of this flow's variant would do anything: otherwise its turn would be wasted, or others would
         lose what they computed for it."""
-        places = self._held_places()
-        if any(variant == flow[0] for variant, _ in places):
+        held = self._held_room()
+        if any(variant == flow[0] for variant, _ in held):
             return True
-        place = len(self.running) < self.max_num_seqs or self._overdrawn(flow, places, 1, self.max_num_seqs)
+        room = len(self.running) < self.max_num_seqs or self._overdrawn(flow, held, 1, self.max_num_seqs)
         block = self.blocks.num_free > 0 or self._overdrawn(flow, self._held_blocks(), 1, self.blocks.num_blocks)
-        return bool(place and block)
+        return bool(room and block)
 
     def check_integrity(self) -> None:
         """Every held block belongs to a running sequence, and enough of them for what is computed."""

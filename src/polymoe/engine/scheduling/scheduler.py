@@ -12,29 +12,19 @@ How much and whose turn it is, is decided by the policies (`policies.py`); here 
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
+from polymoe.engine.policies.admission import has_room
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager
-from polymoe.engine.scheduling.load_estimate import look_out
-from polymoe.engine.scheduling.running_batch import Places
-from polymoe.engine.scheduling.sequence import NO_TOKEN, PENDING, Sequence
-from polymoe.engine.scheduling.step_plan import LaunchedStep, PrefillQueues, ScheduledSequence, StepPlan
+from polymoe.engine.scheduling.load_estimate import estimate_load
+from polymoe.engine.scheduling.running_batch import RunningBatch
+from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_plan import LaunchedStep, PrefillQueues, StepPlan
+from polymoe.engine.scheduling.step_record import NO_TOKEN, PENDING, ScheduledSequence, StepResult
 from polymoe.engine.scheduling.variant_turns import VariantTurns
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
-from polymoe.protocol.queue_room import has_room
-from polymoe.protocol.request import TokenLogprobs, TokenOutput
-
-__all__ = ["SampledToken", "ScheduledSequence", "Scheduler"]
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """What the runner drew for one sequence."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+from polymoe.protocol.request import SequenceId, TokenOutput
 
 
 class Scheduler:
@@ -65,37 +55,38 @@ class Scheduler:
         self.max_num_batched_tokens, self.max_waiting = max_num_batched_tokens, max_waiting
         self.max_model_len = max_model_len
         self.waiting = WaitingQueue()
-        self.places = Places(blocks, self.waiting, policies.fair, max_num_seqs, clock)
-        self.variants = VariantTurns(policies, self.places, self.waiting)
+        self.batch = RunningBatch(blocks, self.waiting, policies.fair, max_num_seqs, clock)
+        self.variants = VariantTurns(policies, self.batch, self.waiting)
         # Since the start, a variant each: tokens computed, first tokens that came later than their class promised.
         self.tokens_served = [0] * len(max_model_len)
         self.deadline_misses = [0] * len(max_model_len)
         self._reconfigurations = reconfigurations
+        self._planned: list[Sequence] = []  # those of the step that was scheduled last
         self._step_started = 0.0
         self._measured = (0.0, 0, 0.0)  # the end of the last step, reconfigurations until then, their seconds
 
     @property
     def running(self) -> list[Sequence]:
-        return self.places.running
+        return self.batch.running
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        return self.places.sequences
+        return self.batch.sequences
 
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises `OverloadedError` if the queue is full or its first token would come too late."""
-        weights = self.policies.fair.weights
-        share = weights[sequence.variant] / sum(weights)
+        shares = self.policies.fair.shares
+        share = shares[sequence.variant] / sum(shares)
         if not has_room(self.max_waiting, len(self.waiting), self.waiting.count(sequence.variant), share):
             raise OverloadedError(f"{len(self.waiting)} requests are waiting; try again later.", retry_after=1.0)
         if self.has_work():  # an idle engine can only be as fast as it is
             self.policies.admission.check(
                 sequence.ttft_target,
-                lambda: look_out(
-                    sequence, self.policies, self.places, self.waiting, self.max_num_batched_tokens, self.clock()
+                lambda: estimate_load(
+                    sequence, self.policies, self.batch, self.waiting, self.max_num_batched_tokens, self.clock()
                 ),
             )
         else:
@@ -104,7 +95,7 @@ class Scheduler:
         sequence.max_len = min(limit, self.max_model_len[sequence.variant])
         self.waiting.add(sequence)
 
-    def abort(self, request_ids: set[str]) -> list[Sequence]:
+    def abort(self, request_ids: set[SequenceId]) -> list[Sequence]:
         """Forget these sequences and free their blocks; unknown ids are finished ones and fine."""
         gone = [s for s in self.sequences if s.request_id in request_ids]
         self._drop(gone)
@@ -118,16 +109,17 @@ class Scheduler:
         self._step_started = now
         plan = self._plan(now, self.variants.allowed(now))
         if not plan.chosen and plan.allowed is not None and any(s.num_uncomputed for s in self.sequences):
-            # All places or blocks are held by sequences that do not lose them, while it is not their turn.
+            # The batch is full, or all blocks are held, with sequences that do not give way and whose turn it is not.
             plan = self._plan(now, self.variants.of_the_oldest(now))
-        return [ScheduledSequence(s, n) for s, n in plan.chosen.items()]
+        self._planned = list(plan.chosen)
+        return [sequence.scheduled(count) for sequence, count in plan.chosen.items()]
 
     def _plan(self, now: float, allowed: frozenset[int] | None) -> StepPlan:
         plan = StepPlan(self.max_num_batched_tokens, allowed)
         self.running.sort(key=lambda s: s.rank)
         for sequence in list(self.running):
             if sequence.num_uncomputed == 1 and plan.budget > 0 and plan.allows(sequence):
-                self.places.grow(sequence, 1, plan)
+                self.batch.grow(sequence, 1, plan)
         limit = self.policies.budget.prefill_tokens(len(plan.chosen), plan.budget)
         beyond, plan.budget = plan.budget - limit, limit
         queues = PrefillQueues(plan, self.running, self.waiting)
@@ -178,8 +170,8 @@ class Scheduler:
     def _give(self, sequence: Sequence, most: int, queues: PrefillQueues, plan: StepPlan) -> None:
         """Up to `most` tokens for the head of a flow, which may have to be admitted first."""
         if sequence not in self.waiting:
-            self.places.grow(sequence, most, plan)
-        elif self.places.admit(sequence, most, plan):
+            self.batch.grow(sequence, most, plan)
+        elif self.batch.admit(sequence, most, plan):
             queues.started(sequence)
         else:
             queues.blocked.add(sequence.flow)
@@ -187,33 +179,34 @@ class Scheduler:
     # --- the end of a step
 
     def launched(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
-        """Book the progress of a step that was given to the device, as if it were done."""
+        """Book the progress of the step that was scheduled last and given to the device, as if it were done."""
         num_decodes = sum(item.num_tokens == 1 for item in scheduled)
         num_tokens = sum(item.num_tokens for item in scheduled)
-        for item in scheduled:
-            sequence = item.sequence
+        sequences = list(zip(self._planned, scheduled, strict=True))
+        for sequence, item in sequences:
             self.tokens_served[sequence.variant] += item.num_tokens
             if sequence.ended:  # the step before was its last
                 continue
-            samples = item.samples
             sequence.num_computed_tokens += item.num_tokens
-            if samples:
+            if item.samples:
                 sequence.token_ids.append(PENDING)
-        return LaunchedStep(scheduled, self._step_started, num_decodes, num_tokens - num_decodes)
+        return LaunchedStep(sequences, self._step_started, num_decodes, num_tokens - num_decodes)
 
-    def update(self, step: LaunchedStep, sampled: dict[Sequence, SampledToken]) -> list[TokenOutput]:
+    def update(self, step: LaunchedStep, result: StepResult) -> list[TokenOutput]:
         """The step's tokens are known: put them into their sequences, and finish what is finished."""
         outputs = []
         finished = []
         now = self.clock()
         self._measure(step, now)
-        for item in step.scheduled:
-            sequence = item.sequence
+        for sequence, item in step.sequences:
             if sequence.ended:
                 continue
-            token = sampled.get(sequence)
+            if (scored := result.prompt_logprobs.get(item.key)) is not None:
+                # What a run before a preemption has already collected is kept.
+                sequence.prompt_logprobs += scored[len(sequence.prompt_logprobs) - item.start :]
+            token = result.sampled.get(item.key)
             if token is None:
-                self.places.remember_full(sequence)
+                self.batch.remember_full(sequence)
                 continue
             assert sequence.is_pending
             if token.token_id == NO_TOKEN:
@@ -222,7 +215,7 @@ class Scheduler:
                 outputs.append(TokenOutput(request_id=sequence.request_id, new_token_ids=[], finish_reason="error"))
                 continue
             sequence.token_ids[-1] = token.token_id
-            self.places.remember_full(sequence)
+            self.batch.remember_full(sequence)
             first = sequence.num_output_tokens == 1
             if first:
                 sequence.first_token_time = now
@@ -276,9 +269,9 @@ class Scheduler:
             sequence.ended = True
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
-        self.places.leave(set(sequences))
+        self.batch.leave(set(sequences))
 
     def check_integrity(self) -> None:
-        """No block is lost, and no sequence is in two places."""
-        self.places.check_integrity()
+        """No block is lost, and no sequence is in the batch and in the queue."""
+        self.batch.check_integrity()
         assert len({id(s) for s in self.sequences}) == len(self.running) + len(self.waiting)

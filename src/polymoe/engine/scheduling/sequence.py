@@ -5,17 +5,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-import torch
-
-from polymoe.protocol.request import EngineRequest, TokenLogprobs
+from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence, SequenceKey
+from polymoe.protocol.request import EngineRequest, SequenceId, TokenLogprobs
 
 Rank = tuple[int, float, float, float, int]
 
 # The deadline of a request without a target, in seconds after its arrival: whoever has a target comes first, but only
 # for so long.
 _PATIENCE = 60.0
-PENDING = -1  # in place of a token that was drawn on the device and is not known on the host yet
-NO_TOKEN = -2  # in place of a token that cannot be drawn: logits are NaN, or minus infinity for the whole vocabulary
 _numbers = itertools.count()
 
 
@@ -40,20 +37,18 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    generator: torch.Generator | None = None
     ended: bool = False  # finished or aborted: what is still drawn for it is of no use
     first_scheduled_time: float = 0.0  # time.monotonic(), as the two below
     first_token_time: float = 0.0
     added_time: float = field(default_factory=time.monotonic)
     number: int = field(default_factory=lambda: next(_numbers))  # tells apart what is equal otherwise
+    key: SequenceKey = field(default_factory=SequenceKey)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
-        if self.request.sampling.seed is not None and not self.request.sampling.greedy:
-            self.generator = torch.Generator().manual_seed(self.request.sampling.seed)
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> SequenceId:
         return self.request.request_id
 
     @property
@@ -82,6 +77,21 @@ class Sequence:
     def is_pending(self) -> bool:
         """Whether its last token is not known yet."""
         return self.token_ids[-1] == PENDING
+
+    def scheduled(self, num_tokens: int) -> ScheduledSequence:
+        """The next `num_tokens` tokens to compute, as a record that later changes do not touch."""
+        start = self.num_computed_tokens
+        samples = num_tokens == self.num_uncomputed
+        return ScheduledSequence(
+            key=self.key,
+            request=self.request,
+            start=start,
+            input_ids=self.token_ids[start : start + num_tokens],
+            block_ids=list(self.block_ids),
+            samples=samples,
+            num_output_tokens=self.num_output_tokens,
+            token_ids=list(self.token_ids) if samples and self.request.sampling.looks_back else (),
+        )
 
     @property
     def arrival(self) -> tuple[float, float]:

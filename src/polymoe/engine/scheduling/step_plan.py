@@ -6,27 +6,15 @@ from dataclasses import dataclass, field
 
 from polymoe.engine.policies.fair_share import Flow
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import ScheduledSequence
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True)
-class ScheduledSequence:
-    """`num_tokens` tokens of `sequence` from its `num_computed_tokens` on run in this step."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the end of the sequence, so that a new token is drawn."""
-        return self.num_tokens == self.sequence.num_uncomputed
-
-
-@dataclass(frozen=True)
 class LaunchedStep:
-    """A step that was given to the device, until its tokens are known."""
+    """A step that was given to the device, until its tokens are known. The scheduler's own: sequences change."""
 
-    scheduled: list[ScheduledSequence]
+    sequences: list[tuple[Sequence, ScheduledSequence]]
     started: float  # time.monotonic()
     num_decodes: int
     num_prefill_tokens: int
@@ -69,7 +57,7 @@ class PrefillQueues:
         self._plan, self._waiting = plan, waiting
         self.ready: dict[int, dict[str, list[Sequence]]] = {}  # variant -> tenant -> running ones, most urgent last
         self._refused = False  # a flow was dropped that could have gone on
-        self.blocked: set[Flow] = set()  # flows whose waiting sequences found no place or no blocks
+        self.blocked: set[Flow] = set()  # flows whose waiting sequences found no room in the batch or no blocks
         for sequence in running:
             if plan.allows(sequence) and plan.left(sequence) > 0:
                 self._of(sequence.flow).insert(0, sequence)

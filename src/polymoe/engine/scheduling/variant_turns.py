@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.policies.slot_policy import VariantWork
-from polymoe.engine.scheduling.running_batch import Places
+from polymoe.engine.scheduling.running_batch import RunningBatch
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 
@@ -13,13 +13,13 @@ from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 class VariantTurns:
     """Asks the policies for slots and for mixing, and tells them what each variant has to do."""
 
-    def __init__(self, policies: Policies, places: Places, waiting: WaitingQueue) -> None:
-        self._policies, self._places, self._waiting = policies, places, waiting
+    def __init__(self, policies: Policies, batch: RunningBatch, waiting: WaitingQueue) -> None:
+        self._policies, self._batch, self._waiting = policies, batch, waiting
         self.upcoming: list[int] = []  # that wait for a slot, the next one first
 
     def active(self) -> set[int]:
         """Those with sequences."""
-        return {s.variant for s in self._places.running} | {v for v, _ in self._waiting.flows()}
+        return {s.variant for s in self._batch.running} | {v for v, _ in self._waiting.flows()}
 
     def allowed(self, now: float) -> frozenset[int] | None:
         """With fewer slots than variants, or a limit on the variants of a step: those that may run. None: all."""
@@ -51,7 +51,7 @@ class VariantTurns:
         cost, slots = self._policies.cost, self._policies.slots
         load = 0.0 if slots is None else slots.cost
         work: dict[int, VariantWork] = {}
-        full = len(self._places.running) >= self._places.max_num_seqs
+        full = len(self._batch.running) >= self._batch.max_num_seqs
         for sequence in self._able():
             known = work.get(sequence.variant, VariantWork())
             arrived = sequence.arrival[0]
@@ -64,8 +64,8 @@ class VariantTurns:
             work[sequence.variant] = VariantWork(
                 min(known.since, arrived), min(known.first_since, first_since), min(known.start_by, start_by)
             )
-        return {v: known for v, known in work.items() if self._places.can_run((v, ""))}
+        return {v: known for v, known in work.items() if self._batch.can_run((v, ""))}
 
     def _able(self) -> Iterator[Sequence]:
         """Sequences with something to compute; the others wait for their last token to be known."""
-        return (s for s in self._places.sequences if s.num_uncomputed > 0)
+        return (s for s in self._batch.sequences if s.num_uncomputed > 0)

@@ -1,4 +1,4 @@
-"""The sequences that wait for a place: a sorted queue for each (variant, tenant)."""
+"""The sequences that wait to run: a sorted queue for each (variant, tenant)."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, KeysView

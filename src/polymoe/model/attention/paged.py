@@ -49,8 +49,8 @@ class AttentionLayer:
 class KVCache:
     """Keys and values of all layers in blocks of `block_size` tokens.
 
-    Per layer `key [num_blocks, block_size, kv_heads, key_dim]`, `value [.., value_dim]`; `trash` blocks more at the end
-    belong to no sequence.
+    Per layer `key [num_blocks, block_size, kv_heads, key_dim]`, `value [.., value_dim]`; `null_blocks` more
+    at the end belong to no sequence: padded rows write there.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class KVCache:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        trash: int = 0,
+        null_blocks: int = 0,
     ) -> None:
         self.layers, self.num_blocks, self.block_size = layers, num_blocks, block_size
-        shape = (num_blocks + trash, block_size)
+        shape = (num_blocks + null_blocks, block_size)
         self.key = {
             i: torch.zeros(*shape, s.kv_heads, s.key_dim, device=device, dtype=dtype) for i, s in layers.items()
         }

@@ -38,8 +38,8 @@ class DecodeGraphs:
         self.model = model
         self.sizes = ladder(max_num_seqs)
         cache = model.kv_cache
-        trash = cache.num_blocks * cache.block_size
-        self.batch = StaticBatch(self.sizes[-1], max_blocks, trash, model.device)
+        null_slot = cache.num_blocks * cache.block_size
+        self.batch = StaticBatch(self.sizes[-1], max_blocks, null_slot, model.device)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @property
@@ -122,7 +122,7 @@ class DecodeGraphs:
         return None
 
     def _dummy(self, size: int) -> DecodeInputs:
-        """Rows that read and write nothing but the trash block, of a variant that is loaded."""
+        """Rows that read and write nothing but the null block, of a variant that is loaded."""
         variant = min(self.model.slots.loaded, default=0)
         zeros = np.zeros(size, dtype=np.int64)
         cache = self.model.kv_cache
@@ -130,6 +130,6 @@ class DecodeGraphs:
             input_ids=zeros,
             positions=zeros,
             token_variant=np.full(size, variant),
-            slot_mapping=np.full(size, self.batch.trash_slot),
+            slot_mapping=np.full(size, self.batch.null_slot),
             block_table=np.full((size, 1), cache.num_blocks),
         )

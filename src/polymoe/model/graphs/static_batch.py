@@ -49,11 +49,11 @@ class StaticBatch:
     Args:
         capacity: largest B.
         max_blocks: M.
-        trash_slot: where padding rows write their keys and values.
+        null_slot: where padding rows write their keys and values.
     """
 
-    def __init__(self, capacity: int, max_blocks: int, trash_slot: int, device: torch.device) -> None:
-        self.capacity, self.max_blocks, self.trash_slot, self.device = capacity, max_blocks, trash_slot, device
+    def __init__(self, capacity: int, max_blocks: int, null_slot: int, device: torch.device) -> None:
+        self.capacity, self.max_blocks, self.null_slot, self.device = capacity, max_blocks, null_slot, device
         size = capacity * (_COLUMNS + max_blocks)
         # Two, in turn: a step is written while the one before runs, and the one before that is done.
         self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(2)]
@@ -72,7 +72,7 @@ class StaticBatch:
         for column, values in zip(columns, given, strict=True):
             column.numpy()[:count] = values
             column.numpy()[count:] = values[-1]
-        columns[-1].numpy()[count:] = self.trash_slot
+        columns[-1].numpy()[count:] = self.null_slot
         table.numpy()[:count, :width] = inputs.block_table
         table.numpy()[count:, :width] = inputs.block_table[-1]
         used = size * (_COLUMNS + self.max_blocks)

@@ -31,6 +31,12 @@ class ReconfigurationStats:
     nbytes: int = 0
 
 
+def slot_rows(slots: int, num_variants: int, staging: bool) -> tuple[int, int]:
+    """(slots that are of use, 1 or 0 staging rows). With a slot for everyone nothing is ever staged."""
+    slots = min(slots, num_variants)
+    return slots, int(staging and slots < num_variants)
+
+
 @dataclass
 class Slots:
     """S slots for V variants, least recently used out.

@@ -1,0 +1,34 @@
+"""The stock model of a bundle before it has weights: what it will need is known and nothing is allocated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from polymoe.model.stock.probe import Trial, trace
+from polymoe.model.stock.skeleton import build_skeleton
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """A skeleton, for one `ServedModel` to fill, and what a trial run of it has shown."""
+
+    skeleton: PreTrainedModel
+    trial: Trial
+
+    @classmethod
+    def of(cls, config: Any) -> "StockModel":
+        """Raises `UnsupportedModelError`."""
+        trial = trace(config)
+        return cls(build_skeleton(config), trial)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Weight -> its shape in one model."""
+        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+
+    def kv_bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
+        """Keys and values of `block_size` tokens, all layers."""
+        return sum(x.elements_per_token for x in self.trial.attention_layers.values()) * block_size * dtype.itemsize
