@@ -18,7 +18,8 @@ from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_plan import LaunchedStep, ScheduledSequence
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, ContextLengthError, RequestError
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
+from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
@@ -46,7 +47,7 @@ class EngineCore:
     Args:
         progress: called with (stage, fraction done) while loading.
         bundle: in place of the one that `config` names (benchmarks have bundles without a folder).
-        kernels: in place of the device's own (tests run a GPU's kernels on a CPU).
+        backend: in place of the device's own (tests run a GPU's on a CPU).
         facts: in place of what the GPU's driver says (a part of it, or none: tests).
 
     Raises: `BundleError`, `ConfigError`.
@@ -58,7 +59,7 @@ class EngineCore:
         progress: Callable[[str, float], None] | None = None,
         *,
         bundle: Bundle | None = None,
-        kernels: DeviceKernels | None = None,
+        backend: Backend | None = None,
         facts: DeviceFacts | None = None,
     ) -> None:
         self.config = config
@@ -85,14 +86,15 @@ class EngineCore:
                 request = memory_request(config, bundle, model, facts, max(lengths))
                 self.memory_plan = plan_memory(model.weight_bytes(), request)
 
+        backend = backend or choose_backend(self.device, _DTYPES[name])
         encoder_decoder = bundle.config.is_encoder_decoder
-        if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
+        if encoder_decoder and backend.pads_steps:
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         try:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
                     bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
-                    kernels, plan,
+                    backend, plan,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
@@ -178,7 +180,7 @@ class EngineCore:
     ) -> DecodeGraphs | None:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
         resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
-        if self.model.context.kernels is None or not resident or self.bundle.config.is_encoder_decoder:
+        if not self.model.context.backend.pads_steps or not resident or self.bundle.config.is_encoder_decoder:
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))

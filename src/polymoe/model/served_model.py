@@ -11,9 +11,9 @@ import torch
 
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
+from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
-from polymoe.model.backends.cuda import CudaKernels
 from polymoe.model.batch.batch import ForwardBatch, RowMap
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
@@ -35,7 +35,7 @@ from polymoe.model.transfer.stream_copies import StreamCopier
 from polymoe.model.variants.slot_gates import gate_slots
 from polymoe.model.variants.slots import Slots
 from polymoe.model.variants.variant_stack import VariantStack
-from polymoe.native.library import cpu_kernels, one_torch_thread
+from polymoe.native.library import one_torch_thread
 
 if TYPE_CHECKING:  # offline asks model/stock/probe.py what can be served; at run time the import goes only that way
     from polymoe.bundle.reader import Bundle
@@ -59,7 +59,7 @@ class ServedModel:
         progress: called with (stage, fraction done).
         before_loading: called with the model when all its sizes are known and nothing is allocated: the place to
             refuse what does not fit.
-        kernels: what computes on a GPU. None: the GPU's own on a GPU, none on a CPU (tests pass the interpreter's).
+        backend: what computes. None: the best for the device (tests run a GPU's on a CPU).
     """
 
     def __init__(
@@ -71,13 +71,12 @@ class ServedModel:
         expert_cache_bytes: int,
         progress: Progress | None = None,
         staging: bool = True,
-        kernels: DeviceKernels | None = None,
+        backend: Backend | None = None,
         before_loading: Callable[["ServedModel"], None] | None = None,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
-        if kernels is None and device.type == "cuda":
-            kernels = CudaKernels()
-        self.context = ForwardContext(kernels)
+        backend = backend or choose_backend(device, dtype)
+        self.context = ForwardContext(backend)
         trial = trace(bundle.config)
         self.attention_layers: dict[int, AttentionLayer] = trial.attention_layers
         self._token_axes = trial.token_axes
@@ -100,7 +99,7 @@ class ServedModel:
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
         if before_loading is not None:
             before_loading(self)
-        if self.context.kernels is not None:
+        if backend.keeps_tables_on_device:
             self.slots.row_map.keep_on(device)
         self._staging = Staging(device)
         names = bundle.nonexpert_names
@@ -108,7 +107,7 @@ class ServedModel:
             report("non-experts", done / len(names))
             self._place(name)
         if self.slots.num_slots < num_variants:
-            if self.context.kernels is not None:
+            if backend.keeps_tables_on_device:
                 gate_slots(self.model, self.slots)
             self.slots.fill()
         report("non-experts", 1.0)
@@ -123,6 +122,7 @@ class ServedModel:
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
             module.polymoe_experts = layer
+            layer.prepare(module, backend)
         text = bundle.config.get_text_config()
         self.pool.map_absent([module for _, module in experts], getattr(text, "num_experts_per_tok", 1))
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
@@ -130,10 +130,8 @@ class ServedModel:
             for name, buffer in module._buffers.items():
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
-        fuse_norms(self.model, self.context.kernels)
-        self.fast_paths = fast_paths(
-            self.model, self.pool.layers, self.attention_layers.values(), dtype, self.context.kernels is not None
-        )
+        fuse_norms(self.model, backend)
+        self.fast_paths = fast_paths(self.model, backend, self.pool.layers, self.attention_layers.values(), dtype)
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
@@ -141,7 +139,7 @@ class ServedModel:
 
     def _products_by_kernels(self) -> bool:
         """Whether the compiled kernels compute a step's large products, so that torch has small operations left."""
-        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_kernels() is None:
+        if not self.context.backend.has_own_threads:
             return False
         if not all(path.is_compiled for path in self.fast_paths if path.part in ("experts", "absent experts")):
             return False
@@ -154,7 +152,7 @@ class ServedModel:
 
     def _row_map(self, rows: list[int]) -> RowMap:
         row_map = RowMap(rows)
-        if self.context.kernels is not None:
+        if self.context.backend.keeps_tables_on_device:
             row_map.keep_on(self.device)
         return row_map
 
@@ -211,7 +209,7 @@ class ServedModel:
         """Allocate the paged cache and hand it to every attention module."""
         try:
             # One block more where steps are padded: what no sequence owns.
-            trash = int(self.context.kernels is not None)
+            trash = int(self.context.backend.pads_steps)
             self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype, trash)
         except RuntimeError as error:  # the allocator's own error names no option
             raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller --kv-cache. ({error})") from error
@@ -277,7 +275,7 @@ class ServedModel:
     ) -> torch.Tensor:
         """The pass itself, arguments as `forward`; `sampled_rows` None: the logits of every row are wanted.
 
-        Where the model has device kernels nothing here waits for the device, unless experts are absent.
+        Where the backend keeps its tables on the device nothing here waits for the device, unless experts are absent.
         """
         assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
         assert sampled_rows is None or sampled_rows.shape == (batch.sampled.num_tokens,)

@@ -1,0 +1,116 @@
+"""The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from polymoe.kernels.cpu.compressed_experts import experts_compressed
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_in_one_call, why_not_one_call
+from polymoe.kernels.cpu.grouped_linear import grouped_linear, why_not_grouped
+from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
+from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
+from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
+from polymoe.model.backends.base import ExpertLayer, PreparedExperts
+from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
+from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
+from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+
+
+class CpuBackend(ReferenceBackend):
+    """See the module docstring. Only where `cpu_kernels()` is there.
+
+    Args:
+        dtype: of the model. All kernels know bfloat16; in others packed experts are compiled and the rest is torch's.
+    """
+
+    runs_on = "compiled"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.has_own_threads = dtype == torch.bfloat16
+
+    def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """All runs in one call."""
+        groups = segments.row_groups(row_map)
+        return grouped_linear(x, stack, groups.ids, groups.starts)
+
+    def rms_norm(
+        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+    ) -> torch.Tensor:
+        """One call; torch's for rows that do not lie one after the other."""
+        if not x.is_contiguous() or why_not_fast_norm(x.dtype, x.shape[-1]):
+            return super().rms_norm(x, weights, versions, eps)
+        if versions is None:
+            return fast_rms_norm(x, weights, None, 1, eps)
+        segments, row_map = versions
+        groups = segments.row_groups(row_map)
+        if len(groups.ids) == 1:
+            return fast_rms_norm(x, weights[int(groups.ids[0])][None], None, 1, eps)
+        repeat = x.numel() // (segments.num_tokens * x.shape[-1])
+        return fast_rms_norm(x, weights, segments.row_of_token(row_map), repeat, eps)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: AttentionBatch,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Each token by itself, without gathering; torch's with sinks or a softcap."""
+        if sinks is not None or softcap is not None or why_not_attention(query.dtype, key.shape[3], value.shape[3]):
+            return super().attention(query, key, value, batch, scaling, window, softcap, sinks)
+        tokens = batch.token_sequence, batch.token_visible
+        return paged_attention(query.contiguous(), key, value, batch.block_table, *tokens, scaling, window)
+
+    def span_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_table: torch.Tensor,
+        sequence: torch.Tensor,
+        visible: torch.Tensor,
+        start: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Each token by itself, without gathering."""
+        if why_not_attention(query.dtype, key.shape[3], value.shape[3]):
+            return super().span_attention(query, key, value, block_table, sequence, visible, start, bias)
+        return paged_attention(
+            query.contiguous(), key, value, block_table, sequence, visible, 1.0, None, start, bias
+        )  # fmt: skip
+
+    def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
+        """A layer in one call where there is a kernel for it, else each product in a call of its own."""
+        weights = layer.weights
+        if isinstance(weights, CompressedLayer):
+            if why_not_packed(weights):
+                return super().prepare_experts(module, layer)
+            reason = why_not_fused(module, layer.dtype, weights)
+            path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
+            return PackedExperts(path, module, layer, weights, experts_compressed)
+        prepared = super().prepare_experts(module, layer)
+        path = prepared.path if why_not_grouped(layer.dtype, stored_inputs(layer)) else experts_path("compiled stored")
+        resident = experts_by_group if why_not_one_call(module, layer.dtype, weights) else experts_in_one_call
+        beside = None
+        if layer.num_absent and weights and layer.dtype == torch.bfloat16:
+            stored = CompressedLayer(weights, (), (), layer.transposed)
+            beside = PackedExperts(path, module, layer, stored, experts_compressed)
+        return StoredExperts(path, module, layer, None if layer.transposed else resident, beside)
+
+    def why_not_linear(self, dtype: torch.dtype, inputs: Iterable[int]) -> str:
+        """See the base class."""
+        return why_not_grouped(dtype, inputs)
+
+    def why_not_norm(self, dtype: torch.dtype, width: int) -> str:
+        """See the base class."""
+        return why_not_fast_norm(dtype, width)
+
+    def why_not_attention(self, dtype: torch.dtype, key_dim: int, value_dim: int, extras: Sequence[str]) -> str:
+        """See the base class."""
+        return why_not_attention(dtype, key_dim, value_dim) or " and ".join(extras)
