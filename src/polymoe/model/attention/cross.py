@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from polymoe.model.attention.paged import KVCache
 from polymoe.model.attention.relative_bias import DecoderBias, EncoderBias
+from polymoe.model.backends.base import TokenSpans
 from polymoe.model.backends.context import ForwardContext
 
 
@@ -55,10 +56,8 @@ class DecoderAttention:
         self.cache.write(layer, batch.slot_mapping, key[:, :, 0], value[:, :, 0])
         sequence, visible = batch.token_sequence, batch.token_visible
         starts, caches = batch.token_encoder_len, (self.cache.key[layer], self.cache.value[layer])
-        out = self.context.backend.span_attention(
-            query[:, :, 0], *caches, batch.block_table, sequence, visible, starts, self.bias.scores
-        )
-        return out[:, None]
+        spans = TokenSpans(batch.block_table, sequence, visible, starts, self.bias.scores)
+        return self.context.backend.span_attention(query[:, :, 0], caches, spans)[:, None]
 
 
 class CrossAttention:
@@ -74,5 +73,5 @@ class CrossAttention:
         assert batch.token_encoder_len is not None
         caches, sequence = (self.cache.key[layer], self.cache.value[layer]), batch.token_sequence
         visible = batch.token_encoder_len
-        out = self.context.backend.span_attention(query[:, :, 0], *caches, batch.block_table, sequence, visible)
-        return out[:, None]
+        spans = TokenSpans(batch.block_table, sequence, visible)
+        return self.context.backend.span_attention(query[:, :, 0], caches, spans)[:, None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from polymoe.errors import UnsupportedModelError
+from polymoe.model.backends.base import ScoreOptions
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.variants.variant_stack import VariantStack
 
@@ -110,15 +111,14 @@ class PagedAttention:
         batch = self.context.batch.attention
         assert batch is not None
         self.cache.write(layer, batch.slot_mapping, key.transpose(0, 1), value.transpose(0, 1))
-        window = self.cache.layers[layer].sliding_window
         sinks = options.pop("sinks")
         if isinstance(sinks, VariantStack):
             sinks = sinks.per_token(query.shape[1])
         elif sinks is not None:
             sinks = sinks.expand(query.shape[1], -1)
         caches = self.cache.key[layer], self.cache.value[layer]
-        own = query.transpose(0, 1)
-        return self.context.backend.attention(own, *caches, batch, window=window, sinks=sinks, **options)
+        scores = ScoreOptions(window=self.cache.layers[layer].sliding_window, sinks=sinks, **options)
+        return self.context.backend.attention(query.transpose(0, 1), caches, batch, scores)
 
 
 def polymoe_attention_forward(

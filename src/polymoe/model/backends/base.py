@@ -5,7 +5,7 @@ which operations these are it says beforehand (`why_not_…`, `PreparedExperts.p
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,36 @@ import torch
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
 from polymoe.protocol.fast_path import FastPath
+
+Cache = tuple[torch.Tensor, torch.Tensor]  # key and value of one layer, [blocks, block_size, Hk, D / Dv]
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What becomes of q kᵀ before the softmax.
+
+    window: only the last `window` tokens are seen. softcap: scores become `softcap · tanh(score / softcap)`.
+    sinks: `[T, Hq]`, of one more key that takes probability and gives nothing.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """What each of T tokens sees: tokens `start : visible` of its own sequence, which is a row of the block table.
+
+    start: None: from the first. bias: `[T, Hq, L]` float32, added to the scores from `start` on; with it only.
+    """
+
+    block_table: torch.Tensor  # [B, M]
+    sequence: torch.Tensor  # [T]
+    visible: torch.Tensor  # [T]
+    start: torch.Tensor | None = None  # [T]
+    bias: torch.Tensor | None = None
 
 
 class AbsentExperts(Protocol):
@@ -109,49 +139,20 @@ class Backend(ABC):
         `weights [R, H]` in x's dtype; versions None: with the first."""
 
     @abstractmethod
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`query [T, Hq, D]` over the cache of one layer `[blocks, block_size, Hk, D / Dv]` -> `[T, Hq, Dv]`.
-
-        Args:
-            window: only the last `window` tokens. sinks: `[T, Hq]`, scores of a key without a value.
-        """
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
+        """`query [T, Hq, D]` over one layer's cache, each token sees what is before it -> `[T, Hq, Dv]`."""
 
     @abstractmethod
-    def span_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block_table: torch.Tensor,
-        sequence: torch.Tensor,
-        visible: torch.Tensor,
-        start: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """softmax(q kᵀ + bias) v of each token over tokens `start : visible` of its own sequence -> `[T, Hq, Dv]`.
-
-        Args:
-            sequence: `[T]`, the token's row of the block table. visible: `[T]`. start: `[T]`; None: from the first.
-            bias: `[T, Hq, L]` float32, for the tokens from `start` on; with `start` only.
-        """
+    def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
+        """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
 
     @abstractmethod
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """One layer's experts, which the stock experts `module` stands for."""
 
     @abstractmethod
-    def why_not_linear(self, dtype: torch.dtype, inputs: Iterable[int]) -> str:
-        """Why torch multiplies by stacks with these many inputs; empty where it does not."""
+    def why_not_linear(self, dtype: torch.dtype, inputs: int) -> str:
+        """Why torch multiplies by stacks with so many inputs; empty where it does not."""
 
     @abstractmethod
     def why_not_norm(self, dtype: torch.dtype, width: int) -> str:

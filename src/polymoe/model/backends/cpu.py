@@ -1,6 +1,5 @@
 """The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from polymoe.kernels.cpu.grouped_linear import grouped_linear, why_not_grouped
 from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
-from polymoe.model.backends.base import ExpertLayer, PreparedExperts
+from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -50,40 +49,19 @@ class CpuBackend(ReferenceBackend):
         repeat = x.numel() // (segments.num_tokens * x.shape[-1])
         return fast_rms_norm(x, weights, segments.row_of_token(row_map), repeat, eps)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
         """Each token by itself, without gathering; torch's with sinks or a softcap."""
-        if sinks is not None or softcap is not None or why_not_attention(query.dtype, key.shape[3], value.shape[3]):
-            return super().attention(query, key, value, batch, scaling, window, softcap, sinks)
+        if scores.sinks is not None or scores.softcap is not None or not _attends(query, cache):
+            return super().attention(query, cache, batch, scores)
         tokens = batch.token_sequence, batch.token_visible
-        return paged_attention(query.contiguous(), key, value, batch.block_table, *tokens, scaling, window)
+        return paged_attention(query.contiguous(), *cache, batch.block_table, *tokens, scores.scaling, scores.window)
 
-    def span_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block_table: torch.Tensor,
-        sequence: torch.Tensor,
-        visible: torch.Tensor,
-        start: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """Each token by itself, without gathering."""
-        if why_not_attention(query.dtype, key.shape[3], value.shape[3]):
-            return super().span_attention(query, key, value, block_table, sequence, visible, start, bias)
-        return paged_attention(
-            query.contiguous(), key, value, block_table, sequence, visible, 1.0, None, start, bias
-        )  # fmt: skip
+        if not _attends(query, cache):
+            return super().span_attention(query, cache, spans)
+        tokens = spans.block_table, spans.sequence, spans.visible
+        return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
 
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """A layer in one call where there is a kernel for it, else each product in a call of its own."""
@@ -103,14 +81,9 @@ class CpuBackend(ReferenceBackend):
             beside = PackedExperts(path, module, layer, stored, experts_compressed)
         return StoredExperts(path, module, layer, None if layer.transposed else resident, beside)
 
-    def why_not_linear(self, dtype: torch.dtype, inputs: Iterable[int]) -> str:
-        """See the base class."""
-        return why_not_grouped(dtype, inputs)
+    def _reason(self, of_cpu: str) -> str:
+        return of_cpu
 
-    def why_not_norm(self, dtype: torch.dtype, width: int) -> str:
-        """See the base class."""
-        return why_not_fast_norm(dtype, width)
 
-    def why_not_attention(self, dtype: torch.dtype, key_dim: int, value_dim: int, extras: Sequence[str]) -> str:
-        """See the base class."""
-        return why_not_attention(dtype, key_dim, value_dim) or " and ".join(extras)
+def _attends(query: torch.Tensor, cache: Cache) -> bool:
+    return not why_not_attention(query.dtype, cache[0].shape[3], cache[1].shape[3])

@@ -4,7 +4,7 @@ Tests give one to a model on a CPU, where Triton's interpreter runs the same ker
 so that a decode step can be captured in a CUDA graph; only experts that are absent, or have no kernel, do.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from polymoe.kernels.cpu.grouped_experts import experts_by_loop
-from polymoe.model.backends.base import AbsentExperts, ExpertLayer, PreparedExperts, Routed
+from polymoe.model.backends.base import AbsentExperts, Cache, ExpertLayer, PreparedExperts, Routed, ScoreOptions
 from polymoe.model.backends.reference import ReferenceBackend, experts_path
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -75,23 +75,14 @@ class CudaBackend(ReferenceBackend):
         repeat = x.numel() // (segments.num_tokens * x.shape[-1])
         return self._rms_norm(x, weights, segments.row_of_token(row_map), repeat, eps)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
         """One kernel for sequences of any lengths."""
         lengths = batch.device_lengths
         assert lengths is not None
         return self._attention(
-            query, key, value, batch.block_table, lengths.query_start_loc, lengths.seq_lens,
-            max_query_len=lengths.max_query_len, scaling=scaling, window=window, softcap=softcap, sinks=sinks,
+            query, *cache, batch.block_table, lengths.query_start_loc, lengths.seq_lens,
+            max_query_len=lengths.max_query_len, scaling=scores.scaling, window=scores.window, softcap=scores.softcap,
+            sinks=scores.sinks,
         )  # fmt: skip
 
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
@@ -103,23 +94,8 @@ class CudaBackend(ReferenceBackend):
         matrices = self._matrices(layer.weights, layer.dtype, module.is_transposed)
         return _CudaExperts(experts_path(self.runs_on), self, module, layer, matrices)
 
-    def why_not_linear(self, dtype: torch.dtype, inputs: Iterable[int]) -> str:  # noqa: ARG002
-        """Of no reason we know."""
-        return ""
-
-    def why_not_norm(self, dtype: torch.dtype, width: int) -> str:  # noqa: ARG002
-        """Of no reason we know."""
-        return ""
-
-    def why_not_attention(
-        self,
-        dtype: torch.dtype,  # noqa: ARG002
-        key_dim: int,  # noqa: ARG002
-        value_dim: int,  # noqa: ARG002
-        extras: Sequence[str],  # noqa: ARG002
-    ) -> str:
-        """Of no reason we know."""
-        return ""
+    def _reason(self, of_cpu: str) -> str:  # noqa: ARG002
+        return ""  # we know of none
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Everything in torch: what the other backends are compared with, and what they leave to it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from polymoe.kernels.cpu.packed_experts import why_not_packed
 from polymoe.kernels.cpu.paged_attention import why_not_attention
 from polymoe.kernels.cpu.rms_norm import rms_norm, why_not_fast_norm
 from polymoe.model.backends import reference_attention
-from polymoe.model.backends.base import Backend, ExpertLayer, PreparedExperts
+from polymoe.model.backends.base import Backend, Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
 from polymoe.protocol.fast_path import FastPath
@@ -48,35 +48,13 @@ class ReferenceBackend(Backend):
         own = self.rows_of_tokens(weights, *versions)
         return rms_norm(x.reshape(len(own), -1, x.shape[-1]), own[:, None], eps).view(x.shape)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
         """Sequences with one token together, all others one by one."""
-        return reference_attention.batch_attention(
-            query, (key, value), batch, window, sinks, scaling=scaling, softcap=softcap
-        )
+        return reference_attention.batch_attention(query, cache, batch, scores)
 
-    def span_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block_table: torch.Tensor,
-        sequence: torch.Tensor,
-        visible: torch.Tensor,
-        start: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """All tokens in one padded batch."""
-        return reference_attention.span_attention(query, (key, value), block_table, sequence, visible, start, bias)
+        return reference_attention.span_attention(query, cache, spans)
 
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """Expert by expert, or one grouped product of torch's."""
@@ -93,17 +71,21 @@ class ReferenceBackend(Backend):
         by_group = partial(experts_by_group, linear=grouped_linear_by_loop)
         return StoredExperts(path, module, layer, None if layer.transposed else by_group)
 
-    def why_not_linear(self, dtype: torch.dtype, inputs: Iterable[int]) -> str:
-        """What keeps the CPU's kernels from it."""
-        return why_not_grouped(dtype, inputs) or _ASKED_FOR
+    def why_not_linear(self, dtype: torch.dtype, inputs: int) -> str:
+        """See the base class."""
+        return self._reason(why_not_grouped(dtype, [inputs]))
 
     def why_not_norm(self, dtype: torch.dtype, width: int) -> str:
-        """What keeps the CPU's kernels from it."""
-        return why_not_fast_norm(dtype, width) or _ASKED_FOR
+        """See the base class."""
+        return self._reason(why_not_fast_norm(dtype, width))
 
     def why_not_attention(self, dtype: torch.dtype, key_dim: int, value_dim: int, extras: Sequence[str]) -> str:
-        """What keeps the CPU's kernels from it."""
-        return why_not_attention(dtype, key_dim, value_dim) or " and ".join(extras) or _ASKED_FOR
+        """See the base class."""
+        return self._reason(why_not_attention(dtype, key_dim, value_dim) or " and ".join(extras))
+
+    def _reason(self, of_cpu: str) -> str:
+        """Why torch computes something. of_cpu: why the CPU's kernels do not, if they do not."""
+        return of_cpu or _ASKED_FOR
 
 
 def experts_path(runs_on: str, reason: str = "", slow: bool = False) -> FastPath:

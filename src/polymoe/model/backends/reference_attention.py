@@ -4,41 +4,35 @@ Grouped-query heads are folded into the query axis, so keys are never repeated; 
 score is the sink and whose value is zero.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from polymoe.model.backends.base import Cache, ScoreOptions, TokenSpans
 from polymoe.model.batch.batch import AttentionBatch
 
-Cache = tuple[torch.Tensor, torch.Tensor]  # key and value of one layer, [blocks, block_size, kv_heads, dim]
 
-
-def batch_attention(
-    query: torch.Tensor, cache: Cache, batch: AttentionBatch, window: int | None, sinks: Any, **options: Any
-) -> torch.Tensor:
-    """`Backend.attention`. options: scaling, softcap."""
+def batch_attention(query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
+    """`Backend.attention`."""
     if not batch.prefill_seqs:  # the sequences' single tokens are all rows, in order
-        return _decode(query, cache, batch, window, sinks, **options)
+        return _decode(query, cache, batch, scores)
     out = query.new_empty(*query.shape[:2], cache[1].shape[-1])
     if batch.decode_seqs:
         rows = torch.tensor([batch.query_start_loc[i] for i in batch.decode_seqs], device=query.device)
-        own_sinks = None if sinks is None else sinks[rows]
-        out[rows] = _decode(query[rows], cache, batch, window, own_sinks, **options)
+        out[rows] = _decode(query[rows], cache, batch, _of_rows(scores, rows))
     for index in batch.prefill_seqs:
-        start, end = batch.query_start_loc[index], batch.query_start_loc[index + 1]
-        own_sinks = None if sinks is None else sinks[start:end]
-        out[start:end] = _prefill(query[start:end], cache, batch, index, window, own_sinks, **options)
+        own = slice(*batch.query_start_loc[index : index + 2])
+        out[own] = _prefill(query[own], cache, batch, index, _of_rows(scores, own))
     return out
 
 
-def _decode(
-    query: torch.Tensor, cache: Cache, batch: AttentionBatch, window: int | None, sinks: Any, **options: Any
-) -> torch.Tensor:
-    """All sequences with one query token, in one padded batch.
+def _of_rows(scores: ScoreOptions, rows: torch.Tensor | slice) -> ScoreOptions:
+    return scores if scores.sinks is None else replace(scores, sinks=scores.sinks[rows])
 
-    `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`.
-    """
+
+def _decode(query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
+    """All sequences with one query token, in one padded batch: `query [D, Hq, dim]` -> `[D, Hq, Dv]`."""
     seq_lens = [batch.seq_lens[i] for i in batch.decode_seqs]
     table = batch.block_table[list(batch.decode_seqs), : _num_blocks(max(seq_lens), cache)]
     lens = torch.tensor(seq_lens, device=query.device)
@@ -47,56 +41,52 @@ def _decode(
     visible = positions < lens[:, None]  # [D, L]
     for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away
         gathered.masked_fill_(~visible[..., None, None], 0)
-    if window is not None:
-        visible &= positions >= (lens - window)[:, None]
-    own_sinks = None if sinks is None else sinks[:, :, None]
-    return attend(query[:, :, None], keys, values, visible[:, None], sinks=own_sinks, **options)[:, :, 0]
+    if scores.window is not None:
+        visible &= positions >= (lens - scores.window)[:, None]
+    sinks = None if scores.sinks is None else scores.sinks[:, :, None]
+    out = attend(
+        query[:, :, None], keys, values, visible[:, None], scaling=scores.scaling, softcap=scores.softcap, sinks=sinks
+    )
+    return out[:, :, 0]
 
 
 def _prefill(
-    query: torch.Tensor, cache: Cache, batch: AttentionBatch, index: int, window: int | None, sinks: Any, **options: Any
+    query: torch.Tensor, cache: Cache, batch: AttentionBatch, index: int, scores: ScoreOptions
 ) -> torch.Tensor:
-    """One sequence with n query tokens, which stand at its end.
-
-    `query [n, Hq, dim]`, `sinks [n, Hq]` or None -> `[n, Hq, Dv]`.
-    """
+    """One sequence with n query tokens, which stand at its end: `query [n, Hq, dim]` -> `[n, Hq, Dv]`."""
     seq_len = batch.seq_lens[index]
     keys, values = _gather(cache, batch.block_table[index : index + 1, : _num_blocks(seq_len, cache)])
     keys, values = keys[:, :seq_len], values[:, :seq_len]
     key_pos = torch.arange(seq_len, device=query.device)
     query_pos = key_pos[seq_len - len(query) :, None]
     visible = key_pos <= query_pos  # [n, L]
-    if window is not None:
-        visible &= key_pos > query_pos - window
-    own_sinks = None if sinks is None else sinks.t()[None]  # [1, Hq, n]
-    out = attend(query.transpose(0, 1)[None], keys, values, visible[None], sinks=own_sinks, **options)
+    if scores.window is not None:
+        visible &= key_pos > query_pos - scores.window
+    sinks = None if scores.sinks is None else scores.sinks.t()[None]  # [1, Hq, n]
+    out = attend(
+        query.transpose(0, 1)[None], keys, values, visible[None], scaling=scores.scaling, softcap=scores.softcap,
+        sinks=sinks,
+    )  # fmt: skip
     return out[0].transpose(0, 1)
 
 
-def span_attention(
-    query: torch.Tensor,
-    cache: Cache,
-    block_table: torch.Tensor,
-    sequence: torch.Tensor,
-    visible: torch.Tensor,
-    start: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def span_attention(query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
     """`Backend.span_attention`."""
+    table, sequence, visible, start = spans.block_table, spans.sequence, spans.visible, spans.start
     if start is None:
-        keys, values = _gather(cache, block_table[:, : _num_blocks(int(visible.max()), cache)][sequence])
+        keys, values = _gather(cache, table[:, : _num_blocks(int(visible.max()), cache)][sequence])
         seen = torch.arange(keys.shape[1], device=keys.device) < visible[:, None]
         for gathered in (keys, values):
             gathered.masked_fill_(~seen[..., None, None], 0)
         return attend(query[:, :, None], keys, values, seen[:, None], scaling=1.0)[:, :, 0]
-    assert bias is not None
+    assert spans.bias is not None
     # Past a token's own the last one again, whose bias is minus infinity there.
-    offsets = torch.minimum(torch.arange(bias.shape[2], device=query.device), (visible - start - 1)[:, None])
+    offsets = torch.minimum(torch.arange(spans.bias.shape[2], device=query.device), (visible - start - 1)[:, None])
     positions, size = start[:, None] + offsets, cache[0].shape[1]  # [T, L]
-    slots = block_table[sequence[:, None], positions // size] * size + positions % size
+    slots = table[sequence[:, None], positions // size] * size + positions % size
     keys, values = (side.flatten(0, 1)[slots].float() for side in cache)
-    scores = torch.einsum("thd,tlhd->thl", query.float(), keys) + bias
-    return torch.einsum("thl,tlhd->thd", torch.softmax(scores, dim=-1), values).to(query.dtype)
+    biased = torch.einsum("thd,tlhd->thl", query.float(), keys) + spans.bias
+    return torch.einsum("thl,tlhd->thd", torch.softmax(biased, dim=-1), values).to(query.dtype)
 
 
 def _num_blocks(tokens: int, cache: Cache) -> int:
