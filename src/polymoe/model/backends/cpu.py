@@ -67,10 +67,11 @@ class CpuBackend(ReferenceBackend):
         """A layer in one call where there is a kernel for it, else each product in a call of its own."""
         weights = layer.weights
         if isinstance(weights, CompressedLayer):
-            if why_not_packed(weights):
-                return super().prepare_experts(module, layer)
-            reason = why_not_fused(module, layer.dtype, weights)
-            path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
+            if reason := why_not_packed(weights):
+                path = experts_path("torch packed", reason, slow=True)
+            else:
+                reason = why_not_fused(module, layer.dtype, weights)
+                path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
             return PackedExperts(path, module, layer, weights, experts_compressed)
         prepared = super().prepare_experts(module, layer)
         path = prepared.path if why_not_grouped(layer.dtype, stored_inputs(layer)) else experts_path("compiled stored")

@@ -10,13 +10,13 @@ from polymoe.kernels.cpu.compressed_experts import experts_compressed_torch
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_by_grouped_mm
 from polymoe.kernels.cpu.grouped_linear import grouped_linear_by_loop, why_not_grouped
-from polymoe.kernels.cpu.packed_experts import why_not_packed
 from polymoe.kernels.cpu.paged_attention import why_not_attention
 from polymoe.kernels.cpu.rms_norm import rms_norm, why_not_fast_norm
 from polymoe.model.backends import reference_attention
 from polymoe.model.backends.base import Backend, Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+from polymoe.native.library import why_no_kernels
 from polymoe.protocol.fast_path import FastPath
 
 _ASKED_FOR = "the reference backend"
@@ -60,7 +60,7 @@ class ReferenceBackend(Backend):
         """Expert by expert, or one grouped product of torch's."""
         weights = layer.weights
         if isinstance(weights, CompressedLayer):
-            path = experts_path("torch packed", why_not_packed(weights) or _ASKED_FOR, slow=True)
+            path = experts_path("torch packed", why_no_kernels() or _ASKED_FOR, slow=True)
             return PackedExperts(path, module, layer, weights, experts_compressed_torch)
         reason = why_not_grouped(layer.dtype, stored_inputs(layer)) or _ASKED_FOR
         # 3 to 6 times in bfloat16; others have no kernel.
