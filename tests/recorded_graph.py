@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount")
 _KERNELS = ("_linear", "_attention", "_experts", "_rms_norm")
@@ -37,26 +37,26 @@ class RecordedGraph(NoWaiting):
     """Records while it is entered; `replay` runs it all again. Stands for a `torch.cuda.CUDAGraph`.
 
     Args:
-        kernels: whose calls are recorded whole, as launches with the arguments that they had.
+        backend: whose kernels' calls are recorded whole, as launches with the arguments that they had.
     """
 
-    def __init__(self, kernels: DeviceKernels) -> None:
+    def __init__(self, backend: Backend) -> None:
         super().__init__()
-        self._kernels = kernels
+        self._backend = backend
         self._calls: list[Call] = []
         self._inside = False  # a kernel's own operations are part of its launch
-        self._own = {name: getattr(kernels, name) for name in _KERNELS}
+        self._own = {name: getattr(backend, name) for name in _KERNELS}
 
     def __enter__(self) -> "RecordedGraph":
         for name, function in self._own.items():
-            setattr(self._kernels, name, self._launch(function))
+            setattr(self._backend, name, self._launch(function))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for name, function in self._own.items():
-            setattr(self._kernels, name, function)
+            setattr(self._backend, name, function)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._inside:

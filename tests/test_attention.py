@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention, attend, check_attention_arguments
+from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention, check_attention_arguments
 from polymoe.model.backends.context import ForwardContext
+from polymoe.model.backends.reference_attention import attend
 from polymoe.model.batch.batch import AttentionBatch, ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.variants.variant_stack import VariantStack
 

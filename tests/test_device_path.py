@@ -16,7 +16,7 @@ from families import ARCHITECTURES
 from polymoe import LLM, SamplingParams
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
-from polymoe.model.backends.cuda import CudaKernels
+from polymoe.model.backends.cuda import CudaBackend
 from polymoe.model.experts.tier_cost import TierCosts
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
 from polymoe.protocol.request import EngineRequest
@@ -30,7 +30,7 @@ class DeviceLLM(LLM):
 
     def __init__(self, bundle: Path, reference: bool = True, **options: Any) -> None:
         settings = {"dtype": "float32", "device": "cpu", "block_size": 4, "kv_cache_bytes": 1 << 24, **options}
-        self._serve(EngineCore(EngineConfig(bundle=str(bundle), **settings), kernels=CudaKernels(reference)))
+        self._serve(EngineCore(EngineConfig(bundle=str(bundle), **settings), backend=CudaBackend(reference)))
 
 
 # What differs where this path does: shared experts, sinks and windows, two kinds of heads; the others are slow.
@@ -64,13 +64,13 @@ def test_preemption(family: ReferenceFamily) -> None:
 
 def record(llm: LLM) -> None:
     """Let the engine replay its decode steps, as recorded of one variant, and compute none."""
-    graphs, kernels = llm.engine.runner.graphs, llm.engine.model.context.kernels
+    graphs, backend = llm.engine.runner.graphs, llm.engine.model.context.backend
     assert graphs is not None
-    assert kernels is not None
+    assert backend.pads_steps
     with torch.inference_mode():
         for size in graphs.sizes:
             graphs.batch.fill(graphs._dummy(size), size)
-            with RecordedGraph(kernels) as graph:
+            with RecordedGraph(backend) as graph:
                 logits = graphs._compute(size)
             graphs._captured[size] = graph, logits  # type: ignore[assignment]
     graphs._compute = None  # type: ignore[assignment, method-assign]

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from families import ARCHITECTURES, make_family
 from polymoe.engine.core import EngineCore
-from polymoe.kernels.cpu.compressed_experts import experts_compressed_torch
-from polymoe.model.experts import pool as expert_pool
+from polymoe.model.backends.reference import ReferenceBackend
+from polymoe.model.backends.routed_experts import StoredExperts
+from polymoe.model.stock.skeleton import expert_modules
 from polymoe.native.library import cpu_kernels
 from polymoe.offline.api import make_plan
 from polymoe.protocol.fast_path import FastPath, merged
@@ -56,11 +57,19 @@ def test_packed_experts_of_every_architecture_are_compiled(
         assert not any(path.slow for path in engine.info.fast_paths)
     found = {dtype: logits(engine) for dtype, engine in engines.items()}
     assert not used_torch(engines["bfloat16"], monkeypatch)
-    monkeypatch.setattr(expert_pool, "experts_compressed", experts_compressed_torch)
+    for engine in engines.values():
+        by_torch(engine)
     expected = {dtype: logits(engine) for dtype, engine in engines.items()}
     torch.testing.assert_close(found["float32"], expected["float32"], atol=1e-4, rtol=0)
     away = (found["bfloat16"] - expected["bfloat16"]).norm() / expected["bfloat16"].norm()
     assert away < 0.1  # routing may turn where two experts are nearly equal
+
+
+def by_torch(engine: EngineCore) -> None:
+    """Let torch compute the experts from now on."""
+    modules = expert_modules(engine.model.model)
+    for layer, (_, module) in zip(engine.model.pool.layers, modules, strict=True):
+        layer.prepare(module, ReferenceBackend())
 
 
 def used_torch(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -88,8 +97,9 @@ def test_stored_experts_beside_absent_ones_stay_compiled(tmp_path: Path) -> None
     assert (absent.runs_on, absent.count) == ("torch", 2)
     found = logits(engine)
     for layer in engine.model.pool.layers:
-        assert layer._beside_absent is not None
-        layer._beside_absent = None
+        assert isinstance(layer.compute, StoredExperts)
+        assert layer.compute.beside_absent is not None
+    by_torch(engine)
     expected = logits(engine)
     assert (found - expected).norm() < 0.1 * expected.norm()
 

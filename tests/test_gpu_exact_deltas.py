@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton, here for its 
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool
-from polymoe.kernels.gpu.experts import experts_gpu, experts_torch
+from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
 from polymoe.quant.exact import encode_exact
-from test_gpu_experts import DEVICE, Case, Dense, E, Experts, K, V, expected, make_case
+from test_gpu_experts import DEVICE, Case, Dense, E, K, V, expected, make_case
 
 TOKENS = 19
 
@@ -77,7 +77,8 @@ def test_lossless_deltas(bases: list[str], deltas: list[str], exact_first: bool,
     assert ((inputs[4] >= first) & (inputs[4] < first + 4)).any()
     x = torch.randn(TOKENS, case.width, generator=torch.Generator().manual_seed(2))
     on_device = [t.to(DEVICE) for t in inputs]
-    found = experts_gpu(Experts(), x.to(DEVICE), *on_device, case.layer, num_absent=0)
+    matrices = expert_matrices(case.layer, x.dtype)
+    found = experts_gpu(x.to(DEVICE), *on_device, matrices, num_absent=0)
     torch.testing.assert_close(found.cpu(), expected(case, x, inputs), atol=1e-4, rtol=1e-4)
-    reference = experts_torch(Experts(), x.to(DEVICE), *on_device, case.layer, num_absent=0)
+    reference = experts_torch(x.to(DEVICE), *on_device, matrices, num_absent=0)
     torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)

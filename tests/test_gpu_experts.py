@@ -14,7 +14,14 @@ from transformers.integrations.moe import _default_apply_gate
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
-from polymoe.kernels.gpu.experts import experts_gpu, experts_torch, supported, warm_up
+from polymoe.kernels.gpu.experts import (
+    ExpertMatrices,
+    expert_matrices,
+    experts_gpu,
+    experts_torch,
+    supported,
+    warm_up,
+)
 from polymoe.quant.codec import decode, encode
 from polymoe.quant.formats import BASE_FORMATS, get_format
 
@@ -41,6 +48,9 @@ class Case:
     bases: list[Dense]  # by id, decoded
     deltas: list[Dense]
     width: int
+
+    def matrices(self, dtype: torch.dtype) -> ExpertMatrices:
+        return expert_matrices(self.layer, dtype)
 
 
 def pool(experts: Sequence[Dense], name: str) -> tuple[PackedPool, list[Dense]]:
@@ -126,7 +136,7 @@ def check(case: Case, kind: str, tokens: int, dtype: torch.dtype = torch.float32
     x = torch.randn(tokens, case.width, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     want = expected(case, x, inputs)
     on_device = [None if t is None else t.to(DEVICE) for t in inputs]
-    found = experts_gpu(Experts(), x.to(DEVICE), *on_device, case.layer, num_absent=0)
+    found = experts_gpu(x.to(DEVICE), *on_device, case.matrices(x.dtype), num_absent=0)
     assert found.dtype == dtype
     error = (found.float().cpu() - want).norm() / want.norm()
     assert error < tolerance, error
@@ -181,7 +191,7 @@ def test_absent_experts_contribute_nothing() -> None:
     delta[:, 1] = -1
     x = torch.randn(17, 64)
     inputs = (index, weight, variant, table, delta, sign)
-    found = experts_gpu(Experts(), x.to(DEVICE), *(t.to(DEVICE) for t in inputs), case.layer)
+    found = experts_gpu(x.to(DEVICE), *(t.to(DEVICE) for t in inputs), case.matrices(x.dtype))
     torch.testing.assert_close(found.cpu(), expected(case, x, inputs), atol=1e-4, rtol=1e-4)
 
 
@@ -191,9 +201,9 @@ def test_padding_gives_zeros() -> None:
     index, weight, variant, *tables = (t.to(DEVICE) for t in traffic(case, "spread", 20))
     variant[12:] = -1
     x = torch.randn(20, 64, device=DEVICE)
-    expected = experts_gpu(Experts(), x[:12], index[:12], weight[:12], variant[:12], *tables, case.layer)
+    expected = experts_gpu(x[:12], index[:12], weight[:12], variant[:12], *tables, case.matrices(x.dtype))
     x[12:] = float("nan")
-    found = experts_gpu(Experts(), x, index, weight, variant, *tables, case.layer, num_absent=0)
+    found = experts_gpu(x, index, weight, variant, *tables, case.matrices(x.dtype), num_absent=0)
     torch.testing.assert_close(found[:12], expected)
     assert not found[12:].any()
 
@@ -203,7 +213,7 @@ def test_reference_equals_kernels_over_skewed_traffic() -> None:
     for seed, kind in enumerate(["spread", "one expert", "one variant"]):
         inputs = [t.to(DEVICE) for t in traffic(case, kind, 13, seed)]
         x = torch.randn(13, 64, device=DEVICE)
-        args = (Experts(), x, *inputs, case.layer)
+        args = (x, *inputs, case.matrices(x.dtype))
         torch.testing.assert_close(experts_gpu(*args), experts_torch(*args), atol=1e-4, rtol=1e-4)
 
 
@@ -211,7 +221,7 @@ def test_the_same_batch_gives_the_same_bits() -> None:
     case = make_case(["int4"], ["d2"], 64, 64)
     inputs = [t.to(DEVICE) for t in traffic(case, "spread", 9)]
     x = torch.randn(9, 64, device=DEVICE)
-    first, second = (experts_gpu(Experts(), x, *inputs, case.layer) for _ in range(2))
+    first, second = (experts_gpu(x, *inputs, case.matrices(x.dtype)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -255,7 +265,7 @@ def test_a_captured_graph_serves_every_mix() -> None:
     case = make_case(["int4"], ["d2"], 256, 256)
     inputs = [t.to(DEVICE) for t in traffic(case, "spread", 16)]
     x = torch.randn(16, 256, device=DEVICE, dtype=torch.bfloat16)
-    args = (Experts(), x, *inputs, case.layer)
+    args = (x, *inputs, case.matrices(x.dtype))
     experts_gpu(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

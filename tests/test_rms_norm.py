@@ -5,8 +5,10 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from polymoe.kernels.cpu.rms_norm import fast_rms_norm, rms_norm
+from polymoe.kernels.cpu.rms_norm import fast_rms_norm, rms_norm, why_not_fast_norm
+from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
+from polymoe.model.backends.reference import ReferenceBackend
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.stock.fused_norm import _FusedNorm, fuse_norms
 from polymoe.model.variants.variant_stack import VariantStack
@@ -23,23 +25,24 @@ def test_the_kernel_matches_the_formula(rows: int, width: int, repeat: int) -> N
     weights = torch.randn(3, width, generator=generator).bfloat16()
     weight_of = torch.randint(3, (rows // repeat,), generator=generator)
     out = fast_rms_norm(x, weights, weight_of, repeat, 1e-5)
-    assert out is not None
     want = torch.cat([rms_norm(x[i : i + 1], weights[weight_of[i // repeat]], 1e-5) for i in range(rows)])
     # The order of the sum differs, so a value may round to its neighbour; few do.
     assert torch.allclose(out.float(), want.float(), rtol=2**-6, atol=1e-6)
     assert (out != want).float().mean() < 0.02
 
 
-def test_what_the_kernel_does_not_do_is_none() -> None:
-    weights = torch.ones(1, 24)
-    assert fast_rms_norm(torch.ones(2, 24), weights, None, 1, 1e-5) is None
-    assert fast_rms_norm(torch.ones(2, 24).bfloat16(), weights.bfloat16(), None, 1, 1e-5) is None
+def test_what_the_kernel_does_not_do_has_a_reason() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert why_not_fast_norm(dtype, 24)
+        x, weights = torch.full((2, 24), 3.0, dtype=dtype), torch.ones(1, 24, dtype=dtype)
+        found = choose_backend(torch.device("cpu"), dtype).rms_norm(x, weights, None, 1e-5)
+        assert torch.equal(found, rms_norm(x, weights[0], 1e-5))
 
 
 def test_only_norms_that_compute_the_formula_are_fused() -> None:
     """Gemma's norm multiplies by 1 + weight, LayerNorm subtracts a mean: both have an epsilon and a weight."""
     model = torch.nn.ModuleList([MixtralRMSNorm(32), Gemma2RMSNorm(32), torch.nn.LayerNorm(32), torch.nn.Linear(4, 4)])
-    assert fuse_norms(model) == 1
+    assert fuse_norms(model, ReferenceBackend()) == 1
     assert isinstance(model[0].forward, _FusedNorm)
     assert not isinstance(model[1].forward, _FusedNorm)
 
@@ -47,7 +50,8 @@ def test_only_norms_that_compute_the_formula_are_fused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[5, 0, 0], [2, 0, 3], [1, 1, 1], [0, 4, 0]])
 def test_each_token_meets_its_own_variants_weight(dtype: torch.dtype, counts: list[int]) -> None:
-    context = ForwardContext()
+    backend = choose_backend(torch.device("cpu"), dtype)
+    context = ForwardContext(backend)
     segments = segments_from_variants([0, 1, 2], counts)
     context.set(ForwardBatch(tokens=segments, sampled=segments))
     generator = torch.Generator().manual_seed(1)
@@ -58,5 +62,5 @@ def test_each_token_meets_its_own_variants_weight(dtype: torch.dtype, counts: li
         norm.weight = VariantStack(rows, RowMap([2, 0, 1]), context, {3: 1, 4: 1})  # type: ignore[assignment]
         x = torch.randn(*shape, generator=generator).to(dtype)
         want = norm(x)
-        assert fuse_norms(torch.nn.ModuleList([norm])) == 1
+        assert fuse_norms(torch.nn.ModuleList([norm]), backend) == 1
         assert torch.allclose(norm(x).float(), want.float(), rtol=2**-6, atol=1e-6)

@@ -22,14 +22,14 @@ def load_engine(layout: Layout, **options: Any) -> EngineCore:
         "device": layout.device, "dtype": layout.dtype, "enable_prefix_caching": False, "admission_factor": None,
         "max_num_batched_tokens": 4096, "max_model_len": 8192, "expert_cache_bytes": 0,
     }  # fmt: skip
-    kernels = None
+    backend = None
     if layout.device == "cpu":  # the script's own trial: a GPU's kernels in Triton's interpreter
-        from polymoe.model.backends.cuda import CudaKernels
+        from polymoe.model.backends.cuda import CudaBackend
 
-        kernels = CudaKernels()
+        backend = CudaBackend()
         settings |= {"max_model_len": 256, "max_num_batched_tokens": 64, "kv_cache_bytes": 32 << 20}
     config = EngineConfig(bundle=layout.encode(), **(settings | options))
-    return EngineCore(config, bundle=SyntheticBundle(layout), kernels=kernels)
+    return EngineCore(config, bundle=SyntheticBundle(layout), backend=backend)
 
 
 def add(core: EngineCore, variant: int, prompt_tokens: int, output_tokens: int) -> SequenceId:

@@ -13,7 +13,7 @@ import torch
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.engine.process import main
-from polymoe.model.backends.cuda import CudaKernels
+from polymoe.model.backends.cuda import CudaBackend
 from polymoe.model.backends.device_facts import read_device_facts
 from synthetic_bundle import Layout, SyntheticBundle
 
@@ -23,7 +23,7 @@ def make_core(config: EngineConfig, progress: Callable[[str, float], None]) -> E
     layout = Layout(**described["layout"])
     if layout.device == "cpu":
         # The script's own trial. The kernels' references, since the interpreter would take minutes.
-        return EngineCore(config, progress, bundle=SyntheticBundle(layout), kernels=CudaKernels(reference=True))
+        return EngineCore(config, progress, bundle=SyntheticBundle(layout), backend=CudaBackend(reference=True))
     facts = read_device_facts(torch.device(layout.device))
     if described["parts"] > 1:
         share = facts.total_bytes // described["parts"]

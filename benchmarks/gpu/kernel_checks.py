@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.gpu.experts import experts_gpu, experts_torch
+from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
 from polymoe.kernels.gpu.paged_attention import paged_attention, paged_attention_torch
 from polymoe.kernels.gpu.rms_norm import rms_norm_gpu, rms_norm_torch
 from polymoe.kernels.gpu.segmented_linear import segmented_linear, segmented_linear_torch
@@ -71,13 +71,15 @@ def experts(place: Place) -> Iterator[Check]:
         pool = ExpertPool(bundle, ForwardContext(), device, dtype, 0, Staging(device), lambda _fraction: None)
         layer = pool.layers[0]
         weights = layer.compressed or layer.resident
+        matrices = expert_matrices(weights, dtype, module.is_transposed)
+        wide_matrices = expert_matrices(_wide(weights), torch.float32, module.is_transposed)
         tables = layer.table, layer.delta, layer.sign
         for tokens in lengths:
             for routing in ("random", "skewed"):
                 inputs = _routed(place, bundle, tokens, routing)
-                found = experts_gpu(module, *inputs, *tables, weights)
+                found = experts_gpu(*inputs, *tables, matrices)
                 wide = inputs[0].float(), *inputs[1:]
-                wanted = experts_torch(module, *wide, *tables, _wide(weights))
+                wanted = experts_torch(*wide, *tables, wide_matrices)
                 yield f"experts {shape} {base} {delta} T={tokens} {routing}", error(found, wanted)
 
 

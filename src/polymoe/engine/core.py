@@ -19,7 +19,8 @@ from polymoe.engine.scheduling.step_plan import LaunchedStep
 from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, RequestError
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
+from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
@@ -49,7 +50,7 @@ class EngineCore:
     Args:
         progress: called with (stage, fraction done) while loading.
         bundle: in place of the one that `config` names (benchmarks have bundles without a folder).
-        kernels: in place of the device's own (tests run a GPU's kernels on a CPU).
+        backend: in place of the device's own (tests run a GPU's on a CPU).
         facts: in place of what the GPU's driver says (a part of it, or none: tests).
 
     Raises: `BundleError`, `ConfigError`.
@@ -61,7 +62,7 @@ class EngineCore:
         progress: Callable[[str, float], None] | None = None,
         *,
         bundle: Bundle | None = None,
-        kernels: DeviceKernels | None = None,
+        backend: Backend | None = None,
         facts: DeviceFacts | None = None,
     ) -> None:
         self.config = config
@@ -82,8 +83,9 @@ class EngineCore:
         slots = config.slots or len(bundle.variants)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
         dtype = _DTYPES[name]
+        backend = backend or choose_backend(self.device, dtype)
         encoder_decoder = bundle.config.is_encoder_decoder
-        if encoder_decoder and (kernels is not None or self.device.type != "cpu"):
+        if encoder_decoder and backend.pads_steps:
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
         stock = StockModel.of(bundle.config)
         self.kv_bytes_per_block = stock.kv_bytes_per_block(config.block_size, dtype)
@@ -97,7 +99,7 @@ class EngineCore:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
                     stock, bundle, self.device, dtype, slots, config.expert_cache_bytes, progress, config.prefetch,
-                    kernels,
+                    backend,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
@@ -183,7 +185,7 @@ class EngineCore:
     ) -> DecodeGraphs | None:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
         resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
-        if self.model.context.kernels is None or not resident or self.bundle.config.is_encoder_decoder:
+        if not self.model.context.backend.pads_steps or not resident or self.bundle.config.is_encoder_decoder:
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))

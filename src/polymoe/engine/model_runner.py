@@ -180,7 +180,7 @@ class ModelRunner:
             return upload(array, device)
 
         lengths = None
-        if self.model.context.kernels is not None:
+        if self.model.context.backend.keeps_tables_on_device:
             start_loc, seq_lens = (to(np.array(values, dtype=np.int32)) for values in (starts, step.seq_lens))
             lengths = DeviceLengths(start_loc, seq_lens, max(step.counts))
         attention = AttentionBatch(

@@ -11,9 +11,9 @@ import torch
 
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
+from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
-from polymoe.model.backends.cuda import CudaKernels
 from polymoe.model.batch.batch import ForwardBatch, RowMap
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
@@ -33,7 +33,7 @@ from polymoe.model.transfer.stream_copies import StreamCopier
 from polymoe.model.variants.slot_gates import gate_slots
 from polymoe.model.variants.slots import Slots, slot_rows
 from polymoe.model.variants.variant_stack import VariantStack
-from polymoe.native.library import cpu_kernels, one_torch_thread
+from polymoe.native.library import one_torch_thread
 
 if TYPE_CHECKING:  # offline asks model/stock/probe.py what can be served; at run time the import goes only that way
     from polymoe.bundle.reader import Bundle
@@ -56,7 +56,7 @@ class ServedModel:
         staging: with fewer slots than variants, one more row for the variant that runs next.
         expert_cache_bytes: device memory for absent experts that were fetched.
         progress: called with (stage, fraction done).
-        kernels: what computes on a GPU. None: the GPU's own on a GPU, none on a CPU (tests pass the interpreter's).
+        backend: what computes. None: the best for the device (tests run a GPU's on a CPU).
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class ServedModel:
         expert_cache_bytes: int,
         progress: Progress | None = None,
         staging: bool = True,
-        kernels: DeviceKernels | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
-        if kernels is None and device.type == "cuda":
-            kernels = CudaKernels()
-        self.context = ForwardContext(kernels)
+        backend = backend or choose_backend(device, dtype)
+        self.context = ForwardContext(backend)
         self.attention_layers: dict[int, AttentionLayer] = stock.trial.attention_layers
         self._token_axes = stock.trial.token_axes
         self.model = stock.skeleton
@@ -92,7 +91,7 @@ class ServedModel:
         self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read, copier=copier)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
-        if self.context.kernels is not None:
+        if backend.keeps_tables_on_device:
             self.slots.row_map.keep_on(device)
         self._staging = Staging(device)
         names = bundle.nonexpert_names
@@ -100,7 +99,7 @@ class ServedModel:
             report("non-experts", done / len(names))
             self._place(name)
         if self.slots.num_slots < num_variants:
-            if self.context.kernels is not None:
+            if backend.keeps_tables_on_device:
                 gate_slots(self.model, self.slots)
             self.slots.fill()
         report("non-experts", 1.0)
@@ -115,6 +114,7 @@ class ServedModel:
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
             module.polymoe_experts = layer
+            layer.prepare(module, backend)
         text = bundle.config.get_text_config()
         self.pool.map_absent([module for _, module in experts], getattr(text, "num_experts_per_tok", 1))
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
@@ -122,10 +122,8 @@ class ServedModel:
             for name, buffer in module._buffers.items():
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
-        fuse_norms(self.model, self.context.kernels)
-        self.fast_paths = fast_paths(
-            self.model, self.pool.layers, self.attention_layers.values(), dtype, self.context.kernels is not None
-        )
+        fuse_norms(self.model, backend)
+        self.fast_paths = fast_paths(self.model, backend, self.pool.layers, self.attention_layers.values(), dtype)
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
@@ -133,7 +131,7 @@ class ServedModel:
 
     def _products_by_kernels(self) -> bool:
         """Whether the compiled kernels compute a step's large products, so that torch has small operations left."""
-        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or cpu_kernels() is None:
+        if not self.context.backend.has_own_threads:
             return False
         if not all(path.is_compiled for path in self.fast_paths if path.part in ("experts", "absent experts")):
             return False
@@ -146,7 +144,7 @@ class ServedModel:
 
     def _row_map(self, rows: list[int]) -> RowMap:
         row_map = RowMap(rows)
-        if self.context.kernels is not None:
+        if self.context.backend.keeps_tables_on_device:
             row_map.keep_on(self.device)
         return row_map
 
@@ -194,7 +192,7 @@ class ServedModel:
         """Allocate the paged cache and hand it to every attention module."""
         try:
             # One block more where steps are padded: what no sequence owns.
-            null_blocks = int(self.context.kernels is not None)
+            null_blocks = int(self.context.backend.pads_steps)
             self.kv_cache = KVCache(self.attention_layers, num_blocks, block_size, self.device, self.dtype, null_blocks)
         except RuntimeError as error:  # the allocator's own error names no option
             raise ConfigError(f"no memory for {num_blocks} KV blocks; give a smaller --kv-cache. ({error})") from error
@@ -260,7 +258,7 @@ class ServedModel:
     ) -> torch.Tensor:
         """The pass itself, arguments as `forward`; `sampled_rows` None: the logits of every row are wanted.
 
-        Where the model has device kernels nothing here waits for the device, unless experts are absent.
+        Where the backend keeps its tables on the device nothing here waits for the device, unless experts are absent.
         """
         assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
         assert sampled_rows is None or sampled_rows.shape == (batch.sampled.num_tokens,)

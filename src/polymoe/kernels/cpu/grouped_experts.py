@@ -2,10 +2,10 @@
 
     y_t = Σ_k g_tk · (act(x_t G_p) ∘ (x_t U_p)) D_p ,   p = physical id of (variant of t, k-th expert of t)
 
-Letters: T tokens, K experts a token, P physical experts, H hidden, I intermediate. Three implementations of the same
+Letters: T tokens, K experts a token, P physical experts, H hidden, I intermediate. Four implementations of the same
 function: `experts_by_loop` (any device, any dtype, experts may come from anywhere) is the reference; `experts_by_group`
-runs over a stacked pool on a CPU, two grouped linears in all; `experts_by_grouped_mm` is the same for a GPU and never
-waits for the device.
+runs over a stacked pool on a CPU, two grouped linears in all; `experts_in_one_call` is one call of the compiled kernel
+for the commonest kind of expert; `experts_by_grouped_mm` is for a GPU and never waits for the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from polymoe.kernels.cpu.grouped_linear import grouped_linear
-from polymoe.native.library import cpu_kernels, kernel_threads
+from polymoe.native.library import cpu_kernels, kernel_threads, why_no_kernels
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -55,15 +55,18 @@ def experts_by_loop(
 
 
 def experts_by_group(
-    module: torch.nn.Module, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Weights
+    module: torch.nn.Module,
+    hidden: torch.Tensor,
+    physical: torch.Tensor,
+    gate: torch.Tensor,
+    pool: Weights,
+    linear: Callable[..., torch.Tensor] = grouped_linear,
 ) -> torch.Tensor:
     """The same over stacked tensors `[P, …]` with ids in `[0, P)`.
 
     Args: as `experts_by_loop`, with `pool` name -> `[P, *shape]`, stored as `[out, in]` (not `is_transposed`).
+        linear: `grouped_linear`, or its reference.
     """
-    fused = _fused_experts(module, hidden, physical, gate, pool)
-    if fused is not None:
-        return fused
     top_k = physical.shape[1]
     flat = physical.reshape(-1).numpy()
     order = np.argsort(flat, kind="stable")
@@ -72,7 +75,7 @@ def experts_by_group(
     bounds = [*starts.tolist(), len(flat)]
 
     def project_groups(x: torch.Tensor, name: str) -> torch.Tensor:
-        return grouped_linear(x, pool[name], ids, bounds, pool.get(f"{name}_bias"))
+        return linear(x, pool[name], ids, bounds, pool.get(f"{name}_bias"))
 
     out = mlp(module, hidden[torch.from_numpy(order // top_k)], project_groups)
     return combine(out, torch.from_numpy(order), gate, hidden.dtype)
@@ -106,22 +109,31 @@ def experts_by_grouped_mm(
     return combine(mlp(module, hidden[order // top_k], project_groups), order, gate, hidden.dtype)
 
 
-def _fused_experts(
-    module: torch.nn.Module, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Weights
-) -> torch.Tensor | None:
-    """`experts_by_group` in one call of the compiled kernel (experts.cpp); None where it does not apply.
+def why_not_one_call(module: torch.nn.Module, dtype: torch.dtype, pool: Weights) -> str:
+    """Why `experts_in_one_call` does not compute these experts; empty where it does.
 
-    It knows one kind of expert, bfloat16, gated by SiLU as transformers does by default, and without biases.
+    It knows one kind: bfloat16, gated by SiLU as transformers does by default, sizes of multiples of 32, no biases.
     """
+    if dtype != torch.bfloat16:
+        return str(dtype).removeprefix("torch.")
+    if not is_plain_silu(module):
+        return "an activation other than SiLU"
+    if set(pool) != {"gate_up_proj", "down_proj"}:
+        return "biases"
+    if any(size % 32 for size in pool["down_proj"].shape[1:]):
+        return "sizes that are no multiples of 32"
+    return why_no_kernels() if all(stack.is_contiguous() for stack in pool.values()) else "stacks that are views"
+
+
+def experts_in_one_call(
+    _module: torch.nn.Module, hidden: torch.Tensor, physical: torch.Tensor, gate: torch.Tensor, pool: Weights
+) -> torch.Tensor:
+    """`experts_by_group` by the compiled kernel (experts.cpp), for what `why_not_one_call` has no reason against."""
     kernels = cpu_kernels()
-    if kernels is None or hidden.dtype != torch.bfloat16 or not is_plain_silu(module):
-        return None
+    assert kernels is not None
     gate_up, down = pool["gate_up_proj"], pool["down_proj"]
-    tokens, width = hidden.shape
-    num_experts, inner = down.shape[0], down.shape[2]
-    contiguous = hidden.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous()
-    if len(pool) != 2 or width % 32 or inner % 32 or not contiguous:
-        return None
+    hidden = hidden.contiguous()
+    (tokens, width), (num_experts, _, inner) = hidden.shape, down.shape
     out = torch.empty_like(hidden)
     ids, gate = physical.to(torch.int32).contiguous(), gate.float().contiguous()
     kernels.polymoe_experts_bf16(

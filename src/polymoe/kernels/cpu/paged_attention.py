@@ -1,4 +1,4 @@
-"""Attention over the paged cache, each query token by itself: the compiled kernel where it applies, else None."""
+"""Attention over the paged cache, each query token by itself: the compiled kernel (paged_attention.cpp)."""
 
 import torch
 
@@ -25,7 +25,7 @@ def paged_attention(
     window: int | None,
     start: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """softmax(scaling · q kᵀ + bias) v of each token over its own sequence's blocks, without gathering them.
 
     Args:
@@ -38,13 +38,13 @@ def paged_attention(
         start: `[T]` int64, less than `visible`; None: without a window the sequence's first token. Not with a window.
         bias: `[T, Hq, L]` float32, contiguous, with an entry for each token that is seen, the first one's first.
 
-    Returns: `[T, Hq, Dv]`, or None where there is no kernel for these arguments (not a CPU with AVX512-BF16, another
-    dtype, odd sizes): the caller then gathers and uses torch, which gives the same up to bfloat16 rounding.
+    Returns: `[T, Hq, Dv]`. Only for what `why_not_attention` has no reason against; elsewhere torch, on what it has
+    gathered, gives the same up to rounding.
     """
-    if query.device.type != "cpu" or why_not_attention(query.dtype, query.shape[2], value.shape[3]):
-        return None
     kernels = cpu_kernels()
     assert kernels is not None
+    assert query.dtype == torch.bfloat16
+    assert query.shape[2] % 32 == value.shape[3] % 16 == 0
     assert query.is_contiguous()
     assert block_table.is_contiguous()
     assert start is None or window is None

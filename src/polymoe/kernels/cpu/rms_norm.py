@@ -25,18 +25,20 @@ def why_not_fast_norm(dtype: torch.dtype, width: int) -> str:
 
 def fast_rms_norm(
     x: torch.Tensor, weights: torch.Tensor, weight_of: torch.Tensor | None, repeat: int, eps: float
-) -> torch.Tensor | None:
-    """The compiled kernel (rms_norm.cpp), or None where it does not apply (bfloat16 on a CPU, H a multiple of 16).
+) -> torch.Tensor:
+    """The compiled kernel (rms_norm.cpp), for what `why_not_fast_norm` has no reason against.
 
     Args:
-        x: `[..., H]` with S rows in all.
-        weights: `[R, H]`.
+        x: `[..., H]` with S rows in all, contiguous.
+        weights: `[R, H]`, contiguous.
         weight_of: `[S / repeat]` int64, the weight of each run of `repeat` rows; None: the first for all.
     """
-    kernels = cpu_kernels() if x.dtype == weights.dtype == torch.bfloat16 and x.device.type == "cpu" else None
-    width = x.shape[-1]
-    if kernels is None or width % _LANES or not x.is_contiguous() or not weights.is_contiguous():
-        return None
+    kernels, width = cpu_kernels(), x.shape[-1]
+    assert kernels is not None
+    assert x.dtype == weights.dtype == torch.bfloat16
+    assert width % _LANES == 0
+    assert x.is_contiguous()
+    assert weights.is_contiguous()
     out = torch.empty_like(x)
     kernels.polymoe_rms_norm_bf16(
         x.data_ptr(), weights.data_ptr(), None if weight_of is None else weight_of.data_ptr(), repeat,

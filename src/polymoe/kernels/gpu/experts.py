@@ -7,8 +7,8 @@ silu · up `[S, I]` in x's dtype and weighted outputs `[S, H]` in float32; weigh
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,8 +44,30 @@ def supported(module: Any, weights: Weights | CompressedLayer) -> bool:
     )
 
 
+Pools = tuple[list[PoolMatrix], list[PoolMatrix]]  # of bases, of deltas
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMatrices:
+    """What the kernels are told of one layer; to make it costs more than a launch."""
+
+    gate_up: Pools
+    down: Pools
+    dtype: torch.dtype
+
+
+def expert_matrices(weights: Weights | CompressedLayer, dtype: torch.dtype, transposed: bool = False) -> ExpertMatrices:
+    """Of a layer that `supported` accepts.
+
+    Args:
+        weights: the stock stacks by name `[P, …]`, or the layer's packed pools.
+        dtype: what is computed in. transposed: whether the stock module holds experts as `[in, out]`.
+    """
+    gate_up, down = (_pools(weights, name, dtype, transposed) for name in ("gate_up_proj", "down_proj"))
+    return ExpertMatrices(gate_up, down, dtype)
+
+
 def experts_gpu(
-    module: Any,
     hidden: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -53,31 +75,29 @@ def experts_gpu(
     table: Tensor,
     delta: Tensor | None,
     sign: Tensor | None,
-    weights: Weights | CompressedLayer,
+    matrices: ExpertMatrices,
     num_absent: int | None = None,
 ) -> Tensor:
     """One layer's experts. Never waits for the device; shapes decide everything that is not on it.
 
     Args:
-        module: the stock experts module, one that `supported` accepts.
         hidden: `[T, H]`. top_k_index, top_k_weights: `[T, K]`, indices valid for padding too.
         token_variant: `[T]`; < 0 is padding: zeros come out, and no weights are read for it.
         table: `[V, E]` int32, the layer's; may be a strided view. An id < 0 (absent) contributes zero: add its share.
         delta, sign: `[V, E]` int32 and int8 with the strides of `table`, or None.
-        weights: the stock stacks by name `[P, …]`, or the layer's packed pools.
+        matrices: the layer's, made once (`expert_matrices`) in `hidden`'s dtype.
         num_absent: how many different absent experts the table names at most, 0 if all are on the device; None: it is
             not known, and the grids are as large as if every entry had an expert of its own.
 
     Returns: `[T, H]` in `hidden`'s dtype.
     """
     return _experts(
-        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
-        module.is_transposed, (sort_rows, expert_gemm, combine_rows),
+        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, matrices, num_absent,
+        (sort_rows, expert_gemm, combine_rows),
     )  # fmt: skip
 
 
 def experts_torch(
-    module: Any,
     hidden: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -85,13 +105,13 @@ def experts_torch(
     table: Tensor,
     delta: Tensor | None,
     sign: Tensor | None,
-    weights: Weights | CompressedLayer,
+    matrices: ExpertMatrices,
     num_absent: int | None = None,
 ) -> Tensor:
     """The reference: the same steps, each in torch. Arguments as `experts_gpu`."""
     return _experts(
-        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, weights, num_absent,
-        module.is_transposed, (sort_rows_torch, expert_gemm_torch, combine_rows_torch),
+        hidden, top_k_index, top_k_weights, token_variant, table, delta, sign, matrices, num_absent,
+        (sort_rows_torch, expert_gemm_torch, combine_rows_torch),
     )  # fmt: skip
 
 
@@ -107,16 +127,17 @@ def warm_up(
 ) -> None:
     """Compile, and choose configurations, for batches of `num_tokens` each, routed at random over all variants.
 
-    Call it before CUDA graphs are captured. Arguments as `experts_gpu`.
+    Call it before CUDA graphs are captured. Arguments as `expert_matrices` and `experts_gpu`.
     """
     num_variants, num_experts = table.shape
-    width = _projections(weights, dtype, module.is_transposed)[0][0][0].inputs
+    matrices = expert_matrices(weights, dtype, module.is_transposed)
+    width = matrices.gate_up[0][0].inputs
     for count in num_tokens:
         hidden = torch.randn(count, width, dtype=dtype, device=table.device)
         index = torch.rand(count, num_experts, device=table.device).topk(top_k).indices
         weight = torch.full((count, top_k), 1 / top_k, device=table.device)
         variant = torch.arange(count, device=table.device) * num_variants // count
-        experts_gpu(module, hidden, index, weight, variant, table, delta, sign, weights)
+        experts_gpu(hidden, index, weight, variant, table, delta, sign, matrices)
 
 
 Steps = tuple[Any, Any, Any]  # sort, multiply, combine
@@ -124,14 +145,14 @@ Steps = tuple[Any, Any, Any]  # sort, multiply, combine
 
 def _experts(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, token_variant: Tensor, table: Tensor,
-    delta: Tensor | None, sign: Tensor | None, weights: Weights | CompressedLayer, num_absent: int | None,
-    transposed: bool, steps: Steps,
+    delta: Tensor | None, sign: Tensor | None, matrices: ExpertMatrices, num_absent: int | None, steps: Steps,
 ) -> Tensor:  # fmt: skip
     sort, multiply, combine = steps
     top_k, num_rows = top_k_index.shape[1], top_k_index.numel()
     if num_rows == 0:
         return torch.zeros_like(hidden)
-    gate_up, down = _projections(weights, hidden.dtype, transposed)
+    gate_up, down = matrices.gate_up, matrices.down
+    assert hidden.dtype == matrices.dtype
     if not gate_up[1]:
         delta = sign = None
     resident = min(sum(matrix.count for matrix in gate_up[0]), table.numel())
@@ -177,26 +198,9 @@ def _passes(
         multiply(kind, x, rows, None, delta, out, routing_weight, add=True)
 
 
-def _projections(weights: Weights | CompressedLayer, dtype: torch.dtype, transposed: bool) -> tuple["Pools", ...]:
-    """(bases, deltas) of gate_up_proj and of down_proj."""
-    return tuple(_pools(weights, name, dtype, transposed) for name in ("gate_up_proj", "down_proj"))
-
-
-Pools = tuple[list[PoolMatrix], list[PoolMatrix]]
-_POOLS: WeakKeyDictionary[CompressedLayer, dict[tuple[str, torch.dtype], Pools]] = WeakKeyDictionary()
-
-
 def _pools(weights: Weights | CompressedLayer, name: str, dtype: torch.dtype, transposed: bool) -> Pools:
-    """Made once for a layer with packed pools: it costs more than a launch."""
     if not isinstance(weights, CompressedLayer):
         return [stored_matrix(weights[name], weights.get(f"{name}_bias"))], []
-    known = _POOLS.setdefault(weights, {})
-    if (name, dtype) not in known:
-        known[name, dtype] = _layer_pools(weights, name, dtype, transposed)
-    return known[name, dtype]
-
-
-def _layer_pools(weights: CompressedLayer, name: str, dtype: torch.dtype, transposed: bool) -> Pools:
     bases, deltas = [], []
     first = _num_stored(weights.stored)
     if first:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from polymoe.kernels.cpu.paged_attention import paged_attention
-from polymoe.model.attention.paged import KVCache, attend
+from polymoe.model.attention.paged import KVCache
 from polymoe.model.attention.relative_bias import DecoderBias, EncoderBias
+from polymoe.model.backends.base import TokenSpans
 from polymoe.model.backends.context import ForwardContext
 
 
@@ -56,17 +56,8 @@ class DecoderAttention:
         self.cache.write(layer, batch.slot_mapping, key[:, :, 0], value[:, :, 0])
         sequence, visible = batch.token_sequence, batch.token_visible
         starts, caches = batch.token_encoder_len, (self.cache.key[layer], self.cache.value[layer])
-        own = query[:, :, 0].contiguous()
-        fast = paged_attention(own, *caches, batch.block_table, sequence, visible, 1.0, None, starts, self.bias.scores)
-        if fast is not None:
-            return fast[:, None]
-        positions = starts[:, None] + self.bias.offsets  # [T, L]
-        blocks = batch.block_table[sequence[:, None], positions // self.cache.block_size]
-        slots = blocks * self.cache.block_size + positions % self.cache.block_size
-        keys, values = (side.flatten(0, 1)[slots].float() for side in caches)
-        scores = torch.einsum("thd,tlhd->thl", own.float(), keys) + self.bias.scores
-        out = torch.einsum("thl,tlhd->thd", torch.softmax(scores, dim=-1), values)
-        return out[:, None].to(query.dtype)
+        spans = TokenSpans(batch.block_table, sequence, visible, starts, self.bias.scores)
+        return self.context.backend.span_attention(query[:, :, 0], caches, spans)[:, None]
 
 
 class CrossAttention:
@@ -82,12 +73,5 @@ class CrossAttention:
         assert batch.token_encoder_len is not None
         caches, sequence = (self.cache.key[layer], self.cache.value[layer]), batch.token_sequence
         visible = batch.token_encoder_len
-        fast = paged_attention(query[:, :, 0].contiguous(), *caches, batch.block_table, sequence, visible, 1.0, None)
-        if fast is not None:
-            return fast[:, None]
-        num_blocks = (int(visible.max()) + self.cache.block_size - 1) // self.cache.block_size
-        keys, values = self.cache.gather(layer, batch.block_table[:, :num_blocks][sequence])
-        seen = torch.arange(keys.shape[1], device=keys.device) < visible[:, None]
-        for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away
-            gathered.masked_fill_(~seen[..., None, None], 0)
-        return attend(query, keys, values, seen[:, None], scaling=1.0).transpose(1, 2)
+        spans = TokenSpans(batch.block_table, sequence, visible)
+        return self.context.backend.span_attention(query[:, :, 0], caches, spans)[:, None]

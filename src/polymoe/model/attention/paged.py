@@ -1,21 +1,18 @@
 """Paged attention behind transformers' attention registry.
 
 The stock attention module computes queries, keys and values for the flattened batch `[1, heads, T, D]`; the function
-registered here writes the new keys and values into the paged cache and attends for each sequence to its own blocks.
-Grouped-query heads are folded into the query axis, so keys are never repeated; sinks are one more key column whose
-score is the sink and whose value is zero.
+registered here writes the new keys and values into the paged cache; then the backend attends for each sequence to its
+own blocks.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.kernels.cpu.paged_attention import paged_attention
+from polymoe.model.backends.base import ScoreOptions
 from polymoe.model.backends.context import ForwardContext
-from polymoe.model.batch.batch import AttentionBatch
 from polymoe.model.variants.variant_stack import VariantStack
 
 # What a stock attention may pass beside queries, keys and values, and what becomes of it.
@@ -80,10 +77,6 @@ class KVCache:
         self.key[layer].flatten(0, 1).index_copy_(0, slot_mapping, key)
         self.value[layer].flatten(0, 1).index_copy_(0, slot_mapping, value)
 
-    def gather(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`block_table [B, M]` -> keys and values `[B, M * block_size, kv_heads, D]`."""
-        return self.key[layer][block_table].flatten(1, 2), self.value[layer][block_table].flatten(1, 2)
-
 
 def check_attention_arguments(module: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
     """Refuse anything that would have to be honoured and is not (relative biases, sparse indices, …)."""
@@ -117,118 +110,15 @@ class PagedAttention:
         """
         batch = self.context.batch.attention
         assert batch is not None
-        num_tokens = query.shape[1]
         self.cache.write(layer, batch.slot_mapping, key.transpose(0, 1), value.transpose(0, 1))
-        window = self.cache.layers[layer].sliding_window
         sinks = options.pop("sinks")
         if isinstance(sinks, VariantStack):
-            sinks = sinks.per_token(num_tokens)
+            sinks = sinks.per_token(query.shape[1])
         elif sinks is not None:
-            sinks = sinks.expand(num_tokens, -1)
-        if self.context.kernels is not None:
-            caches = self.cache.key[layer], self.cache.value[layer]
-            own = query.transpose(0, 1)
-            return self.context.kernels.attention(own, *caches, batch, window=window, sinks=sinks, **options)
-        if sinks is None and options.get("softcap") is None:
-            own, caches = query.transpose(0, 1).contiguous(), (self.cache.key[layer], self.cache.value[layer])
-            tokens = batch.token_sequence, batch.token_visible
-            fast = paged_attention(own, *caches, batch.block_table, *tokens, options["scaling"], window)
-            if fast is not None:
-                return fast
-        if not batch.prefill_seqs:  # the sequences' single tokens are all rows, in order
-            return self._decode(layer, batch, query.transpose(0, 1), window, sinks, **options)
-        out = query.new_empty(num_tokens, query.shape[0], value.shape[-1])
-        if batch.decode_seqs:
-            rows = torch.tensor([batch.query_start_loc[i] for i in batch.decode_seqs], device=query.device)
-            own_sinks = None if sinks is None else sinks[rows]
-            out[rows] = self._decode(layer, batch, query.transpose(0, 1)[rows], window, own_sinks, **options)
-        for index in batch.prefill_seqs:
-            self._prefill(layer, batch, index, query, window, sinks, out, **options)
-        return out
-
-    def _decode(
-        self, layer: int, batch: AttentionBatch, query: torch.Tensor, window: int | None, sinks: Any, **options: Any
-    ) -> torch.Tensor:
-        """All sequences with one query token, in one padded batch.
-
-        `query [D, Hq, dim]`, `sinks [D, Hq]` or None -> `[D, Hq, Dv]`.
-        """
-        seq_lens = [batch.seq_lens[i] for i in batch.decode_seqs]
-        num_blocks = (max(seq_lens) + self.cache.block_size - 1) // self.cache.block_size
-        table = batch.block_table[list(batch.decode_seqs), :num_blocks]
-        lens = torch.tensor(seq_lens, device=query.device)
-        keys, values = self.cache.gather(layer, table)
-        positions = torch.arange(keys.shape[1], device=query.device)
-        visible = positions < lens[:, None]  # [D, L]
-        for gathered in (keys, values):  # what a block's last owner left may be NaN, which no mask takes away
-            gathered.masked_fill_(~visible[..., None, None], 0)
-        if window is not None:
-            visible &= positions >= (lens - window)[:, None]
-        own_sinks = None if sinks is None else sinks[:, :, None]
-        return attend(query[:, :, None], keys, values, visible[:, None], sinks=own_sinks, **options)[:, :, 0]
-
-    def _prefill(
-        self, layer: int, batch: AttentionBatch, index: int, query: torch.Tensor, window: int | None, sinks: Any,
-        out: torch.Tensor, **options: Any,
-    ) -> None:  # fmt: skip
-        """One sequence with several query tokens, which stand at its end."""
-        start, end = batch.query_start_loc[index], batch.query_start_loc[index + 1]
-        seq_len = batch.seq_lens[index]
-        num_blocks = (seq_len + self.cache.block_size - 1) // self.cache.block_size
-        keys, values = self.cache.gather(layer, batch.block_table[index : index + 1, :num_blocks])
-        keys, values = keys[:, :seq_len], values[:, :seq_len]
-        key_pos = torch.arange(seq_len, device=query.device)
-        query_pos = key_pos[seq_len - (end - start) :, None]
-        visible = key_pos <= query_pos  # [n, L]
-        if window is not None:
-            visible &= key_pos > query_pos - window
-        sink = None if sinks is None else sinks[start:end].t()[None]  # [1, Hq, n]
-        out[start:end] = attend(query[None, :, start:end], keys, values, visible[None], sinks=sink, **options)[
-            0
-        ].transpose(0, 1)
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    *,
-    scaling: float,
-    sinks: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """softmax(q kᵀ · scaling, sinks) v over the visible keys, with grouped-query heads.
-
-    Args:
-        query: `[B, Hq, n, D]`; key `[B, L, Hk, D]`; value `[B, L, Hk, Dv]`, Hq a multiple of Hk.
-        visible: `[B, n, L]` bool.
-        sinks: `[B, Hq, n]` extra scores that take probability and give nothing.
-        softcap: scores become `softcap · tanh(score / softcap)`.
-
-    Returns: `[B, Hq, n, Dv]`.
-    """
-    batch, q_heads, n, _ = query.shape
-    kv_heads = key.shape[2]
-    group = q_heads // kv_heads
-    q = query.reshape(batch, kv_heads, group * n, -1)  # heads of a group become more queries of their key head
-    k, v = key.transpose(1, 2), value.transpose(1, 2)
-    mask = visible[:, None, None].expand(batch, 1, group, n, -1).reshape(batch, 1, group * n, -1)
-    if softcap is not None:
-        scores = (q @ k.transpose(-2, -1) * scaling).float()
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.reshape(batch, kv_heads, group * n, 1).float()], dim=-1)
-        probs = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(v.dtype)
-        return (probs @ v).reshape(batch, q_heads, n, -1)
-    if sinks is not None:
-        bias = torch.zeros(batch, kv_heads, group * n, k.shape[2] + 1, device=q.device, dtype=q.dtype)
-        bias[..., :-1].masked_fill_(~mask, float("-inf"))
-        bias[..., -1] = sinks.reshape(batch, kv_heads, group * n)
-        mask = bias
-        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, q_heads, n, -1)
+            sinks = sinks.expand(query.shape[1], -1)
+        caches = self.cache.key[layer], self.cache.value[layer]
+        scores = ScoreOptions(window=self.cache.layers[layer].sliding_window, sinks=sinks, **options)
+        return self.context.backend.attention(query.transpose(0, 1), caches, batch, scores)
 
 
 def polymoe_attention_forward(

@@ -47,8 +47,7 @@ class EncoderBias(_BucketBias):
 class DecoderBias(_BucketBias):
     """For T tokens that see up to L tokens of their own sequence, themselves included.
 
-    `scores [T, heads, L]` float32: the bias, minus infinity for what is past a token's own. `offsets [T, L]`: which
-    tokens of the decoder these are, counted from its start; past a token's own it is repeated.
+    `scores [T, heads, L]` float32: the bias, minus infinity for what is past a token's own.
     """
 
     context: ForwardContext
@@ -76,7 +75,6 @@ class DecoderBias(_BucketBias):
             weight = weight.rows.flatten(0, 1)
         scores = F.embedding(bucket, weight).float().masked_fill_((distance > 0)[..., None], float("-inf"))
         self.scores = scores.transpose(1, 2).contiguous()
-        self.offsets = torch.minimum(offsets, (seen - 1)[:, None])
         return self._unused(buckets)
 
 

@@ -1,61 +1,163 @@
-"""What computes on a device: the interface that a model's parts call."""
+"""What computes: the interface that a model's parts call, whatever it runs on.
+
+A backend is chosen once, when a model is loaded (`choose.py`). What it cannot do of one call it gives to torch itself;
+which operations these are it says beforehand (`why_not_…`, `PreparedExperts.path`).
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+from polymoe.protocol.fast_path import FastPath
 
-Tables = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Cache = tuple[torch.Tensor, torch.Tensor]  # key and value of one layer, [blocks, block_size, Hk, D / Dv]
 
 
-class DeviceKernels(ABC):
-    """Fed from device tensors alone. Nothing here waits for the device, so that a decode step can be captured."""
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What becomes of q kᵀ before the softmax.
+
+    window: only the last `window` tokens are seen. softcap: scores become `softcap · tanh(score / softcap)`.
+    sinks: `[T, Hq]`, of one more key that takes probability and gives nothing.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """What each of T tokens sees: tokens `start : visible` of its own sequence, which is a row of the block table.
+
+    start: None: from the first. bias: `[T, Hq, L]` float32, added to the scores from `start` on; with it only.
+    """
+
+    block_table: torch.Tensor  # [B, M]
+    sequence: torch.Tensor  # [T]
+    visible: torch.Tensor  # [T]
+    start: torch.Tensor | None = None  # [T]
+    bias: torch.Tensor | None = None
+
+
+class AbsentExperts(Protocol):
+    """A layer's experts that are not on the device. `physical`: −1 − h for expert h of the host's."""
+
+    def announce(self, physical: torch.Tensor) -> None:
+        """The layer needs those of these ids that are absent, soon."""
+
+    def weights_of(self, physical: int) -> Weights:
+        """The tensors of one expert, absent or not, on the device, as the stock module has them."""
+
+    def on_host(self, physical: torch.Tensor) -> torch.Tensor:
+        """`[n]` absent ids, one a (token, expert) pair -> `[n]` bool: which the host computes."""
+
+    def host_weights_of(self, physical: int) -> Weights:
+        """The tensors of one absent expert, on the host."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Where T tokens of a step go."""
+
+    token_variant: torch.Tensor  # [T]
+    experts: torch.Tensor  # [T, K], of E
+    gate: torch.Tensor  # [T, K]
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLayer:
+    """One layer's physical experts as a backend is told of them.
+
+    table, delta, sign: `[V, E]`, the layer's; table −1 − h for absent expert h. Changed in place, if at all.
+    weights: by name `[P, …]`, or packed pools. transposed: whether stored experts are `[in, out]`.
+    dtype: what is computed in. num_absent: how many different absent experts the table names at most.
+    """
+
+    table: torch.Tensor
+    delta: torch.Tensor | None
+    sign: torch.Tensor | None
+    weights: Weights | CompressedLayer
+    transposed: bool
+    dtype: torch.dtype
+    num_absent: int
+    absent: AbsentExperts
+
+
+class PreparedExperts(Protocol):
+    """One layer's experts, with all that is made once for them.
+
+    path: what the resident ones run on. follows_tables: whether only the device looks at the tables, so that they may
+    change between two replays of a captured step.
+    """
+
+    @property
+    def path(self) -> FastPath: ...
+
+    @property
+    def follows_tables(self) -> bool: ...
+
+    def __call__(self, hidden: torch.Tensor, routed: Routed) -> torch.Tensor:
+        """`hidden [T, H]` -> `[T, H]` in its dtype."""
+
+
+class Backend(ABC):
+    """See the module docstring.
+
+    runs_on: what `FastPath` calls its own way. pads_steps: whether decode steps are padded to few sizes and prompts to
+    none, so that a step can be captured; there is a KV block for what the padding writes. keeps_tables_on_device:
+    whether operations read row maps, lengths and tables on the device, where they are changed in place, and nothing
+    waits for it. holds_outputs_first: whether stored experts are turned over to `[out, in]` when they are loaded.
+    has_own_threads: whether large products run on threads that torch does not know of.
+    """
+
+    runs_on: ClassVar[str]
+    pads_steps: ClassVar[bool] = False
+    keeps_tables_on_device: ClassVar[bool] = False
+    holds_outputs_first: ClassVar[bool] = True
+    has_own_threads: bool = False
 
     @abstractmethod
     def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """`x [T, I]` times each token's own row of `stack [R, O, I]` -> `[T, O]`."""
 
     @abstractmethod
+    def rows_of_tokens(self, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """Each token's own row of `stack [R, …]` -> `[T, …]`, perhaps a view."""
+
+    @abstractmethod
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, version: torch.Tensor | None, repeat: int, eps: float
+        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
     ) -> torch.Tensor:
-        """See `polymoe.kernels.gpu.rms_norm`."""
+        """The norm of each row of `x [..., H]`, of which each token has the same number, with its row of
+        `weights [R, H]` in x's dtype; versions None: with the first."""
 
     @abstractmethod
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: AttentionBatch,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`query [T, Hq, D]` over the cache of one layer `[blocks, block_size, Hk, D / Dv]` -> `[T, Hq, Dv]`."""
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
+        """`query [T, Hq, D]` over one layer's cache, each token sees what is before it -> `[T, Hq, Dv]`."""
 
     @abstractmethod
-    def supports_experts(self, module: torch.nn.Module, weights: Weights | CompressedLayer) -> bool:
-        """Whether `experts` computes this layer; otherwise torch does."""
+    def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
+        """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
 
     @abstractmethod
-    def experts(
-        self,
-        module: torch.nn.Module,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        token_variant: torch.Tensor,
-        tables: Tables,
-        weights: Weights | CompressedLayer,
-        num_absent: int,
-    ) -> torch.Tensor:
-        """A layer's resident experts for `hidden [T, H]`; what is routed to an absent one adds nothing.
+    def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
+        """One layer's experts, which the stock experts `module` stands for."""
 
-        Args:
-            tables: the layer's physical ids, deltas and signs, `[V, E]` each.
-            num_absent: how many different absent experts the ids name at most.
-        """
+    @abstractmethod
+    def why_not_linear(self, dtype: torch.dtype, inputs: int) -> str:
+        """Why torch multiplies by stacks with so many inputs; empty where it does not."""
+
+    @abstractmethod
+    def why_not_norm(self, dtype: torch.dtype, width: int) -> str:
+        """Why torch computes norms of this width; empty where it does not."""
+
+    @abstractmethod
+    def why_not_attention(self, dtype: torch.dtype, key_dim: int, value_dim: int, extras: Sequence[str]) -> str:
+        """Why torch attends, with heads of these sizes and "sinks" or "softcap"; empty where it does not."""

@@ -7,18 +7,16 @@ is no module-level state: two models in one process have two contexts.
 
 from dataclasses import dataclass, field
 
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.model.backends.base import Backend
+from polymoe.model.backends.reference import ReferenceBackend
 from polymoe.model.batch.batch import ForwardBatch
 
 
 @dataclass
 class ForwardContext:
-    """The holder: one a model, set by the runner before each pass.
+    """The holder: one a model, set by the runner before each pass."""
 
-    `kernels`: what computes on a GPU; None where torch and the compiled CPU kernels do. Chosen once, by `ServedModel`.
-    """
-
-    kernels: DeviceKernels | None = None
+    backend: Backend = field(default_factory=ReferenceBackend)
     _batch: ForwardBatch | None = field(default=None, repr=False)
 
     @property

@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -156,13 +156,9 @@ def map_experts(
         all_layers: of the pool, with its `table [V, L, E]`.
         modules: the stock experts modules, one a layer. top_k: experts a token.
     """
-    kernels, device = all_layers[0].context.kernels, table.device
+    backend, device = all_layers[0].context.backend, table.device
     absent = {n: layer.num_absent for n, layer in enumerate(all_layers) if not layer.all_resident}
-    if kernels is None or not absent:
-        return None
-    if not all(
-        kernels.supports_experts(modules[n], all_layers[n].compressed or all_layers[n].resident) for n in absent
-    ):
+    if not absent or not all(all_layers[n].compute.follows_tables for n in absent):
         return None
     parameters, dtype = sum(tensor.numel() for tensor in cache.host_expert(next(iter(absent)), 0).values()), cache.dtype
     expert_bytes = parameters * dtype.itemsize
@@ -180,7 +176,10 @@ def map_experts(
         own, count = all_layers[number], min(room, absent[number])
         rows = {n: torch.empty(count, *t.shape[1:], dtype=dtype, device=device) for n, t in host.items() if count}
         compressed = own.compressed or CompressedLayer(own.resident, (), (), own.transposed)
-        layers[number] = own.mapped = MappedLayer(own.table, on_device[:, number], compressed, host, rows)
+        layers[number] = layer = MappedLayer(own.table, on_device[:, number], compressed, host, rows)
+        here = replace(own.described, table=layer.table, weights=layer.weights, num_absent=0)
+        layer.prepared = backend.prepare_experts(modules[number], here)
+        own.mapped = layer
     mapped = MappedExperts(
         layers, expert_bytes, StreamCopier(device) if device.type == "cuda" else ThreadCopier(), cache.stats
     )

@@ -6,6 +6,7 @@ import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import StoredPool
+from polymoe.model.backends.base import PreparedExperts, Routed
 from polymoe.model.experts.cache_policy import FrequencyPolicy
 
 Weights = Mapping[str, torch.Tensor]
@@ -37,6 +38,12 @@ class MappedLayer:
         # Steps that used each of these ids; behind them, whatever is resident.
         self.counts = torch.zeros(self.num_host + self.num_rows + 1, dtype=torch.int64, device=mapped.device)
         mapped.copy_(torch.where(table < 0, self._first - 1 - table, table))
+        self.prepared: PreparedExperts  # for `weights` and `table`, set by `map_experts`
+
+    def compute(self, hidden: torch.Tensor, routed: Routed) -> torch.Tensor:
+        """A decode step's experts, absent or not."""
+        self.count(routed.token_variant, routed.experts)
+        return self.prepared(hidden, routed)
 
     def count(self, token_variant: torch.Tensor, top_k_index: torch.Tensor) -> None:
         """Note which experts a step uses. Padding repeats a row, so it adds nothing."""

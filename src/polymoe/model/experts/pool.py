@@ -28,8 +28,8 @@ class ExpertPool:
         cache_bytes: budget for fetched experts, in bytes on the device.
         staging: brings the tensors to the device.
         progress: called with the fraction loaded.
-        transposed: whether the stock modules hold experts as `[in, out]`. On a CPU they are turned over when they are
-            loaded: every product here reads rows of outputs.
+        transposed: whether the stock modules hold experts as `[in, out]`. The backend may want them turned over when
+            they are loaded (`holds_outputs_first`).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ExpertPool:
         progress: Callable[[float], None],
         transposed: bool = False,
     ) -> None:
-        turned = transposed and device.type == "cpu" and context.kernels is None
+        turned = transposed and context.backend.holds_outputs_first
         table = store.table
         self.context = context
         self.table = table.to(device)

@@ -9,24 +9,21 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.cpu.rms_norm import fast_rms_norm, rms_norm
-from polymoe.model.backends.base import DeviceKernels
+from polymoe.kernels.cpu.rms_norm import rms_norm
+from polymoe.model.backends.base import Backend
 from polymoe.model.variants.variant_stack import VariantStack
 
 _EPSILONS = ("variance_epsilon", "eps")
 
 
-def fuse_norms(model: torch.nn.Module, kernels: DeviceKernels | None = None) -> int:
-    """Give every module that computes `rms_norm`, bit for bit, the fused forward. Returns how many there are.
-
-    Args: `kernels`: what computes on a GPU; None: the compiled CPU kernels.
-    """
+def fuse_norms(model: torch.nn.Module, backend: Backend) -> int:
+    """Give every module that computes `rms_norm`, bit for bit, the backend's. Returns how many there are."""
     fused = 0
     for module in model.modules():
         found = (getattr(module, name, None) for name in _EPSILONS)
         eps = next((value for value in found if isinstance(value, float)), None)
         if eps is not None and _is_rms_norm(module, eps):
-            module.forward = _FusedNorm(module, eps, kernels)
+            module.forward = _FusedNorm(module, eps, backend)
             fused += 1
     return fused
 
@@ -59,39 +56,22 @@ def _is_rms_norm(module: torch.nn.Module, eps: float) -> bool:
 
 
 class _FusedNorm:
-    """The forward of one norm: the kernel where it applies, else the stock one."""
+    """The forward of one norm: the backend's, or the stock one where rows are not those of the tokens in order."""
 
-    def __init__(self, module: Any, eps: float, kernels: DeviceKernels | None) -> None:
-        self.module, self.eps, self.kernels, self.stock = module, eps, kernels, module.forward
+    def __init__(self, module: Any, eps: float, backend: Backend) -> None:
+        self.module, self.eps, self.backend, self.stock = module, eps, backend, module.forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._fast(x) if self.kernels is None else self._on_device(x, self.kernels)
-        stock: torch.Tensor = self.stock(x) if out is None else out
+        weight = self.module.weight
+        if x.dtype == weight.dtype:
+            if not isinstance(weight, VariantStack):
+                return self.backend.rms_norm(x, weight[None], None, self.eps)
+            batch = weight.context.batch
+            count = batch.shape and batch.shape[0] * batch.shape[1]
+            if count is None and x.ndim >= 3 and x.shape[0] == 1 and weight.token_axes.get(x.ndim) == 1:
+                count = x.shape[1]  # [1, T, …, H]
+            if count is not None:
+                versions = batch.segments(count), weight.row_map
+                return self.backend.rms_norm(x, weight.rows, versions, self.eps)
+        stock: torch.Tensor = self.stock(x)
         return stock
-
-    def _fast(self, x: torch.Tensor) -> torch.Tensor | None:
-        weight = self.module.weight
-        if not isinstance(weight, VariantStack):
-            return fast_rms_norm(x, weight[None], None, 1, self.eps)
-        shape = weight.context.batch.shape
-        if shape is None and (x.ndim < 3 or x.shape[0] != 1 or weight.token_axes.get(x.ndim) != 1):  # [1, T, …, H]
-            return None
-        count = x.shape[1] if shape is None else shape[0] * shape[1]
-        segments = weight.context.batch.segments(count)
-        groups = segments.row_groups(weight.row_map)
-        if len(groups.ids) == 1:
-            return fast_rms_norm(x, weight.rows[int(groups.ids[0])][None], None, 1, self.eps)
-        repeat = x.numel() // (count * x.shape[-1])
-        return fast_rms_norm(x, weight.rows, segments.row_of_token(weight.row_map), repeat, self.eps)
-
-    def _on_device(self, x: torch.Tensor, kernels: DeviceKernels) -> torch.Tensor | None:
-        weight = self.module.weight
-        if x.dtype != weight.dtype or not x.is_contiguous():
-            return None
-        if not isinstance(weight, VariantStack):
-            return kernels.rms_norm(x, weight[None], None, 1, self.eps) if x.is_cuda else None
-        if x.ndim < 3 or x.shape[0] != 1 or weight.token_axes.get(x.ndim) != 1:  # [1, T, …, H]
-            return None
-        version = weight.context.batch.segments(x.shape[1]).row_of_token(weight.row_map)
-        repeat = x.numel() // (x.shape[1] * x.shape[-1])
-        return kernels.rms_norm(x, weight.rows, version, repeat, self.eps)

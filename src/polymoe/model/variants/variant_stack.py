@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from polymoe.kernels.cpu.grouped_linear import grouped_linear
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import RowMap
 
@@ -72,11 +71,7 @@ class VariantStack(torch.Tensor):
     def per_token(self, num_rows: int) -> torch.Tensor:
         """`[num_rows, *shape]`: each row's own version."""
         segments = self.context.batch.segments(num_rows)
-        if self.context.kernels is None:
-            groups = segments.row_groups(self.row_map)
-            if len(groups.ids) == 1:  # one version for all: a view, no gather
-                return self.rows[int(groups.ids[0])].expand(num_rows, *self.own_shape)
-        return self.rows[segments.row_of_token(self.row_map)]
+        return self.context.backend.rows_of_tokens(self.rows, segments, self.row_map)
 
     @classmethod
     def __torch_function__(
@@ -170,12 +165,8 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
         out: torch.Tensor = F.linear(x, weight)
         return out + _gathered(out, bias)
     flat = x.reshape(-1, x.shape[-1])
-    segments, kernels = weight.context.batch.segments(flat.shape[0]), weight.context.kernels
-    if kernels is None:
-        groups = segments.row_groups(weight.row_map)
-        out = grouped_linear(flat.contiguous(), weight.rows, groups.ids, groups.starts)
-    else:
-        out = kernels.linear(flat.contiguous(), weight.rows, segments, weight.row_map)
+    segments = weight.context.batch.segments(flat.shape[0])
+    out = weight.context.backend.linear(flat.contiguous(), weight.rows, segments, weight.row_map)
     if isinstance(bias, VariantStack):
         out = out + bias.per_token(flat.shape[0])
     elif bias is not None:

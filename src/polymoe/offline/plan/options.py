@@ -86,7 +86,8 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self, policy: str) -> None:
         """Raise `PlanError` for an unknown policy, a value out of range, or an option that the policy does not have."""
-        from polymoe.quant.formats import BASE_FORMATS, STORED  # here: it loads torch, and the command line reads this file
+        # Here: it loads torch, and the command line reads this file.
+        from polymoe.quant.formats import BASE_FORMATS, STORED
 
         if policy not in POLICIES:
             names = list(POLICIES)

@@ -1,0 +1,90 @@
+"""The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
+
+from typing import Any
+
+import torch
+
+from polymoe.kernels.cpu.compressed_experts import experts_compressed
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
+from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_in_one_call, why_not_one_call
+from polymoe.kernels.cpu.grouped_linear import grouped_linear, why_not_grouped
+from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
+from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
+from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
+from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
+from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
+from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
+from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+
+
+class CpuBackend(ReferenceBackend):
+    """See the module docstring. Only where `cpu_kernels()` is there.
+
+    Args:
+        dtype: of the model. All kernels know bfloat16; in others packed experts are compiled and the rest is torch's.
+    """
+
+    runs_on = "compiled"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.has_own_threads = dtype == torch.bfloat16
+
+    def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """All runs in one call."""
+        groups = segments.row_groups(row_map)
+        return grouped_linear(x, stack, groups.ids, groups.starts)
+
+    def rms_norm(
+        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+    ) -> torch.Tensor:
+        """One call; torch's for rows that do not lie one after the other."""
+        if not x.is_contiguous() or why_not_fast_norm(x.dtype, x.shape[-1]):
+            return super().rms_norm(x, weights, versions, eps)
+        if versions is None:
+            return fast_rms_norm(x, weights, None, 1, eps)
+        segments, row_map = versions
+        groups = segments.row_groups(row_map)
+        if len(groups.ids) == 1:
+            return fast_rms_norm(x, weights[int(groups.ids[0])][None], None, 1, eps)
+        repeat = x.numel() // (segments.num_tokens * x.shape[-1])
+        return fast_rms_norm(x, weights, segments.row_of_token(row_map), repeat, eps)
+
+    def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:
+        """Each token by itself, without gathering; torch's with sinks or a softcap."""
+        if scores.sinks is not None or scores.softcap is not None or not _attends(query, cache):
+            return super().attention(query, cache, batch, scores)
+        tokens = batch.token_sequence, batch.token_visible
+        return paged_attention(query.contiguous(), *cache, batch.block_table, *tokens, scores.scaling, scores.window)
+
+    def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
+        """Each token by itself, without gathering."""
+        if not _attends(query, cache):
+            return super().span_attention(query, cache, spans)
+        tokens = spans.block_table, spans.sequence, spans.visible
+        return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
+
+    def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
+        """A layer in one call where there is a kernel for it, else each product in a call of its own."""
+        weights = layer.weights
+        if isinstance(weights, CompressedLayer):
+            if reason := why_not_packed(weights):
+                path = experts_path("torch packed", reason, slow=True)
+            else:
+                reason = why_not_fused(module, layer.dtype, weights)
+                path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
+            return PackedExperts(path, module, layer, weights, experts_compressed)
+        prepared = super().prepare_experts(module, layer)
+        path = prepared.path if why_not_grouped(layer.dtype, stored_inputs(layer)) else experts_path("compiled stored")
+        resident = experts_by_group if why_not_one_call(module, layer.dtype, weights) else experts_in_one_call
+        beside = None
+        if layer.num_absent and weights and layer.dtype == torch.bfloat16:
+            stored = CompressedLayer(weights, (), (), layer.transposed)
+            beside = PackedExperts(path, module, layer, stored, experts_compressed)
+        return StoredExperts(path, module, layer, None if layer.transposed else resident, beside)
+
+    def _reason(self, of_cpu: str) -> str:
+        return of_cpu
+
+
+def _attends(query: torch.Tensor, cache: Cache) -> bool:
+    return not why_not_attention(query.dtype, cache[0].shape[3], cache[1].shape[3])
