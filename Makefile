@@ -13,8 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-slow lint types tests format bench compare vllm family switch-family \
-	architectures clean another-torch
+.PHONY: install dev demo test test-bounds test-slow sanitize wheel-test lint types tests format bench compare vllm \
+	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
 another-torch:
@@ -57,6 +57,7 @@ lint: dev
 
 types: dev
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/compare/*.py
 
 tests: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
@@ -69,6 +70,15 @@ test-slow: dev
 # pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.
 test-bounds:
 	$(PYTHON) tools/try_bounds.py $(BOUNDS) $(TORCH_OPTION)
+
+# The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
+sanitize: dev
+	$(BIN)/python tools/sanitize.py $(SANITIZE)
+
+# Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found; options
+# in WHEEL, for example make wheel-test WHEEL=--build-only.
+wheel-test:
+	$(PYTHON) tools/try_wheels.py $(WHEEL) $(TORCH_OPTION)
 
 format: dev
 	$(BIN)/ruff format .

@@ -1,11 +1,20 @@
-"""Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch's matmuls alone."""
+"""Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch alone.
+
+A wheel with the library suits one platform and every Python (it is loaded by ctypes); one without suits them all. Which
+processors can run the kernels is asked when they are loaded (polymoe/native/library.py), not here.
+
+    python hatch_build.py LIBRARY [FLAG …]      compiles it alone, for example with -fsanitize=thread
+"""
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +32,10 @@ class CustomBuildHook(BuildHookInterface):
         if compile_kernels(Path(self.root) / NATIVE / "csrc", target):
             build_data["artifacts"].append(f"{NATIVE}/{target.name}")
             build_data["pure_python"] = False
-            build_data["infer_tag"] = True
+            build_data["tag"] = f"py3-none-{re.sub(r'[^A-Za-z0-9]', '_', sysconfig.get_platform())}"
 
 
-def compile_kernels(folder: Path, target: Path) -> bool:
+def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bool:
     """Whether it worked."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -34,19 +43,23 @@ def compile_kernels(folder: Path, target: Path) -> bool:
         return False
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))).hexdigest()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        options = [*FLAGS, *flags, f'-DPOLYMOE_SOURCES="{digest}"']
         try:
             objects = []
             for source in sorted(folder.glob("*.cpp")):
                 objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                command = [compiler, *FLAGS, f'-DPOLYMOE_SOURCES="{digest}"', "-c", str(source), "-o", objects[-1]]
+                command = [compiler, *options, "-c", str(source), "-o", objects[-1]]
                 subprocess.run(command, check=True, capture_output=True)
             library = Path(temporary) / target.name
-            subprocess.run(
-                [compiler, "-shared", "-pthread", *objects, "-o", str(library)], check=True, capture_output=True
-            )
-            library.rename(target)
+            command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]
+            subprocess.run(command, check=True, capture_output=True)
+            shutil.move(library, target)  # may be on another disk
         except (OSError, subprocess.CalledProcessError) as error:
             detail = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
             print(f"polymoe: the CPU kernels are not built ({error}) {detail}", file=sys.stderr)
             return False
     return True
+
+
+if __name__ == "__main__":
+    sys.exit(0 if compile_kernels(Path(__file__).parent / NATIVE / "csrc", Path(sys.argv[1]), sys.argv[2:]) else 1)

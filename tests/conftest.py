@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from families import make_family
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
+from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest_sessionstart  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -21,11 +21,9 @@ pytestmark = pytest.mark.skipif(
 
 def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an update without a build a function may have other arguments: calling it would write anywhere."""
-    for path in [*cpu.LIBRARY.parent.glob("*.[ch]*"), cpu.LIBRARY]:
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / cpu.LIBRARY.name)
+    monkeypatch.setattr(cpu, "SOURCES", Path(shutil.copytree(cpu.SOURCES, tmp_path / "csrc")))
     assert cpu.cpu_kernels.__wrapped__() is not None
-    (tmp_path / "bf16.h").write_text("// changed")
+    (tmp_path / "csrc" / "bf16.h").write_text("// changed")
     with pytest.warns(UserWarning, match="built from other sources"):
         assert cpu.cpu_kernels.__wrapped__() is None
 
@@ -81,7 +79,7 @@ def test_torch_is_loaded_with_threads_that_sleep_and_nobody_else_is_told() -> No
     """Both doors to the engine load torch themselves; processes that they start keep their own settings."""
     for door in ("polymoe.llm.llm", "polymoe.engine.process"):
         code = (
-            f"import os, sys, {door}; from polymoe import quiet_torch; "
+            f"import os, sys, {door}; from polymoe.native import quiet_torch; "
             "print(quiet_torch.SLEEPS, 'torch' in sys.modules, 'GOMP_SPINCOUNT' in os.environ)"
         )
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}

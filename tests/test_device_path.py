@@ -79,10 +79,9 @@ def record(llm: LLM) -> None:
 @pytest.mark.parametrize(("slots", "prefetch"), [(1, True), (2, False), (3, False)])
 def test_a_captured_step_is_valid_for_every_mix(family: ReferenceFamily, slots: int, prefetch: bool) -> None:
     """Every decode step replays what was recorded of one variant, while that was in a slot."""
-    if family.arch == "gpt_oss":
-        pytest.skip("its experts have no kernel, so its steps are not captured")
     llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, max_num_seqs=8, max_model_len=48)
-    record(llm)
+    if family.arch != "gpt_oss":  # its experts have no kernel, so its steps are computed, in the same padded batches
+        record(llm)
     check(llm, family, repeat=2)
     assert (llm.engine.stats().reconfigurations > 0) == (slots < 3)
 

@@ -17,16 +17,19 @@ LOGITS_TOLERANCE = 1e-4
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, "switch_transformers"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every family on every device that serves it: encoder–decoder models are served on a CPU only."""
+    if "device" not in metafunc.fixturenames:
+        metafunc.parametrize("family", [*ARCHITECTURES, "switch_transformers"], indirect=True)
+        return
+    pairs: list[Any] = [(arch, "cpu") for arch in [*ARCHITECTURES, "switch_transformers"]]
+    pairs += [pytest.param(arch, "cuda", marks=[pytest.mark.gpu, NO_GPU]) for arch in ARCHITECTURES]
+    metafunc.parametrize(("family", "device"), pairs, indirect=["family"], scope="module")
+
+
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReferenceFamily:
     return ReferenceFamily(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-def device(request: pytest.FixtureRequest, family: ReferenceFamily) -> str:
-    if request.param == "cuda" and family.is_encoder_decoder:
-        pytest.skip("encoder–decoder models are served on a CPU only")
-    return str(request.param)
 
 
 def load(bundle: Path, **options: Any) -> LLM:

@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Relu(Module):
-    act_fn = torch.nn.ReLU()
+    act_fn = torch.nn.ReLU()  # type: ignore[assignment]
 
 
 class Gelu(Module):

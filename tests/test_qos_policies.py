@@ -6,13 +6,12 @@ import random
 
 import pytest
 
-from polymoe.engine.policies.admission import AdmissionControl, has_room
+from polymoe.engine.policies.admission import AdmissionControl, Backlog, LoadEstimate, has_room
 from polymoe.engine.policies.deficit_round_robin import MAX_DEBT, DeficitRoundRobin
 from polymoe.engine.policies.fair_share import FairShare
 from polymoe.engine.policies.slot_policy import SlotPolicy, VariantWork
 from polymoe.engine.policies.step_budget import MIN_PREFILL, StepBudget
 from polymoe.engine.policies.step_cost import StepCost
-from polymoe.engine.scheduling.load_estimate import Backlog, LoadEstimate
 from polymoe.errors import OverloadedError
 
 

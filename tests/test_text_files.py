@@ -13,7 +13,8 @@ import pytest
 from families import make_family
 from polymoe.errors import PolymoeError
 from polymoe.evaluate.texts import encode_texts
-from polymoe.offline.calibrate.calibrate import Calibration, text_files
+from polymoe.offline.calibrate import text_files
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.text_files import PIECE_BYTES, PIECES, WHOLE_BYTES, is_sampled, read_lines, read_plain
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens

@@ -21,7 +21,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.table import Table
 
@@ -210,10 +210,10 @@ class Offline:
         await asyncio.to_thread(self._workers.stop)
 
 
-def report(speeds: dict[str, list[float]], comparison: Comparison) -> dict:
+def report(speeds: dict[str, list[float]], comparison: Comparison) -> dict[str, Any]:
     """Print a table, return what the JSON line says."""
     machine = describe_machine()
-    results: dict = {"systems": {}, "ratios": {}, "missing": comparison.missing, "machine": machine}
+    results: dict[str, Any] = {"systems": {}, "ratios": {}, "missing": comparison.missing, "machine": machine}
     title = (
         f"{len(comparison.names)} variants, {comparison.in_flight} requests of {comparison.lengths.input_tokens} "
         f"tokens in and {comparison.lengths.output_tokens} out, medians of {comparison.repeats}"
@@ -249,7 +249,7 @@ def report(speeds: dict[str, list[float]], comparison: Comparison) -> dict:
     return results
 
 
-async def compare(comparison: Comparison) -> dict:
+async def compare(comparison: Comparison) -> dict[str, Any]:
     return report(await comparison.measure(), comparison)
 
 

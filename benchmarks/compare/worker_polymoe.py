@@ -13,7 +13,7 @@ def load(models: list[str], options: dict[str, int]) -> Load:
     """One bundle; a model's index is its variant's."""
     from polymoe import LLM, SamplingParams
 
-    llm = LLM(models[0], device="cpu", dtype="bfloat16", enable_prefix_caching=False, **options)
+    llm = LLM(models[0], device="cpu", dtype="bfloat16", enable_prefix_caching=False, **options)  # type: ignore[arg-type]
 
     def run(prompts: list[tuple[int, list[int]]], output_tokens: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)

@@ -104,12 +104,12 @@ class SyntheticBundle(Bundle):
     @cached_property
     def nonexpert_bytes(self) -> int:
         """One variant's."""
-        return sum(math.prod(shape) for shape in self.nonexpert_shapes.values()) * self.dtype.itemsize
+        return sum(math.prod(shape) for shape in self.nonexpert_shapes.values()) * int(self.dtype.itemsize)
 
     @cached_property
     def embedding_bytes(self) -> int:
         """Of the input embeddings, of which a step reads only a few rows."""
-        return math.prod(self.nonexpert_shapes["model.embed_tokens.weight"]) * self.dtype.itemsize
+        return math.prod(self.nonexpert_shapes["model.embed_tokens.weight"]) * int(self.dtype.itemsize)
 
     def _manifest(self, architecture: str, modules: list[str], tied: dict[str, str]) -> Manifest:
         count = self.layout.variants
@@ -186,19 +186,19 @@ class SyntheticBundle(Bundle):
     def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
         if self.layout.base == "stored":
             return {}
-        return {self.layout.base: self._packed(get_format(self.layout.base), self._resident[layer], 1.0)}
+        return {self.layout.base: self._random(get_format(self.layout.base), self._resident[layer], 1.0)}
 
     def packed_deltas(self, layer: int) -> dict[str, PackedTensors]:  # noqa: ARG002
         if not self.layout.delta:
             return {}
         count = self.layout.variants * self.num_experts
-        return {self.layout.delta: self._packed(get_format(self.layout.delta), count, 0.1)}
+        return {self.layout.delta: self._random(get_format(self.layout.delta), count, 0.1)}
 
     def host_expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """The same tensors for every expert: a host need not hold them all to be read at the speed of its bus."""
         return {name: self._host(shape, shape[-1] ** -0.5) for name, shape in self.expert_shapes.items()}
 
-    def _packed(self, fmt: Format, count: int, size: float) -> PackedTensors:
+    def _random(self, fmt: Format, count: int, size: float) -> PackedTensors:
         found: PackedTensors = {}
         for name, shape in self.expert_shapes.items():
             found[name] = {}

@@ -16,10 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
+
+# isort: split
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError, RequestError
-from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.protocol.messages import (
     HEADER_BYTES,
     Abort,

@@ -8,6 +8,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
+
+# isort: split
 from polymoe.client.output import OutputProcessor
 from polymoe.engine.core import EngineCore
 from polymoe.errors import EngineDeadError, RequestError
@@ -27,7 +30,6 @@ from polymoe.llm.prompts import (
 )
 from polymoe.llm.running_output import RunningOutput
 from polymoe.llm.shared_engine import SharedEngine, Submission
-from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
 from polymoe.protocol.request import RequestOutput, SamplingParams
 
 _T = TypeVar("_T")

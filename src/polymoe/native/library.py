@@ -1,12 +1,14 @@
 """The compiled CPU kernels (the .cpp files beside this), where they are built and the processor can run them.
 
 hatch_build.py compiles them when the package is installed; they need AVX512-BF16. Each has a torch implementation with
-the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them off.
+the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them off, and `POLYMOE_KERNELS=FILE` names
+another build of them (`make sanitize`).
 """
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import threading
 import warnings
@@ -18,8 +20,11 @@ import torch
 
 from polymoe.native import quiet_torch
 
-LIBRARY = Path(__file__).with_name("libpolymoe_cpu.so")
+logger = logging.getLogger(__name__)
+
+LIBRARY = Path(os.environ.get("POLYMOE_KERNELS") or Path(__file__).with_name("libpolymoe_cpu.so"))
 SOURCES = Path(__file__).with_name("csrc")
+INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}  # as Linux spells what hatch_build.py compiles for
 # Microseconds that idle helpers look for the next job: the longest gap within a step, or what torch's threads, which
 # spin as well, leave room for.
 _SPIN, _SPIN_BESIDE_TORCH = 2000, 50
@@ -57,11 +62,18 @@ def why_no_kernels() -> str:
     return _obstacle() or "the CPU kernels were built from other sources; build them again: pip install -e ."
 
 
+def processor_suits() -> bool:
+    """Whether this processor has the instructions that the kernels are compiled for."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split()) >= INSTRUCTIONS
+    except OSError:  # not Linux
+        return False
+
+
 def _obstacle() -> str:
     if os.environ.get("POLYMOE_NO_KERNELS"):
         return "POLYMOE_NO_KERNELS turns the CPU kernels off"
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
+    if not processor_suits():
         return "this processor has no AVX512-BF16, which the CPU kernels need"
     if not LIBRARY.exists():
         return "the CPU kernels are not built; with a C++ compiler (g++) installed: pip install -e ."
@@ -72,6 +84,8 @@ def _obstacle() -> str:
 def cpu_kernels() -> ctypes.CDLL | None:
     """The library, or None: not built, not for this processor, or turned off (`why_no_kernels`)."""
     if _obstacle():
+        if not LIBRARY.exists():
+            logger.warning("polymoe was installed without its compiled CPU kernels: the CPU computes with torch alone.")
         return None
     library = ctypes.CDLL(str(LIBRARY))
     if not _is_current(library):

@@ -141,6 +141,6 @@ def decode_event(body: bytes) -> Event:
     """Raises `EngineDeadError` for a frame that is no event: the stream cannot be trusted any more."""
     try:
         event: Event = _event_decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineDeadError(f"The engine sent a malformed message: {error}") from error
     return event

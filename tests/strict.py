@@ -1,0 +1,64 @@
+"""`POLYMOE_STRICT_TESTS=1`: what would be skipped for want of something that this machine ought to have fails.
+
+A test that is skipped everywhere protects nothing, and nobody notices. Here the compiled kernels are required wherever
+the processor can run them, Triton wherever it exists, and every other skip needs a reason of `ALLOWED` that holds.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+import torch
+
+from polymoe.native.library import cpu_kernels, processor_suits, why_no_kernels
+
+# What a reason says (a regular expression) -> whether that can be true here.
+ALLOWED: dict[str, Callable[[], bool]] = {
+    r"needs (a )?CUDA": lambda: not torch.cuda.is_available(),
+    r"with a GPU": torch.cuda.is_available,
+    r"AVX512-BF16|not for this CPU|cannot run here": lambda: not processor_suits(),
+    r"PyPI is out of reach": lambda: True,
+    r"only root can": lambda: os.geteuid() != 0,
+    r"needs .*\.\./shared": lambda: True,
+}
+
+
+def is_on() -> bool:
+    return os.environ.get("POLYMOE_STRICT_TESTS", "") not in ("", "0")
+
+
+def is_allowed(reason: str) -> bool:
+    return any(re.search(pattern, reason) and holds() for pattern, holds in ALLOWED.items())
+
+
+def pytest_sessionstart() -> None:
+    if not is_on():
+        return
+    if processor_suits() and cpu_kernels() is None:
+        pytest.exit(f"POLYMOE_STRICT_TESTS: {why_no_kernels()}", returncode=1)
+    if sys.platform == "linux" and importlib.util.find_spec("triton") is None:
+        pytest.exit("POLYMOE_STRICT_TESTS: Triton is not installed; pip install -e '.[dev]'", returncode=1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _judged((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _judged((yield))
+
+
+def _judged(report: Any) -> Any:
+    """A report of a skip without an allowed reason becomes that of a failure."""
+    if is_on() and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not is_allowed(reason):
+            report.outcome = "failed"
+            report.longrepr = f"POLYMOE_STRICT_TESTS: {reason!r} is no reason to skip on this machine (tests/strict.py)"
+    return report

@@ -1,0 +1,60 @@
+"""Run the tests of the compiled CPU kernels under AddressSanitizer and ThreadSanitizer.
+
+    python tools/sanitize.py                    # both, one after the other
+    python tools/sanitize.py thread -- -k norm
+
+Each builds the library with `-fsanitize` into a temporary folder, which `POLYMOE_KERNELS` names, and preloads the
+sanitizer's runtime, since Python itself is not built with it. A finding ends the test process. The kernels' threads are
+their own (csrc/threads.h); torch runs on one, because its OpenMP is not built for ThreadSanitizer.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = [
+    "test_cpu_kernels", "test_paged_attention", "test_rms_norm", "test_grouped_linear", "test_grouped_experts",
+    "test_packed_linear", "test_packed_experts", "test_encode",
+]  # fmt: skip
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+OPTIONS = {
+    # Python and torch never free all they have; a leak in the kernels would be of their few persistent helpers.
+    "address": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1"},
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:die_after_fork=0:ignore_noninstrumented_modules=1"},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizers", nargs="*", choices=[[], *RUNTIMES], help="default: both")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="files of tests/, without .py")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, pytest_options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    compiler = os.environ.get("CXX", "g++")
+    failed = []
+    for name in arguments.sanitizers or RUNTIMES:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "libpolymoe_cpu.so"
+            flags = [f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer"]
+            subprocess.run([sys.executable, str(ROOT / "hatch_build.py"), str(library), *flags], check=True)
+            found = subprocess.run(
+                [compiler, f"-print-file-name={RUNTIMES[name]}"], capture_output=True, text=True, check=True
+            )
+            environment = os.environ | OPTIONS[name]
+            environment |= {"LD_PRELOAD": str(Path(found.stdout.strip()).resolve()), "OMP_NUM_THREADS": "1"}
+            environment |= {"POLYMOE_KERNELS": str(library), "POLYMOE_STRICT_TESTS": "1", "PYTHONFAULTHANDLER": "1"}
+            files = [f"tests/{test}.py" for test in arguments.tests]
+            command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "not slow", *files, *pytest_options]
+            print(f"{name}: {library.stat().st_size >> 10} KiB, {environment['LD_PRELOAD']}", flush=True)
+            if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
+                failed.append(name)
+    print(f"sanitizers: {'found something: ' + ', '.join(failed) if failed else 'nothing found'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
