@@ -17,7 +17,7 @@ from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_record import SampledToken, ScheduledSequence, StepResult
 from polymoe.errors import OverloadedError
-from polymoe.protocol.request import EngineRequest, QoS, SamplingParams
+from polymoe.protocol.request import EngineRequest, QoS, SamplingParams, SequenceId
 
 BLOCK = 16
 
@@ -139,7 +139,7 @@ class Simulation:
         self.report = Report(served=[0] * len(weights))
         self._loaded = dict.fromkeys(range(self.num_slots), 0.0)  # variant -> when it was last used
         self._served_at: dict[int, float] = {}
-        self._results: dict[str, Result] = {}
+        self._results: dict[SequenceId, Result] = {}
 
     def run(self, until: float = float("inf")) -> Report:
         """Until everything has finished, or until a time."""
@@ -160,7 +160,7 @@ class Simulation:
 
     def _add(self, number: int, arrival: Arrival) -> None:
         request = EngineRequest(
-            request_id=str(number),
+            request_id=SequenceId(str(number)),
             variant=arrival.variant,
             prompt_token_ids=list(range(number * 100_000, number * 100_000 + arrival.prompt)),
             sampling=SamplingParams(temperature=0, max_tokens=arrival.output),

@@ -27,6 +27,7 @@ from polymoe.engine.process import Channel
 from polymoe.errors import BundleError, CheckpointError, EngineDeadError
 from polymoe.offline.api import make_plan
 from polymoe.protocol.messages import Abort, Accepted, GetStats, Outputs, Shutdown, decode_command, decode_event, frame
+from polymoe.protocol.request import SequenceId
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
@@ -176,7 +177,8 @@ UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 small = values.filter(lambda v: not re.search(r"\d{19}", repr(v)))  # msgpack's integers have 64 bits
 packed = st.builds(lambda v: msgspec.msgpack.encode(v), small)
 FRAMES = [
-    frame(GetStats()), frame(Shutdown()), frame(Abort(["a", "b"])), frame(Accepted(3)), frame(Outputs([])),
+    frame(GetStats()), frame(Shutdown()), frame(Accepted(3)), frame(Outputs([])),
+    frame(Abort([SequenceId("a"), SequenceId("b", 1)])),
 ]  # fmt: skip
 
 

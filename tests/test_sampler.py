@@ -9,7 +9,7 @@ from polymoe.engine.sampler import Generators, sample
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_record import ScheduledSequence
 from polymoe.errors import RequestError
-from polymoe.protocol.request import EngineRequest, SamplingParams
+from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId
 
 VOCAB = 20
 GENERATORS = Generators("cpu", 0)
@@ -19,7 +19,7 @@ def sequence(
     prompt: list[int] | None = None, output: list[int] | None = None, stop: list[int] | None = None, **sampling: Any
 ) -> ScheduledSequence:
     request = EngineRequest(
-        request_id="r",
+        request_id=SequenceId("r"),
         variant=0,
         prompt_token_ids=prompt or [1],
         sampling=SamplingParams(**sampling),
