@@ -13,6 +13,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("src/polymoe/native")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
+MORE_FLAGS = {"tiled_experts.cpp": ["-mavx512vnni", "-mavx512vbmi"]}  # called where the processor has these too
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -38,7 +39,16 @@ def compile_kernels(folder: Path, target: Path) -> bool:
             objects = []
             for source in sorted(folder.glob("*.cpp")):
                 objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                command = [compiler, *FLAGS, f'-DPOLYMOE_SOURCES="{digest}"', "-c", str(source), "-o", objects[-1]]
+                command = [
+                    compiler,
+                    *FLAGS,
+                    *MORE_FLAGS.get(source.name, []),
+                    f'-DPOLYMOE_SOURCES="{digest}"',
+                    "-c",
+                    str(source),
+                    "-o",
+                    objects[-1],
+                ]
                 subprocess.run(command, check=True, capture_output=True)
             library = Path(temporary) / target.name
             subprocess.run(

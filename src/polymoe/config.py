@@ -81,6 +81,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     verify: bool = False  # compare every file of the bundle with its hash before it is served
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the bundle stores it
+    # Bits of activations that meet packed experts on a CPU: 8, 8 and 16, or 16; auto: what costs little beside the plan
+    activations: Literal["auto", "int8", "mixed", "int16"] = "auto"
     slots: int | None = None  # None: one a variant, so no switch ever happens
     max_variants_per_step: int | None = None  # None: as many as there are slots; 1: no mixing in a batch
     prefetch: bool = True  # with fewer slots than variants: one staging row more, for the variant that runs next

@@ -22,6 +22,7 @@ import msgspec
 
 from polymoe.bundle.plain_files import why_not_to_read
 from polymoe.errors import BundleError
+from polymoe.quant.formats import FREE_LEVELS
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -120,6 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int  # experts in the host tier
     bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one
+    levels: str = FREE_LEVELS  # of the formats with a table; bundles planned before there was a choice name none
     digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one
 
     @property

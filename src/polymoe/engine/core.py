@@ -92,7 +92,7 @@ class EngineCore:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
                     bundle, self.device, _DTYPES[name], slots, config.expert_cache_bytes, progress, config.prefetch,
-                    kernels, plan,
+                    kernels, plan, config.activations,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(

@@ -15,6 +15,7 @@ from polymoe.model.backends.base import DeviceKernels
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.backends.cuda import CudaKernels
 from polymoe.model.batch.batch import ForwardBatch, RowMap
+from polymoe.model.experts.activations import activations_for
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
 from polymoe.model.memory_plan import WeightBytes, weight_bytes
@@ -59,6 +60,7 @@ class ServedModel:
         progress: called with (stage, fraction done).
         before_loading: called with the model when all its sizes are known and nothing is allocated: the place to
             refuse what does not fit.
+        activations: see `EngineConfig`.
         kernels: what computes on a GPU. None: the GPU's own on a GPU, none on a CPU (tests pass the interpreter's).
     """
 
@@ -73,6 +75,7 @@ class ServedModel:
         staging: bool = True,
         kernels: DeviceKernels | None = None,
         before_loading: Callable[["ServedModel"], None] | None = None,
+        activations: str = "auto",
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         if kernels is None and device.type == "cuda":
@@ -123,6 +126,7 @@ class ServedModel:
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
             module.polymoe_experts = layer
+        self.pool.prepare([module for _, module in experts], activations_for(activations, bundle))
         text = bundle.config.get_text_config()
         self.pool.map_absent([module for _, module in experts], getattr(text, "num_experts_per_tok", 1))
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))

@@ -61,32 +61,65 @@ _GAUSSIAN = {
 }
 _GROUP = 256
 
-BASE_FORMATS = (
-    Format("stored", 16, 1),
-    Format("fp8", 8, _GROUP),
+LARGEST_BYTE = 127  # that a level is a multiple of
+
+
+def _on_grid(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """The levels as multiples of a 127th of the largest, so that codes can be multiplied as 8-bit integers.
+
+    It costs nothing that can be measured: deltas are taken against bases with these levels.
+    """
+    step = levels[-1] / LARGEST_BYTE
+    return tuple(round(level / step) * step for level in levels)
+
+
+_GRID = {bits: _on_grid(levels) for bits, levels in _GAUSSIAN.items()}
+GRID_LEVELS, FREE_LEVELS = "grid", "free"  # of new bundles, and of those planned before levels were on a grid
+
+
+def _bases(levels: dict[int, tuple[float, ...]]) -> tuple[Format, ...]:
+    named = (Format(f"int{bits}", bits, _GROUP, levels[bits]) for bits in (6, 5, 4, 3))
     # code 128 is zero; 0 is not used, so that the levels are symmetric
-    Format("int8", 8, _GROUP, tuple(float(code - 128) for code in range(256))),
-    Format("int6", 6, _GROUP, _GAUSSIAN[6]),
-    Format("int5", 5, _GROUP, _GAUSSIAN[5]),
-    Format("int4", 4, _GROUP, _GAUSSIAN[4]),
-    Format("int3", 3, _GROUP, _GAUSSIAN[3]),
-)
-DELTA_FORMATS = (
-    *(Format(f"d{bits}", bits, _GROUP, _GAUSSIAN[bits]) for bits in (1, 2, 3, 4, 5)),
-    Format("exact", 0, 1),
-)
-_FORMATS = {fmt.name: fmt for fmt in (*BASE_FORMATS, *DELTA_FORMATS)}
+    eight = Format("int8", 8, _GROUP, tuple(float(code - 128) for code in range(256)))
+    return (Format("stored", 16, 1), Format("fp8", 8, _GROUP), eight, *named)
+
+
+def _deltas(levels: dict[int, tuple[float, ...]]) -> tuple[Format, ...]:
+    return (*(Format(f"d{bits}", bits, _GROUP, levels[bits]) for bits in (1, 2, 3, 4, 5)), Format("exact", 0, 1))
+
+
+BASE_FORMATS, DELTA_FORMATS = _bases(_GRID), _deltas(_GRID)
+_FORMATS = {
+    GRID_LEVELS: {fmt.name: fmt for fmt in (*BASE_FORMATS, *DELTA_FORMATS)},
+    FREE_LEVELS: {fmt.name: fmt for fmt in (*_bases(_GAUSSIAN), *_deltas(_GAUSSIAN))},
+}
 SIGNED = "±"  # "±d2": midpoint base of two variants, one d2 delta that the first adds and the second subtracts
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def get_format(name: str) -> Format:
-    """The format called `name`. Raises `PlanError` with the list of them."""
-    if name not in _FORMATS:
+def get_format(name: str, levels: str = GRID_LEVELS) -> Format:
+    """The format called `name` with the levels that a bundle's manifest names. Raises `PlanError` with the list."""
+    if name not in _FORMATS[levels]:
         bases, deltas = (", ".join(fmt.name for fmt in fmts) for fmts in (BASE_FORMATS, DELTA_FORMATS))
         raise PlanError(f"unknown format {name!r}; bases are {bases}, deltas {deltas}.")
-    return _FORMATS[name]
+    return _FORMATS[levels][name]
+
+
+def level_bytes(fmt: Format) -> tuple[tuple[int, ...], float] | None:
+    """(an unsigned byte for each code, what 1 of it is worth): a level is (byte - 128) times that.
+
+    None where levels are no such multiples: formats without a table, and those of old bundles.
+    """
+    if not fmt.levels:
+        return None
+    step = max(fmt.levels) / LARGEST_BYTE
+    found = tuple(round(level / step) for level in fmt.levels)
+    exact = all(
+        math.isclose(level, byte * step, rel_tol=1e-9, abs_tol=1e-12)
+        for level, byte in zip(fmt.levels, found, strict=True)
+    )
+    return (tuple(max(byte, -128) + 128 for byte in found), step) if exact else None
 
 
 def group_size(fmt: Format, inputs: int) -> int:

@@ -98,6 +98,28 @@ class PackedPool:
 
 
 @dataclass(frozen=True, eq=False)
+class TiledPool:
+    """A packed pool whose codes and scales are in tiles: see `tiles.py`. It is multiplied, never decoded.
+
+    tensors, shapes: as a `PackedPool`'s, of the same sizes. table: uint8 `[64]` or `[256]`, level + 128 of each code,
+    over and over. step: what 1 of a level is worth, before the scale.
+    """
+
+    fmt: Format
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    shapes: Mapping[str, tuple[int, ...]]
+    table: Tensor
+    step: float
+
+    def __len__(self) -> int:
+        return next(iter(next(iter(self.tensors.values())).values())).shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for parts in self.tensors.values() for t in parts.values())
+
+
+@dataclass(frozen=True, eq=False)
 class ExactPool:
     """Lossless deltas: which values of the base changed, and to what.
 

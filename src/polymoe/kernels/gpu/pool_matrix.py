@@ -94,7 +94,7 @@ def packed_matrix(pool: PackedPool, name: str, first: int, dtype: torch.dtype) -
     values = parts["codes"].view(torch.uint8)
     assert values.is_contiguous()
     assert parts["scales"].is_contiguous()
-    constants = _packed_constants(pool.fmt.name, inputs, dtype)
+    constants = _packed_constants(pool.fmt, inputs, dtype)
     levels = _levels(pool.fmt, dtype, values.device) if constants["KIND"] == TABLE.value else None
     return PoolMatrix(values, parts["scales"], own_bias, levels, first, inputs, pool.fmt.name, constants)
 
@@ -110,8 +110,8 @@ def exact_matrix(pool: ExactPool, name: str, inputs: int, first: int, dtype: tor
 
 
 @cache
-def _packed_constants(name: str, inputs: int, dtype: torch.dtype) -> dict[str, Constant]:
-    fmt = get_format(name)
+def _packed_constants(fmt: Format, inputs: int, dtype: torch.dtype) -> dict[str, Constant]:
+    name = fmt.name
     wide, narrow = (*PLANES[fmt.bits], 0)[:2]
     kind, low, high = TABLE.value, 0.0, 0.0
     if name == "fp8":

@@ -11,7 +11,9 @@ from polymoe.kernels.cpu.rms_norm import rms_norm
 
 
 @triton.jit
-def _rms_norm(x, weights, version, out, eps, width, repeat, HAS_VERSION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _rms_norm(
+    x, weights, version, out, eps, width, repeat, HAS_VERSION: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

@@ -10,6 +10,7 @@ from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_by_grouped_mm, experts_by_loop
 from polymoe.kernels.cpu.grouped_linear import why_not_grouped
 from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
+from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.experts.cache import ExpertCache, Weights
 from polymoe.model.experts.mapped_layer import MappedLayer
@@ -43,6 +44,7 @@ class LayerExperts:
         self.next: LayerExperts | None = None
         self.mapped: MappedLayer | None = None  # how decode steps read absent experts without waiting
         self._supported: bool | None = None
+        self.activation_bits = ACTIVATIONS["int16"]
         # Stored experts in the form whose kernel computes them beside absent ones, on a CPU in bfloat16.
         here = cache.device.type == "cpu" and cache.dtype == torch.bfloat16 and ctx.kernels is None
         mixed = here and compressed is None and bool(resident) and not self.all_resident
@@ -73,8 +75,9 @@ class LayerExperts:
             delta = None if self.delta is None else self.delta[entry]
             sign = None if self.sign is None else self.sign[entry]
             return experts_compressed(
-                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, weights_of
-            )
+                module, hidden, physical, token_variant, delta, sign, top_k_weights, self.compressed, weights_of,
+                self.activation_bits,
+            )  # fmt: skip
         if self.all_resident and hidden.is_cuda and hidden.dtype == torch.bfloat16:  # no kernel for this module
             return experts_by_grouped_mm(module, hidden, physical, top_k_weights, self.resident)
         if hidden.device.type == "cpu" and not self.transposed and (self.all_resident or bool((physical >= 0).all())):
@@ -85,6 +88,12 @@ class LayerExperts:
                 module, hidden, physical, token_variant, None, None, top_k_weights, self._beside_absent, weights_of
             )
         return experts_by_loop(module, hidden, physical, top_k_weights, weights_of)
+
+    def prepare(self, module: torch.nn.Module, activations: Activations) -> None:
+        """Lay packed experts out as the fastest kernel reads them; on a CPU in bfloat16. To be called once, when the
+        layer is loaded. activations: the bits that they are multiplied in there."""
+        if self.compressed is not None and self.context.kernels is None and self.cache.device.type == "cpu":
+            self.compressed, self.activation_bits = tiled_layer(module, self.compressed, self.cache.dtype), activations
 
     def path(self, module: torch.nn.Module) -> FastPath:
         """What the layer's resident experts run on."""
@@ -101,6 +110,8 @@ class LayerExperts:
             if reason := why_not_packed(self.compressed):
                 return path("torch packed", reason, slow=True)
             reason = why_not_fused(module, dtype, self.compressed)
+            if self.compressed.is_tiled:
+                return path(f"compiled packed, {self.activation_bits.gate_up} and {self.activation_bits.down} bits")
             return path("compiled packed", reason and f"each product by itself: {reason}")
         if reason := why_not_grouped(dtype, [stack.shape[-1] for stack in self.resident.values() if stack.ndim == 3]):
             return path("torch stored", reason, slow=dtype == torch.bfloat16)  # 3 to 6 times; others have no kernel

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polymoe.kernels.cpu.tiles import Activations
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.experts.cache import ExpertCache
 from polymoe.model.experts.layer import LayerExperts
@@ -72,6 +73,11 @@ class ExpertPool:
             layer_experts.next = following
         self.mapped: MappedExperts | None = None
         self.check_integrity()
+
+    def prepare(self, modules: Sequence[Any], activations: Activations) -> None:
+        """Lay experts out as their kernels read them. modules: the stock experts modules, one a layer."""
+        for layer, module in zip(self.layers, modules, strict=True):
+            layer.prepare(module, activations)
 
     def map_absent(self, modules: Sequence[Any], top_k: int) -> None:
         """Let decode steps read absent experts without waiting, where that is possible; see `map_experts`."""

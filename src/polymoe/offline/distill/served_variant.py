@@ -14,7 +14,7 @@ from polymoe.offline.checkpoint.matrices import as_matrix
 from polymoe.offline.distill.learned import Learned
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import decode_exact
-from polymoe.quant.formats import Format, get_format, group_size
+from polymoe.quant.formats import get_format, group_size
 
 if TYPE_CHECKING:
     from polymoe.bundle.reader import Bundle, PackedTensors
@@ -133,7 +133,8 @@ class ServedVariant:
         for expert, place in enumerate(delta):
             if place < 0:
                 continue
-            fmt, row, parts = _find(bundle.packed_deltas(layer), bundle.manifest.delta_pools[layer], place, tensor)
+            name, row, parts = _find(bundle.packed_deltas(layer), bundle.manifest.delta_pools[layer], place, tensor)
+            fmt = get_format(name, bundle.levels)
             sign = 1 if bundle.sign is None else int(bundle.sign[self.variant, layer, expert])
             assert bundle.delta is not None
             alone = int((bundle.delta[:, layer] == place).sum()) == 1
@@ -161,9 +162,8 @@ class ServedVariant:
         for name, pool in self.bundle.packed_bases(layer).items():
             parts = pool[tensor]
             for row in range(self.bundle.manifest.base_pools[layer][name]):
-                yield decode(
-                    {part: value[row] for part, value in parts.items()}, get_format(name), shape, torch.float32
-                )
+                own = {part: value[row] for part, value in parts.items()}
+                yield decode(own, get_format(name, self.bundle.levels), shape, torch.float32)
 
     def _stored_base(self, layer: int, tensor: str, expert: int) -> Tensor:
         place = int(self.bundle.table[self.variant, layer, expert])
@@ -172,10 +172,10 @@ class ServedVariant:
 
 def _find(
     pools: Mapping[str, PackedTensors], sizes: Mapping[str, int], place: int, tensor: str
-) -> tuple[Format, int, dict[str, Tensor]]:
-    """(format, row in its pool, the pool's parts of `tensor`) of physical id `place`."""
+) -> tuple[str, int, dict[str, Tensor]]:
+    """(name of its format, row in its pool, the pool's parts of `tensor`) of physical id `place`."""
     for name, size in sizes.items():
         if place < size:
-            return get_format(name), place, pools[name][tensor]
+            return name, place, pools[name][tensor]
         place -= size
     raise AssertionError("an id beyond the pools")
