@@ -22,6 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("src/polymoe/native")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
+MORE_FLAGS = {"tiled_experts.cpp": ["-mavx512vnni", "-mavx512vbmi"]}  # called where the processor has these too
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -48,7 +49,7 @@ def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bo
             objects = []
             for source in sorted(folder.glob("*.cpp")):
                 objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                command = [compiler, *options, "-c", str(source), "-o", objects[-1]]
+                command = [compiler, *options, *MORE_FLAGS.get(source.name, []), "-c", str(source), "-o", objects[-1]]
                 subprocess.run(command, check=True, capture_output=True)
             library = Path(temporary) / target.name
             command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]

@@ -15,7 +15,7 @@ import torch
 from polymoe.bundle.manifest import FORMAT_VERSION, Manifest, VariantRecord
 from polymoe.bundle.reader import Bundle, PackedTensors
 from polymoe.model.stock.skeleton import build_skeleton, expert_modules, expert_tensor_names
-from polymoe.quant.formats import Format, get_format, num_bytes, parts
+from polymoe.quant.formats import GRID_LEVELS, Format, get_format, num_bytes, parts
 from shapes import make_config
 
 
@@ -182,6 +182,10 @@ class SyntheticBundle(Bundle):
     def resident_experts(self, layer: int) -> dict[str, torch.Tensor]:
         count = self._resident[layer] if self.layout.base == "stored" else 0
         return {name: self._normal((count, *shape), shape[-1] ** -0.5) for name, shape in self.expert_shapes.items()}
+
+    @property
+    def levels(self) -> str:
+        return GRID_LEVELS
 
     def packed_bases(self, layer: int) -> dict[str, PackedTensors]:
         if self.layout.base == "stored":

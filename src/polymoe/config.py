@@ -147,6 +147,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Option("auto (as stored), float32, bfloat16 or float16")
     ] = "auto"
+    activations: Annotated[
+        Literal["auto", "int8", "mixed", "int16"],
+        Option("bits of activations that meet packed experts on a CPU: int8, mixed (8, then 16) or int16; auto: what "
+               "costs little beside the plan"),
+    ] = "auto"  # fmt: skip
     slots: Annotated[
         int | None, Option("variants whose non-experts are on the device at once; default all", at_least=1)
     ] = None

@@ -165,6 +165,11 @@ class Bundle:
         return {name: self._tensor(resident_file(layer), name) for name in self.manifest.expert_shapes}
 
     @property
+    def levels(self) -> str:
+        """Which levels the packed formats have: see `get_format`."""
+        return self.manifest.levels
+
+    @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         """{tensor name: [out, in] (or [out])} that packed tensors stand for."""
         flip = -1 if self.manifest.transposed else 1

@@ -20,7 +20,7 @@ from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, RequestError
 from polymoe.model.backends.base import Backend
-from polymoe.model.backends.choose import choose_backend
+from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
@@ -83,7 +83,8 @@ class EngineCore:
         slots = config.slots or len(bundle.variants)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
         dtype = _DTYPES[name]
-        backend = backend or choose_backend(self.device, dtype)
+        activations = choose_activations(config.activations, bundle.manifest.bytes_per_expert_parameter)
+        backend = backend or choose_backend(self.device, dtype, activations)
         encoder_decoder = bundle.config.is_encoder_decoder
         if encoder_decoder and backend.pads_steps:
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")

@@ -103,6 +103,12 @@ def cpu_kernels() -> ctypes.CDLL | None:
     packed = library.polymoe_packed_experts_bf16
     packed.argtypes = [*[_POINTER] * 5, *[_NUMBER] * 4, *[_POINTER] * 6, _INT]
     packed.restype = None
+    tiled = library.polymoe_tiled_experts_bf16
+    tiled.argtypes = [*[_POINTER] * 5, *[_NUMBER] * 4, *[_POINTER] * 4, *[_NUMBER] * 2, *[_POINTER] * 2, _INT]
+    tiled.restype = None
+    make = library.polymoe_make_tiles
+    make.argtypes = [*[_POINTER] * 2, *[_NUMBER] * 4, *[_POINTER] * 2, _INT]
+    make.restype = None
     for packed in (library.polymoe_packed_linear_bf16, library.polymoe_packed_linear_f32):
         packed.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 8, _INT]
         packed.restype = None

@@ -1,6 +1,8 @@
 """The formats there are. Adding one: an entry here (or `register`, from outside), what its kernels do with its `Kind`
 where that is a new one, and its test; nothing else asks a format for its name."""
 
+import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -21,8 +23,8 @@ from polymoe.quant.format import (
 )
 
 __all__ = [
-    "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "PLANES", "SCALE_DTYPE", "STORED", "Format", "Kind",
-    "Parts", "get_format", "group_size", "num_bytes", "num_groups", "parts", "register", "row_bytes",
+    "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "FREE_LEVELS", "GRID_LEVELS", "PLANES", "SCALE_DTYPE", "STORED", "Format", "Kind",
+    "Parts", "get_format", "group_size", "level_bytes", "num_bytes", "num_groups", "parts", "register", "row_bytes",
 ]  # fmt: skip
 
 
@@ -47,6 +49,20 @@ _GAUSSIAN = {
         *(2.2990, 2.4713, 2.6723, 2.9174, 3.2404, 3.7441),
     ),
 }
+LARGEST_BYTE = 127  # that a level is a multiple of
+
+
+def _on_grid(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """The levels as multiples of a 127th of the largest, so that codes can be multiplied as 8-bit integers.
+
+    It costs nothing that can be measured: deltas are taken against bases with these levels.
+    """
+    step = levels[-1] / LARGEST_BYTE
+    return tuple(round(level / step) * step for level in levels)
+
+
+_GRID = {bits: _on_grid(levels) for bits, levels in _GAUSSIAN.items()}
+GRID_LEVELS, FREE_LEVELS = "grid", "free"  # of new bundles, and of those planned before levels were on a grid
 _EVEN = tuple(float(code - 128) for code in range(256))
 _GROUP = 256
 
@@ -65,27 +81,28 @@ BASE_FORMATS: list[Format] = [
     STORED,
     Float8("fp8", 8, _GROUP, (), 6.8e-4),
     Centred("int8", 8, _GROUP, _EVEN, 4.8e-5, _repair(0.25, 0.060, 0.010, 0.0030, 0.0010)),
-    Levels("int6", 6, _GROUP, _GAUSSIAN[6], 0.00064, _repair(0.38, 0.200, 0.100, 0.0700, 0.0450)),
-    Levels("int5", 5, _GROUP, _GAUSSIAN[5], 0.0025, _repair(0.36, 0.160, 0.085, 0.0620, 0.0450)),
-    Levels("int4", 4, _GROUP, _GAUSSIAN[4], 0.0095, _repair(0.34, 0.120, 0.061, 0.0400, 0.0270)),
-    Levels("int3", 3, _GROUP, _GAUSSIAN[3], 0.0345, _repair(0.34, 0.130, 0.069, 0.0420, 0.0250)),
+    Levels("int6", 6, _GROUP, _GRID[6], 0.00064, _repair(0.38, 0.200, 0.100, 0.0700, 0.0450)),
+    Levels("int5", 5, _GROUP, _GRID[5], 0.0025, _repair(0.36, 0.160, 0.085, 0.0620, 0.0450)),
+    Levels("int4", 4, _GROUP, _GRID[4], 0.0095, _repair(0.34, 0.120, 0.061, 0.0400, 0.0270)),
+    Levels("int3", 3, _GROUP, _GRID[3], 0.0345, _repair(0.34, 0.130, 0.069, 0.0420, 0.0250)),
 ]
 DELTA_FORMATS: list[Format] = [
-    Levels("d1", 1, _GROUP, _GAUSSIAN[1], 0.363, is_delta=True),
-    Levels("d2", 2, _GROUP, _GAUSSIAN[2], 0.1175, is_delta=True),
-    Levels("d3", 3, _GROUP, _GAUSSIAN[3], 0.0345, is_delta=True),
-    Levels("d4", 4, _GROUP, _GAUSSIAN[4], 0.0095, is_delta=True),
-    Levels("d5", 5, _GROUP, _GAUSSIAN[5], 0.0025, is_delta=True),
+    Levels("d1", 1, _GROUP, _GRID[1], 0.363, is_delta=True),
+    Levels("d2", 2, _GROUP, _GRID[2], 0.1175, is_delta=True),
+    Levels("d3", 3, _GROUP, _GRID[3], 0.0345, is_delta=True),
+    Levels("d4", 4, _GROUP, _GRID[4], 0.0095, is_delta=True),
+    Levels("d5", 5, _GROUP, _GRID[5], 0.0025, is_delta=True),
     EXACT,
 ]
 
 
 @cache
-def get_format(name: str) -> Format:
-    """The format called `name`. Raises `PlanError` with the list of them."""
+def get_format(name: str, levels: str = GRID_LEVELS) -> Format:
+    """The format called `name`, with the levels that a bundle's manifest names. Raises `PlanError` with the list."""
     for fmt in (*BASE_FORMATS, *DELTA_FORMATS):
         if fmt.name == name:
-            return fmt
+            free = levels == FREE_LEVELS and isinstance(fmt, Levels)
+            return replace(fmt, levels=_GAUSSIAN[fmt.bits]) if free else fmt
     bases, deltas = (", ".join(fmt.name for fmt in fmts) for fmts in (BASE_FORMATS, DELTA_FORMATS))
     raise PlanError(f"unknown format {name!r}; bases are {bases}, deltas {deltas}.")
 
@@ -100,6 +117,20 @@ def register(fmt: Format) -> None:
         raise PlanError(f"there is a format {fmt.name!r} already.")
     formats = DELTA_FORMATS if fmt.is_delta else BASE_FORMATS
     formats.insert(len(formats) - formats[-1].is_lossless, fmt)
+
+
+def level_bytes(fmt: Format) -> tuple[tuple[int, ...], float] | None:
+    """(an unsigned byte for each code, what 1 of it is worth): a level is (byte - 128) times that.
+
+    None where levels are no such multiples: formats without a table, and those of old bundles.
+    """
+    if not fmt.levels:
+        return None
+    step = max(fmt.levels) / LARGEST_BYTE
+    found = tuple(round(level / step) for level in fmt.levels)
+    pairs = zip(fmt.levels, found, strict=True)
+    exact = all(math.isclose(level, byte * step, rel_tol=1e-9, abs_tol=1e-12) for level, byte in pairs)
+    return (tuple(byte + 128 for byte in found), step) if exact else None
 
 
 def parts(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Parts:

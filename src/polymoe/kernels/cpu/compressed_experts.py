@@ -40,6 +40,7 @@ def experts_compressed(
     gate: Tensor,
     layer: CompressedLayer,
     host_expert: Callable[[int], Weights],
+    activation_bits: tuple[int, int] = (16, 16),
 ) -> Tensor:
     """One layer's experts for a batch that mixes variants: in one call of the compiled kernel where that applies, else
     each product in a call of its own, else by torch.
@@ -50,10 +51,11 @@ def experts_compressed(
         delta, sign: `[T, K]`, or None where there are none; delta −1 is none.
         gate: `[T, K]` routing weights.
         host_expert: id < 0 -> the tensors of an absent expert, fetched; asked once for each.
+        activation_bits: see `packed_experts`.
 
     Returns: `[T, H]` in `hidden`'s dtype.
     """
-    fused = packed_experts(module, hidden, physical, delta, sign, gate, layer, host_expert)
+    fused = packed_experts(module, hidden, physical, delta, sign, gate, layer, host_expert, activation_bits)
     if fused is not None:
         return fused
     return _by_product(module, hidden, physical, token_variant, delta, sign, gate, layer, host_expert, _fast_project)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
 
 Weights = Mapping[str, Tensor]
 
@@ -27,6 +27,11 @@ class CompressedLayer:
     @property
     def num_stored(self) -> int:
         return next(iter(self.stored.values())).shape[0]
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether any pool is in tiles, which only one kernel multiplies."""
+        return any(isinstance(pool, TiledPool) for pool in (*self.bases, *self.deltas))
 
     @property
     def num_bases(self) -> int:

@@ -27,10 +27,12 @@ def packed_experts(
     gate: Tensor,
     layer: CompressedLayer,
     host_expert: Callable[[int], Weights],
+    activation_bits: tuple[int, int] = (16, 16),
 ) -> Tensor | None:
     """`experts_compressed` in one call; None where that does not apply (`why_not_fused`).
 
     Absent experts are multiplied by torch, one at a time.
+    activation_bits: of what gate/up and down read, where pools are in tiles; see `Activations`.
     """
     if hidden.device.type != "cpu" or why_not_fused(module, hidden.dtype, layer):
         return None
@@ -47,10 +49,11 @@ def packed_experts(
     deltas = None if delta is None or not layer.deltas else delta.to(torch.int32).contiguous()
     signs = None if sign is None else sign.to(torch.int8).contiguous()
     out = torch.empty_like(hidden)
-    kernels.polymoe_packed_experts_bf16(
+    function = kernels.polymoe_tiled_experts_bf16 if layer.is_tiled else kernels.polymoe_packed_experts_bf16
+    function(
         hidden.data_ptr(), base.data_ptr(), address(deltas), address(signs), gate.data_ptr(), *gate.shape,
-        up.inputs, down.inputs, up.bases, up.deltas, down.bases, down.deltas, address(absent), out.data_ptr(),
-        kernel_threads(),
+        up.inputs, down.inputs, up.bases, up.deltas, down.bases, down.deltas,
+        *(activation_bits if layer.is_tiled else ()), address(absent), out.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polymoe.quant.codec import decode
 from polymoe.quant.exact import decode_exact
-from polymoe.quant.formats import Format
+from polymoe.quant.formats import PLANES, Format, group_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,34 @@ class PackedPool:
                 out[start:stop].addmm_(x[start:stop].float(), matrix.T, alpha=sign)
                 if bias is not None:
                     out[start:stop] += sign * bias
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPool(PackedPool):
+    """A pool whose codes and scales are in tiles of 16 outputs: see `tiles.py`. Decoding it is for the reference.
+
+    table: uint8 `[64]` or `[256]`, level + 128 of each code, over and over. step: what 1 of a level is worth, before the
+    scale.
+    """
+
+    table: Tensor
+    step: float
+
+    def decoded(self, name: str, index: int) -> Tensor:
+        """float32 [O, I]: one matrix of one expert."""
+        parts, (outputs, inputs) = self.tensors[name], self.shapes[name]
+        units = parts["codes"][index].view(outputs // 16, inputs // 32, self.fmt.bits, 64)
+        codes = torch.zeros(outputs // 16, inputs // 32, 8, 64, dtype=torch.uint8)
+        start = 0
+        for width in PLANES[self.fmt.bits]:  # [.., width vectors of bytes] -> [.., 8 vectors of codes]
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
+            plane = (units[:, :, start : start + width, None] >> shifts) & (2**width - 1)
+            codes |= plane.flatten(2, 3) << start
+            start += width
+        rows = codes.view(-1, inputs // 32, 8, 16, 4).permute(0, 3, 1, 2, 4).reshape(outputs, inputs)
+        scales = parts["scales"][index].view(outputs // 16, -1, 16).transpose(1, 2).reshape(outputs, -1).float()
+        spread = scales.repeat_interleave(group_size(self.fmt, inputs), dim=-1)[:, :inputs]
+        return (self.table[rows.int()].float() - 128) * self.step * spread
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
-from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool
+from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
 from polymoe.quant.exact import changes_before_rows
 from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, row_bytes
 
-Pool = PackedPool | StoredPool | ExactPool
+Pool = PackedPool | TiledPool | StoredPool | ExactPool
 
 _EXACT, _FP8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -37,6 +37,8 @@ class Stack(ctypes.Structure):
         ("marks", ctypes.c_void_p),
         ("num_marks", ctypes.c_int64),
         ("type", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("step", ctypes.c_float),
     )
 
 
@@ -133,7 +135,8 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | No
     return Stack(
         kind=_FP8 if fmt.name == "fp8" else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
         scales=parts["scales"].data_ptr(), row_bytes=row_bytes(fmt, inputs), group=group_size(fmt, inputs),
-        levels=address(_levels(fmt)),
+        levels=address(_levels(fmt)), table=address(pool.table) if isinstance(pool, TiledPool) else None,
+        step=pool.step if isinstance(pool, TiledPool) else 0.0,
     )  # fmt: skip
 
 

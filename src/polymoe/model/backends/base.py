@@ -146,6 +146,11 @@ class Backend(ABC):
     def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
 
+    def laid_out(self, _module: Any, weights: CompressedLayer, _dtype: torch.dtype) -> CompressedLayer:
+        """`weights` of the stock experts `module` as this backend reads them, in place: asked once, when a layer is
+        loaded, before `prepare_experts`."""
+        return weights
+
     @abstractmethod
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """One layer's experts, which the stock experts `module` stands for."""

@@ -1,5 +1,6 @@
 """The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from polymoe.kernels.cpu.grouped_linear import grouped_linear, why_not_grouped
 from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
+from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer
 from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
@@ -22,12 +24,14 @@ class CpuBackend(ReferenceBackend):
 
     Args:
         dtype: of the model. All kernels know bfloat16; in others packed experts are compiled and the rest is torch's.
+        activations: bits that rows are rounded to where they meet packed experts in tiles.
     """
 
     runs_on = "compiled"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, activations: Activations = ACTIVATIONS["int16"]) -> None:
         self.has_own_threads = dtype == torch.bfloat16
+        self.activations = activations
 
     def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call."""
@@ -63,6 +67,10 @@ class CpuBackend(ReferenceBackend):
         tokens = spans.block_table, spans.sequence, spans.visible
         return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
 
+    def laid_out(self, module: Any, weights: CompressedLayer, dtype: torch.dtype) -> CompressedLayer:
+        """In tiles where one call computes the layer."""
+        return tiled_layer(module, weights, dtype)
+
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """A layer in one call where there is a kernel for it, else each product in a call of its own."""
         weights = layer.weights
@@ -72,7 +80,10 @@ class CpuBackend(ReferenceBackend):
             else:
                 reason = why_not_fused(module, layer.dtype, weights)
                 path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
-            return PackedExperts(path, module, layer, weights, experts_compressed)
+            if weights.is_tiled:
+                path = experts_path(f"compiled packed ({self.activations})")
+            product = partial(experts_compressed, activation_bits=self.activations)
+            return PackedExperts(path, module, layer, weights, product)
         prepared = super().prepare_experts(module, layer)
         path = prepared.path if why_not_grouped(layer.dtype, stored_inputs(layer)) else experts_path("compiled stored")
         resident = experts_by_group if why_not_one_call(module, layer.dtype, weights) else experts_in_one_call

@@ -45,6 +45,8 @@ class LayerExperts:
     def prepare(self, module: Any, backend: Backend) -> None:
         """Make what computes this layer, which the stock experts `module` stands for."""
         self._turned = bool(module.is_transposed) and not self.transposed
+        if self.compressed is not None:
+            self.compressed = backend.laid_out(module, self.compressed, self.cache.dtype)
         self.compute = backend.prepare_experts(module, self.described)
 
     @property

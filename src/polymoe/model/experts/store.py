@@ -28,6 +28,10 @@ class ExpertStore(Protocol):
         """`[V, L, E]` int8, of the deltas; None: all 1."""
 
     @property
+    def levels(self) -> str:
+        """Which levels the packed formats have: see `get_format`."""
+
+    @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> [out, in] or [out] of what packed tensors stand for."""
 
@@ -75,10 +79,10 @@ def load_packed(
     shapes = store.packed_shapes
     return CompressedLayer(
         resident,
-        tuple(PackedPool(get_format(name), load(tensors), shapes) for name, tensors in bases.items()),
+        tuple(PackedPool(get_format(name, store.levels), load(tensors), shapes) for name, tensors in bases.items()),
         tuple(
             ExactPool(load(tensors)) if fmt.is_lossless else PackedPool(fmt, load(tensors), shapes)
-            for fmt, tensors in ((get_format(name), tensors) for name, tensors in deltas.items())
+            for fmt, tensors in ((get_format(name, store.levels), tensors) for name, tensors in deltas.items())
         ),
         transposed,
     )

@@ -29,6 +29,8 @@ struct Stack {
     const int32_t* marks;    //   and how many of them precede rows 0, MARK_ROWS, 2 MARK_ROWS, … [count, marks]
     int64_t num_marks;
     int64_t type;  // of values, of EXACT and STORED
+    const uint8_t* table;  // [64] levels + 128 where data and scales lie in tiles (tiles.h), else null
+    float step;            // of a level there
 };
 
 // An expert: which pool and which of it.

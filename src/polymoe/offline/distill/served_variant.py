@@ -15,7 +15,7 @@ from polymoe.offline.distill.learned import Learned
 from polymoe.quant.formats import Format, get_format, group_size
 
 if TYPE_CHECKING:
-    from polymoe.bundle.reader import Bundle, PackedTensors
+    from polymoe.bundle.reader import Bundle
     from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 
@@ -131,7 +131,7 @@ class ServedVariant:
         for expert, place in enumerate(delta):
             if place < 0:
                 continue
-            fmt, row, parts = _find(bundle.packed_deltas(layer), bundle.manifest.delta_pools[layer], place, tensor)
+            fmt, row, parts = _find(bundle, layer, place, tensor)
             sign = 1 if bundle.sign is None else int(bundle.sign[self.variant, layer, expert])
             assert bundle.delta is not None
             alone = int((bundle.delta[:, layer] == place).sum()) == 1
@@ -153,7 +153,7 @@ class ServedVariant:
         for stored in self.bundle.resident_experts(layer)[tensor]:
             yield as_matrix(stored, self.bundle.manifest.transposed).float()
         for name, pool in self.bundle.packed_bases(layer).items():
-            fmt = get_format(name)
+            fmt = get_format(name, self.bundle.levels)
             for row in range(self.bundle.manifest.base_pools[layer][name]):
                 yield fmt.decode(fmt.entry(pool[tensor], row), shape, torch.float32)
 
@@ -162,12 +162,11 @@ class ServedVariant:
         return as_matrix(self.bundle.resident_experts(layer)[tensor][place], self.bundle.manifest.transposed)
 
 
-def _find(
-    pools: Mapping[str, PackedTensors], sizes: Mapping[str, int], place: int, tensor: str
-) -> tuple[Format, int, dict[str, Tensor]]:
-    """(format, row in its pool, the pool's parts of `tensor`) of physical id `place`."""
+def _find(bundle: Bundle, layer: int, place: int, tensor: str) -> tuple[Format, int, dict[str, Tensor]]:
+    """(format, row in its pool, the pool's parts of `tensor`) of delta `place` of a layer."""
+    pools, sizes = bundle.packed_deltas(layer), bundle.manifest.delta_pools[layer]
     for name, size in sizes.items():
         if place < size:
-            return get_format(name), place, pools[name][tensor]
+            return get_format(name, bundle.levels), place, pools[name][tensor]
         place -= size
     raise AssertionError("an id beyond the pools")

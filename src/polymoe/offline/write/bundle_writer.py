@@ -42,6 +42,7 @@ from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
 from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.offline.write.layer_writer import LayerWriter, open_tensors
 from polymoe.progress import byte_progress
+from polymoe.quant.formats import GRID_LEVELS
 from polymoe.version import __version__
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class _Writer:
         assert same, f"{base_bytes} + {delta_bytes} bytes were written, {planned[0]} + {planned[1]} planned"
         return Manifest(
             format_version=FORMAT_VERSION,
+            levels=GRID_LEVELS,
             polymoe_version=__version__,
             transformers_version=transformers.__version__,
             policy=self.plan.policy,

@@ -1,0 +1,259 @@
+// Packed matrices in tiles of 16 outputs, multiplied in 8-bit integers.
+//
+// A row of activations is rounded to 8-bit integers with a scale for each group of inputs that shares a weight's scale, a
+// second 8 bits hold what the first leave where asked (16 bits in all). Weights are unsigned bytes, level + 128, so that
+//
+//     y = step · s_w · s_x · (Σ byte · x  −  128 Σ x)        for each group, and summed over groups in float32
+//
+// In memory a matrix is [tile][unit][bits][64 bytes]: a unit is 16 outputs by 32 inputs, eight vectors of 16 outputs by 4
+// neighbouring inputs each (what VNNI multiplies at once, and a row of an AMX tile). Codes of a width of bits lie beside
+// each other in a byte: 4 bits hold vectors 2 j and 2 j + 1, 2 bits four, 1 bit all eight; 3, 5 and 6 are two such planes.
+// Scales are [tile][group][16].
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bf16.h"
+
+namespace polymoe {
+
+constexpr int64_t LANES = 16, UNIT = 32, VECTORS = 8;  // outputs of a tile; inputs and vectors of a unit
+constexpr int64_t MOST_GROUP = 256;                    // inputs of a group at most
+constexpr float LOW_STEPS = 254;                       // steps of the second 8 bits in one of the first
+
+template <int BITS>
+struct Width {
+    static constexpr int WIDE = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS, NARROW = BITS - WIDE;
+};
+
+// A unit's codes. `at<Q>` gives vector Q; bits above the format's are rubbish, which the table of 64 does not mind.
+template <int BITS>
+struct Unit {
+    static constexpr int WIDE = Width<BITS>::WIDE, NARROW = Width<BITS>::NARROW;
+    __m512i wide[WIDE], narrow[NARROW + 1];
+
+    inline __attribute__((always_inline)) explicit Unit(const uint8_t* codes) {
+        for (int i = 0; i < WIDE; ++i) wide[i] = _mm512_loadu_si512(codes + 64 * i);
+        for (int i = 0; i < NARROW; ++i) narrow[i] = _mm512_loadu_si512(codes + 64 * (WIDE + i));
+    }
+
+    template <int Q>
+    inline __attribute__((always_inline)) __m512i at() const {
+        constexpr int IN_BYTE = 8 / WIDE, SHIFT = Q % IN_BYTE * WIDE;
+        __m512i code = wide[Q / IN_BYTE];
+        if constexpr (SHIFT > 0) code = _mm512_srli_epi16(code, SHIFT);
+        if constexpr (NARROW > 0) {
+            constexpr int ABOVE_IN_BYTE = 8 / NARROW, ABOVE = Q % ABOVE_IN_BYTE * NARROW - WIDE;
+            __m512i above = narrow[Q / ABOVE_IN_BYTE];
+            if constexpr (ABOVE > 0) above = _mm512_srli_epi16(above, ABOVE);
+            if constexpr (ABOVE < 0) above = _mm512_slli_epi16(above, -ABOVE);
+            code = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << WIDE) - 1), code, above, 0xca);
+        }
+        return code;
+    }
+
+    template <int Q>
+    inline __attribute__((always_inline)) __m512i bytes(__m512i table) const {
+        if constexpr (BITS == 8) return wide[Q];
+        return _mm512_permutexvar_epi8(at<Q>(), table);
+    }
+};
+
+// Rows of activations in 8-bit integers, R of them.
+struct Rounded {
+    const int8_t *high, *low;  // [R, in]; low may be null
+    const float* scales;       // [R, groups]
+    const int32_t* sums;       // [R, groups, 2]: 128 Σ of both
+    int64_t in, groups;
+
+    Rounded from(int64_t row) const {
+        return {high + row * in, low ? low + row * in : nullptr, scales + row * groups, sums + row * groups * 2, in, groups};
+    }
+};
+
+inline void round_row(const uint16_t* x, int64_t in, int64_t group, int8_t* high, int8_t* low, float* scales, int32_t* sums) {
+    for (int64_t start = 0; start < in; start += group, ++scales, sums += 2) {
+        const int64_t stop = std::min(start + group, in);
+        __m512 most = _mm512_setzero_ps();
+        for (int64_t k = start; k < stop; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load_bf16(x + k)));
+        const float largest = _mm512_reduce_max_ps(most);
+        *scales = largest / 127;
+        const __m512 ratio = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+        __m512i sum = _mm512_setzero_si512(), sum_low = sum;
+        for (int64_t k = start; k < stop; k += 16) {
+            const __m512 value = _mm512_mul_ps(load_bf16(x + k), ratio);
+            const __m512i whole = _mm512_cvtps_epi32(value);
+            sum = _mm512_add_epi32(sum, whole);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(high + k), _mm512_cvtsepi32_epi8(whole));
+            if (!low) continue;
+            const __m512 left = _mm512_sub_ps(value, _mm512_cvtepi32_ps(whole));
+            const __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(LOW_STEPS)));
+            sum_low = _mm512_add_epi32(sum_low, rest);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(low + k), _mm512_cvtsepi32_epi8(rest));
+        }
+        sums[0] = 128 * _mm512_reduce_add_epi32(sum);
+        sums[1] = 128 * _mm512_reduce_add_epi32(sum_low);
+    }
+}
+
+inline __attribute__((always_inline)) __m512i four_bytes(const int8_t* from) {
+    int32_t value;
+    memcpy(&value, from, 4);
+    return _mm512_set1_epi32(value);
+}
+
+// One group's sums of a row -> added to `to`, 16 outputs. scale: of weights, step and sign in it.
+inline __attribute__((always_inline)) void add_group(__m512i sum, __m512i sum_low, bool two, const Rounded& x, int64_t row,
+                                                     int64_t g, __m512 scale, float* to) {
+    const int32_t* sums = x.sums + (row * x.groups + g) * 2;
+    __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(sums[0])));
+    if (two) {
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum_low, _mm512_set1_epi32(sums[1])));
+        value = _mm512_fmadd_ps(low, _mm512_set1_ps(1 / LOW_STEPS), value);
+    }
+    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[row * x.groups + g]));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, both, _mm512_loadu_ps(to)));
+}
+
+// One matrix's tile: where its codes and scales begin.
+struct TileOf {
+    const uint8_t* codes;
+    const uint16_t* scales;
+    const uint8_t* table;
+    float step;        // sign in it
+    int64_t group;
+};
+
+// The first R rows of x, codes straight into products. to: [R, stride].
+template <int BITS, int R, bool TWO>
+void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride) {
+    constexpr int CHAINS = R == 1 && !TWO ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
+    const __m512i table = _mm512_loadu_si512(tile.table);
+    const uint8_t* codes = tile.codes;
+    for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
+        const int64_t stop = std::min(start + tile.group, x.in);
+        __m512i sum[CHAINS][R], low[CHAINS][R];
+        for (int c = 0; c < CHAINS; ++c)
+            for (int r = 0; r < R; ++r) sum[c][r] = low[c][r] = _mm512_setzero_si512();
+        for (int64_t k = start; k < stop; k += UNIT, codes += 64 * BITS) {
+            const Unit<BITS> unit(codes);
+            for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+#define POLYMOE_VECTOR(Q)                                                                                  \
+    {                                                                                                      \
+        const __m512i w = unit.template bytes<Q>(table);                                                   \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                              \
+            const int64_t at = r * x.in + k + 4 * Q;                                                 \
+            sum[Q % CHAINS][r] = _mm512_dpbusd_epi32(sum[Q % CHAINS][r], w, four_bytes(x.high + at));      \
+            if (TWO) low[Q % CHAINS][r] = _mm512_dpbusd_epi32(low[Q % CHAINS][r], w, four_bytes(x.low + at)); \
+        }                                                                                                  \
+    }
+            POLYMOE_VECTOR(0) POLYMOE_VECTOR(1) POLYMOE_VECTOR(2) POLYMOE_VECTOR(3)
+            POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
+#undef POLYMOE_VECTOR
+        }
+        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        for (int r = 0; r < R; ++r) {
+            for (int c = 1; c < CHAINS; ++c) {
+                sum[0][r] = _mm512_add_epi32(sum[0][r], sum[c][r]);
+                low[0][r] = _mm512_add_epi32(low[0][r], low[c][r]);
+            }
+            add_group(sum[0][r], low[0][r], TWO, x, r, g, scale, to + r * stride);
+        }
+    }
+}
+
+template <int BITS>
+const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, uint8_t* to) {
+    for (int64_t u = 0; u < units; ++u, codes += 64 * BITS, to += 64 * VECTORS) {
+        const Unit<BITS> unit(codes);
+        for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+#define POLYMOE_VECTOR(Q) _mm512_store_si512(to + 64 * Q, unit.template bytes<Q>(table));
+        POLYMOE_VECTOR(0) POLYMOE_VECTOR(1) POLYMOE_VECTOR(2) POLYMOE_VECTOR(3)
+        POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
+#undef POLYMOE_VECTOR
+    }
+    return codes;
+}
+
+// R rows times a group's unpacked bytes [vectors][64].
+template <int R, bool TWO>
+void block_rows(const uint8_t* bytes, int64_t vectors, const Rounded& x, int64_t start, int64_t g,
+                __m512 scale, float* to, int64_t stride) {
+    __m512i sum[R], low[R];
+    const int8_t *high_of[R], *low_of[R];
+    for (int r = 0; r < R; ++r) {
+        sum[r] = low[r] = _mm512_setzero_si512();
+        high_of[r] = x.high + r * x.in + start;
+        if (TWO) low_of[r] = x.low + r * x.in + start;
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+        const __m512i w = _mm512_load_si512(bytes + 64 * v);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+            sum[r] = _mm512_dpbusd_epi32(sum[r], w, four_bytes(high_of[r] + 4 * v));
+            if (TWO) low[r] = _mm512_dpbusd_epi32(low[r], w, four_bytes(low_of[r] + 4 * v));
+        }
+    }
+    for (int r = 0; r < R; ++r) add_group(sum[r], low[r], TWO, x, r, g, scale, to + r * stride);
+}
+
+template <int BITS, bool TWO>
+void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, int64_t stride) {
+    alignas(64) static thread_local uint8_t bytes[MOST_GROUP * LANES];
+    constexpr int64_t MOST = TWO ? 8 : 12;
+    const __m512i table = _mm512_loadu_si512(tile.table);
+    const uint8_t* codes = tile.codes;
+    const int64_t blocks = (count + MOST - 1) / MOST, most = (count + blocks - 1) / blocks;
+    for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
+        const int64_t size = std::min(tile.group, x.in - start);
+        codes = unpack_group<BITS>(codes, size / UNIT, table, bytes);
+        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        for (int64_t r = 0; r < count; r += most) {
+            float* at = to + r * stride;
+            switch (std::min(most, count - r)) {
+#define POLYMOE_ROWS(R) \
+    case R: block_rows<R, TWO>(bytes, size / 4, x.from(r), start, g, scale, at, stride); break;
+                POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
+                POLYMOE_ROWS(7) POLYMOE_ROWS(8)
+                default:
+                    if constexpr (!TWO) switch (std::min(most, count - r)) {
+                        POLYMOE_ROWS(9) POLYMOE_ROWS(10) POLYMOE_ROWS(11) POLYMOE_ROWS(12)
+                    }
+#undef POLYMOE_ROWS
+            }
+        }
+    }
+}
+
+// to[r] += tile · x[r] for the first `count` rows of x, 16 outputs each, `stride` apart.
+template <int BITS>
+void tile_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, int64_t stride) {
+    const bool two = x.low != nullptr;
+    switch (count) {
+#define POLYMOE_ROWS(R) \
+    case R: return two ? fused_rows<BITS, R, true>(tile, x, to, stride) : fused_rows<BITS, R, false>(tile, x, to, stride);
+        POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4)
+#undef POLYMOE_ROWS
+    }
+    two ? many_rows<BITS, true>(tile, x, count, to, stride) : many_rows<BITS, false>(tile, x, count, to, stride);
+}
+
+inline void tile_rows(int64_t bits, const TileOf& tile, const Rounded& x, int64_t count, float* to,
+                      int64_t stride) {
+    switch (bits) {
+        case 1: return tile_rows<1>(tile, x, count, to, stride);
+        case 2: return tile_rows<2>(tile, x, count, to, stride);
+        case 3: return tile_rows<3>(tile, x, count, to, stride);
+        case 4: return tile_rows<4>(tile, x, count, to, stride);
+        case 5: return tile_rows<5>(tile, x, count, to, stride);
+        case 6: return tile_rows<6>(tile, x, count, to, stride);
+        case 8: return tile_rows<8>(tile, x, count, to, stride);
+    }
+}
+
+}  // namespace polymoe
