@@ -122,9 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int  # experts in the host tier
     bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one
-    levels: Literal["grid", "free"] = (
-        "free"  # of the formats with a table; bundles planned before there was a choice name none
-    )
+    levels: Literal["grid", "free"] = "free"  # of the formats with a table; old bundles name none
     digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one
 
     @property

@@ -4,6 +4,7 @@ where that is a new one, and its test; nothing else asks a format for its name."
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -23,8 +24,9 @@ from polymoe.quant.format import (
 )
 
 __all__ = [
-    "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "FREE_LEVELS", "GRID_LEVELS", "PLANES", "SCALE_DTYPE", "STORED", "Format", "Kind",
-    "Parts", "get_format", "group_size", "level_bytes", "num_bytes", "num_groups", "parts", "register", "row_bytes",
+    "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "FREE_LEVELS", "GRID_LEVELS", "PLANES", "SCALE_DTYPE",
+    "STORED", "Format", "Kind", "Parts", "get_format", "group_size", "level_bytes", "num_bytes", "num_groups",
+    "parts", "register", "row_bytes",
 ]  # fmt: skip
 
 
@@ -62,7 +64,8 @@ def _on_grid(levels: tuple[float, ...]) -> tuple[float, ...]:
 
 
 _GRID = {bits: _on_grid(levels) for bits, levels in _GAUSSIAN.items()}
-GRID_LEVELS, FREE_LEVELS = "grid", "free"  # of new bundles, and of those planned before levels were on a grid
+GRID_LEVELS: Literal["grid"] = "grid"  # of new bundles
+FREE_LEVELS: Literal["free"] = "free"  # of those planned before levels were on a grid
 _EVEN = tuple(float(code - 128) for code in range(256))
 _GROUP = 256
 

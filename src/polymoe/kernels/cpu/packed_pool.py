@@ -101,8 +101,8 @@ class PackedPool:
 class TiledPool(PackedPool):
     """A pool whose codes and scales are in tiles of 16 outputs: see `tiles.py`. Decoding it is for the reference.
 
-    table: uint8 `[64]` or `[256]`, level + 128 of each code, over and over. step: what 1 of a level is worth, before the
-    scale.
+    table: uint8 `[64]` or `[256]`, level + 128 of each code, over and over. step: what 1 of a level is worth, before
+    the scale.
     """
 
     table: Tensor
