@@ -90,8 +90,8 @@ def throughput(
         systems=_systems(systems), lengths=Lengths(input_tokens, output_tokens), in_flight=requests,
         total=requests if total is None else total, repeats=repeats, seed=seed, slo=_slo(slo_ttft, slo_itl),
     )  # fmt: skip
-    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
     folder = output_folder(out)
+    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
     finish(throughput_report(results), results, folder / "throughput", console)
@@ -141,8 +141,8 @@ def qos(
         duration=duration, drain=drain, repeats=repeats, in_flight=requests, seed=seed, slo=_slo(slo_ttft, slo_itl),
         trace=trace, flood=None if flood is None else _flood(flood),
     )  # fmt: skip
-    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
     folder = output_folder(out)
+    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
     results = asyncio.run(run_qos(plan, builder, console))
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from polymoe.config import EngineConfig
 from polymoe.engine.client import AsyncEngineClient
-from polymoe.engine.output import OutputProcessor
+from polymoe.engine.output import OutputProcessor, fitted
 from polymoe.engine.planned_config import Source, planned_config
 from polymoe.engine.prompts import Messages, Prompt, default_sampling_params, encode_prompt, the_variant
 from polymoe.engine.request import RequestOutput, SamplingParams
@@ -102,7 +102,10 @@ class AsyncLLM:
         name = the_variant(self._processor, variant)
         # In a thread: long texts, and templates, which are programs from a checkpoint, keep others waiting.
         text, token_ids = await asyncio.to_thread(encode_prompt, self._processor, name, prompt)
-        sampling = sampling_params or self.default_sampling_params(name)
+        sampling = sampling_params
+        if sampling is None:  # as `LLM` does
+            room = self._processor.variant(name).max_new_tokens(len(token_ids))
+            sampling = fitted(self.default_sampling_params(name), room)
         output = RunningOutput(request_id or f"llm-{next(self._ids)}", name, text, token_ids, sampling.n, delta)
         try:
             with await self._submit(name, (text, token_ids), sampling) as stream:
