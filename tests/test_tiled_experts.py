@@ -1,7 +1,6 @@
 """Packed experts in tiles, multiplied in 8-bit integers, against the same pools decoded."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -111,8 +110,7 @@ def test_lossless_deltas_beside_tiles() -> None:
     table = torch.tensor([[4, 0, 1], [5, 2, -1], [-1, 3, 0], [6, 1, 2]])  # exact ones are on the stored expert
     delta = table[variant[:, None], expert]
     hidden, gate = torch.randn(tokens, H).bfloat16(), torch.rand(tokens, 2)
-    arguments: tuple[Any, ...] = (expert, variant, delta, None, gate)
-    expected = experts_compressed_torch(Module(), hidden, *arguments, layer, no_host).float()
+    expected = experts_compressed_torch(Module(), hidden, expert, variant, delta, None, gate, layer, no_host).float()
     tiled = tiled_layer(Module(), layer, torch.bfloat16)
     found = packed_experts(Module(), hidden, expert, delta, None, gate, tiled, no_host)
     assert found is not None

@@ -88,14 +88,16 @@ class UnknownVariantError(RequestError):
 
 
 class VariantUnusableError(RequestError):
-    """A variant cannot be served although others are. Its cause, a `BundleError`, has the details."""
+    """A variant cannot be served although others are. Its cause, a `BundleError`, has the details, which clients of a
+    server are not to see."""
 
     status = 503
     type = "service_unavailable_error"
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, details: str = "The server's log says more") -> None:
+        self.reason = reason
         super().__init__(
-            f"The model `{name}` is not served: {reason}. The server's log says more; other models are not affected.",
+            f"The model `{name}` is not served: {reason}. {details.rstrip('.')}; other models are not affected.",
             param="model",
             code="model_unusable",
         )

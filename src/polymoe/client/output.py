@@ -168,7 +168,7 @@ class OutputProcessor:
         else:
             token_ids = list(prompt)
         if fit:
-            sampling = _fitted(sampling, info.max_new_tokens(len(token_ids)))
+            sampling = fitted(sampling, info.max_new_tokens(len(token_ids)))
         _check_tokens(info, token_ids, sampling)
         start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
         tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
@@ -237,7 +237,8 @@ class OutputProcessor:
             step.finished.append(request.result())
 
 
-def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
+def fitted(sampling: SamplingParams, room: int) -> SamplingParams:
+    """With `max_tokens` lowered to `room`, what the context has left, for who did not ask for any."""
     most = max(1, min(sampling.max_tokens, room))
     return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
 

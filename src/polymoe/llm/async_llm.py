@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from polymoe.client.client import AsyncEngineClient
-from polymoe.client.output import OutputProcessor
+from polymoe.client.output import OutputProcessor, fitted
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.errors import EngineDeadError, OverloadedError
@@ -102,7 +102,10 @@ class AsyncLLM:
         name = the_variant(self._processor, variant)
         # In a thread: long texts, and templates, which are programs from a checkpoint, keep others waiting.
         text, token_ids = await asyncio.to_thread(encode_prompt, self._processor, name, prompt)
-        sampling = sampling_params or self.default_sampling_params(name)
+        sampling = sampling_params
+        if sampling is None:  # as `LLM` does
+            room = self._processor.variant(name).max_new_tokens(len(token_ids))
+            sampling = fitted(self.default_sampling_params(name), room)
         output = RunningOutput(request_id or f"llm-{next(self._ids)}", name, text, token_ids, sampling.n, delta)
         try:
             with await self._submit(name, (text, token_ids), sampling) as stream:

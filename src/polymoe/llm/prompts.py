@@ -1,10 +1,11 @@
 """What the Python interface takes as a prompt, and the checks that a type checker cannot make for everybody."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 from polymoe.client.output import OutputProcessor
-from polymoe.errors import RequestError
+from polymoe.errors import RequestError, VariantUnusableError
 from polymoe.protocol.request import SamplingParams, sampling_params
 
 Prompt = str | Sequence[int]  # a text, or token ids
@@ -50,7 +51,9 @@ def is_conversation(value: Any) -> TypeGuard[Messages]:
 def encode_prompt(processor: OutputProcessor, variant: str, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
     """(text if there is any, token ids); of a conversation as `encode_conversation`. Raises `RequestError`."""
     if isinstance(prompt, str):
-        return prompt, processor.require_tokenizer(variant, "a text prompt").encode(prompt)
+        with _details(variant):
+            tokenizer = processor.require_tokenizer(variant, "a text prompt")
+        return prompt, tokenizer.encode(prompt)
     if is_conversation(prompt):
         return encode_conversation(processor, variant, prompt)
     if is_prompt(prompt) or prompt == []:
@@ -62,7 +65,8 @@ def encode_conversation(
     processor: OutputProcessor, variant: str, messages: Messages, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[str, list[int]]:
     """(the text that the variant's chat template makes, token ids). Raises `RequestError`."""
-    tokenizer = processor.require_tokenizer(variant, "a chat", "messages")
+    with _details(variant):
+        tokenizer = processor.require_tokenizer(variant, "a chat", "messages")
     text = tokenizer.render_chat([{"content": None, **message} for message in messages], template_arguments)
     return text, tokenizer.encode(text, add_special_tokens=False)
 
@@ -80,7 +84,17 @@ def the_variant(processor: OutputProcessor, name: str | None) -> str:
         if len(names) > 1:
             raise RequestError(f"say which of the variants: {', '.join(names)}.", param="variants")
         return names[0]
-    return processor.variant(name).name
+    with _details(name):
+        return processor.variant(name).name
+
+
+@contextmanager
+def _details(variant: str) -> Iterator[None]:
+    """Who calls from Python is the operator too, and may know what the log of a server would say."""
+    try:
+        yield
+    except VariantUnusableError as error:
+        raise VariantUnusableError(variant, error.reason, str(error.__cause__)) from error.__cause__
 
 
 def _is_message(value: Any) -> bool:
