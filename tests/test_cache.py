@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 
 import polymoe
 from polymoe.bench.family import cached_family
+from polymoe.bundle import atomic
 from polymoe.cache_folder import VARIABLE, cache_root, writable_cache
 from polymoe.cli.cache import console as cli_console
 from polymoe.cli.main import app
 from polymoe.console import Console
 from polymoe.errors import ConfigError
-from polymoe.offline import atomic
 from polymoe.offline.cache import plan_cached, planned_bundle
 from polymoe.offline.cache_items import cache_items
 from servers import free_port, wait_for

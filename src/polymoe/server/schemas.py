@@ -147,6 +147,14 @@ class MeasuredFidelity(BaseModel):
     predicted_damage: float | None
 
 
+class RunsOn(BaseModel):
+    part: str
+    runs_on: str
+    count: int
+    reason: str
+    slow: bool
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
@@ -159,6 +167,7 @@ class ModelCard(BaseModel):
     residency: Residency
     predicted_damage: float | None
     fidelity: MeasuredFidelity | None
+    fast_paths: list[RunsOn]
 
 
 class ModelList(BaseModel):
