@@ -124,7 +124,7 @@ def plan(
 
 
 @app.command()
-@takes(some(SERVE, "dtype device slots threads"))
+@takes(some(SERVE, "dtype activations device slots threads"))
 def generate(
     settings: Settings,
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
@@ -211,7 +211,7 @@ def _serve(sources: Sequence[str], settings: Settings, policy: str, memory: str 
 
 
 @app.command(name="eval")
-@takes(some(SERVE, "dtype device slots threads", dtype="float32"))
+@takes(some(SERVE, "dtype activations device slots threads", dtype="float32"))
 def evaluate(
     settings: Settings,
     bundle: Annotated[Path, typer.Argument(help="folder that `polymoe plan` wrote")],
