@@ -23,7 +23,7 @@ def test_a_new_users_first_commands_and_program(tmp_path: Path) -> None:
     """They named checkpoints that nobody has. `serve` does not end, so it is left to the tests of the server."""
     (tmp_path / "src").symlink_to(ROOT / "src")
     (script,) = blocks(section("Your own models"), "bash")
-    assert re.findall(r"^polymoe +(\w+)", script, re.MULTILINE) == ["inspect", "plan", "eval", "serve"]
+    assert re.findall(r"^polymoe +(\w+)", script, re.MULTILINE) == ["inspect", "plan", "eval", "verify", "serve"]
     script = re.sub(r"^polymoe +serve.*", "", script, flags=re.MULTILINE)
     polymoe = f'polymoe() {{ {shlex.quote(sys.executable)} -m polymoe "$@"; }}\n'
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
