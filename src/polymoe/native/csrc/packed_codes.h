@@ -8,6 +8,9 @@
 
 #include <string.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "bf16.h"
 
 namespace polymoe {
@@ -51,6 +54,31 @@ struct Segment {
     Entry base, delta;
     float sign;
 };
+
+// A (token, k) pair and where it belongs. `delta`: 0 for none, else 2 (id + 1), and 1 more if it is subtracted.
+struct Place {
+    int64_t base, delta, pair;
+
+    bool operator<(const Place& other) const {
+        return base != other.base ? base < other.base : delta != other.delta ? delta < other.delta : pair < other.pair;
+    }
+};
+
+// The pairs that are here by base, then delta, into `order`; of an absent one (base < 0) its number among those into
+// `place`, which has an entry for each pair afterwards. Returns how many are absent.
+inline int64_t sort_pairs(const int32_t* base, const int32_t* delta, const int8_t* sign, int64_t pairs,
+                          std::vector<Place>& order, std::vector<int64_t>& place) {
+    place.resize(pairs);
+    order.clear();
+    int64_t num_absent = 0;
+    for (int64_t i = 0; i < pairs; ++i) {
+        if (base[i] < 0) place[i] = num_absent++;  // behind those that are here
+        else if (!delta || delta[i] < 0) order.push_back({base[i], 0, i});
+        else order.push_back({base[i], (delta[i] + int64_t{1}) * 2 + (sign && sign[i] < 0), i});
+    }
+    std::sort(order.begin(), order.end());
+    return num_absent;
+}
 
 template <int KIND>
 struct Planes {

@@ -216,15 +216,6 @@ void run_segments(const Product& product, const std::vector<int64_t>& groups, Sc
     });
 }
 
-// A (token, k) pair and where it belongs. `delta`: 0 for none, else 2 (id + 1), and 1 more if it is subtracted.
-struct Place {
-    int64_t base, delta, pair;
-
-    bool operator<(const Place& other) const {
-        return base != other.base ? base < other.base : delta != other.delta ? delta < other.delta : pair < other.pair;
-    }
-};
-
 }  // namespace
 }  // namespace polymoe
 
@@ -246,15 +237,7 @@ extern "C" void polymoe_packed_experts_bf16(const uint16_t* hidden, const int32_
     static thread_local std::vector<uint16_t> active, out;
     const int64_t pairs = tokens * top_k;
 
-    place.resize(pairs);
-    order.clear();
-    int64_t num_absent = 0;
-    for (int64_t i = 0; i < pairs; ++i) {
-        if (base[i] < 0) place[i] = num_absent++;  // behind those that are here
-        else if (!delta || delta[i] < 0) order.push_back({base[i], 0, i});
-        else order.push_back({base[i], (delta[i] + int64_t{1}) * 2 + (sign && sign[i] < 0), i});
-    }
-    std::sort(order.begin(), order.end());
+    const int64_t num_absent = sort_pairs(base, delta, sign, pairs, order, place);
     const int64_t here = static_cast<int64_t>(order.size());
     segments.clear();
     starts.clear();

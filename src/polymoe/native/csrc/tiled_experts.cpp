@@ -170,15 +170,6 @@ void run_product(const Product& product, const std::vector<Rows>& segments, cons
     });
 }
 
-// A (token, k) pair and where it belongs. `delta`: 0 for none, else 2 (id + 1), and 1 more if it is subtracted.
-struct Place {
-    int64_t base, delta, pair;
-
-    bool operator<(const Place& other) const {
-        return base != other.base ? base < other.base : delta != other.delta ? delta < other.delta : pair < other.pair;
-    }
-};
-
 // Memory that is kept from call to call.
 struct Workspace {
     std::vector<int64_t> groups, place;
@@ -211,15 +202,7 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
     auto& [groups, place, order, segments, sorted, active, out, token_rows, rows] = kept;  // helpers see the caller's
     const int64_t pairs = tokens * top_k;
 
-    place.resize(pairs);
-    order.clear();
-    int64_t num_absent = 0;
-    for (int64_t i = 0; i < pairs; ++i) {
-        if (base[i] < 0) place[i] = num_absent++;  // behind those that are here
-        else if (!delta || delta[i] < 0) order.push_back({base[i], 0, i});
-        else order.push_back({base[i], (delta[i] + int64_t{1}) * 2 + (sign && sign[i] < 0), i});
-    }
-    std::sort(order.begin(), order.end());
+    const int64_t num_absent = sort_pairs(base, delta, sign, pairs, order, place);
     const int64_t here = static_cast<int64_t>(order.size());
     segments.clear();
     groups.clear();
