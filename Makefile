@@ -88,8 +88,8 @@ format: dev
 bench: install
 	$(BIN)/polymoe bench throughput $(BENCH)
 
-# The README's speed table: polymoe, vLLM on the CPU and transformers' generate; options in COMPARE.
-compare: install
+# The README's speed table: polymoe, vLLM on the CPU, llama.cpp and transformers' generate; options in COMPARE.
+compare: dev
 	$(BIN)/python benchmarks/compare/run.py $(TORCH_OPTION) $(COMPARE)
 
 # vLLM for CPUs in .venv-vllm, for `make compare` (which makes it too).
@@ -111,4 +111,4 @@ architectures: dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/time_architectures.py --out docs/architectures.md
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .mypy_cache .ruff_cache
+	rm -rf $(VENV) .llama.cpp .venv-lowest .venv-newest .mypy_cache .ruff_cache

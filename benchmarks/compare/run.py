@@ -1,16 +1,17 @@
-"""`make compare`: polymoe beside vLLM (CPU) and transformers' `generate`, same load, same machine, one table.
+"""`make compare`: polymoe beside vLLM (CPU), llama.cpp and transformers' `generate`; same load and machine, one table.
 
-    one variant    `single`, one vLLM process with all cores, `generate` in one batch
-    all variants   `mixed:auto`, `mixed`, `per-variant` and `paper` as `polymoe bench` has them; a vLLM process a
-                   variant (1/N of the cores and of the load each, started together); `generate` variant after variant
+    one variant    `single`, one vLLM or llama.cpp process with all cores, `generate` in one batch
+    all variants   `mixed:auto`, `mixed`, `per-variant` and `paper` as `polymoe bench` has them; a vLLM or llama.cpp
+                   process a variant (1/N of the cores and of the load each, started together); `generate` variant
+                   after variant
 
 Systems are interleaved (A B C A B C …), so that all meet the same noise. They would not fit a computer's memory
 together: each is loaded when its turn comes, runs once to warm up and once to be measured, and ends.
 
 All get the same prompts of token ids, greedy, exactly as many tokens out, in processes of their own. vLLM and
-transformers are called through their offline classes. polymoe is “served”, with the load crossing from a client's
-process to the engine's as it does in a server, which is what a user gets; and where it is compared with the others'
-offline classes a second time through its own, `LLM`.
+transformers are called through their offline classes, llama.cpp through its library (`worker_llama.cpp`). polymoe is
+“served”, with the load crossing from a client's process to the engine's as it does in a server, which is what a user
+gets; and where it is compared with the others' offline classes a second time through its own, `LLM`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from llama import TYPES, environment, gguf_copy, install_llama
 from polymoe.bench.build import Builder
 from polymoe.bench.family import SHAPES, cached_family
 from polymoe.bench.load import run_closed
@@ -36,15 +38,24 @@ from polymoe.console import Console, print_error
 from polymoe.errors import PolymoeError
 from polymoe.machine import available_cores, describe_machine, split_cores
 from polymoe.offline.checkpoint.family import parse_variant_specs
-from workers import WorkerError, Workers, install_vllm
+from workers import HERE, WorkerError, Workers, install_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 console = Console(width=None if sys.stdout.isatty() else 160)
 OFFLINE, SERVED = "polymoe, {}", "polymoe, {}, served"
 REFERENCE = SERVED.format("single")
 ONE_VARIANT = ("single",)
-ALL_VARIANTS = ("mixed:auto", "mixed", "per-variant", "paper")
+ALL_VARIANTS = ("mixed:auto", "mixed:auto@0.55x", "mixed", "per-variant", "paper")
 ALSO_OFFLINE = ("single", "mixed:auto", "mixed")
+
+
+def _python(script: str) -> list[str]:
+    """A worker in polymoe's own environment."""
+    return [sys.executable, str(HERE / script)]
+
+
+def _llama(kind: str) -> str:
+    return f"llama.cpp {kind}"
 
 
 class Contestant(Protocol):
@@ -79,6 +90,8 @@ class Comparison:
         self.venv: Path = arguments.venv
         self.torch_index: str | None = arguments.torch_index
         self.log: Path = arguments.out / "compare.log"
+        self.llama: Path = arguments.llama
+        self.only: list[str] = arguments.only or [""]
         self.missing: dict[str, str] = {}  # system -> why it is not there
 
     def arrivals(self) -> list[Arrival]:
@@ -92,53 +105,83 @@ class Comparison:
         found: dict[str, Contestant] = {}
         for names, several in ((ONE_VARIANT, False), (ALL_VARIANTS, True)):
             for name in names:
+                if not (self._wanted(SERVED.format(name)) or self._wanted(OFFLINE.format(name))):
+                    continue
                 plan = name.partition(":")[2]
                 with console.status(f"planning {name}"):
                     bundle = self.builder.shared_bundle(plan)
                 found[SERVED.format(name)] = Served(self, name)
                 if name in ALSO_OFFLINE:
-                    how = self._workers(Path(sys.executable), "worker_polymoe.py", [[bundle.path]], [{}])
+                    how = self._workers(_python("worker_polymoe.py"), [[bundle.path]], [{}])
                     found[OFFLINE.format(name)] = Offline(self, how, several)
-            found |= self._others(several)
-        return found
+            if self._wanted("vLLM"):
+                found |= self._vllm(several)
+            if any(self._wanted(_llama(kind)) for kind in TYPES):
+                found |= self._llama(several)
+            name = "transformers, variant after variant" if several else "transformers, one batch"
+            models = [list(self.checkpoints.values())[: None if several else 1]]
+            found[name] = Offline(self, self._workers(_python("worker_transformers.py"), models, [{}]), several)
+        return {name: contestant for name, contestant in found.items() if self._wanted(name)}
 
-    def _others(self, several: bool) -> dict[str, Contestant]:
-        paths = list(self.checkpoints.values())
-        found: dict[str, Contestant] = {}
+    def _wanted(self, name: str) -> bool:
+        return any(part in name for part in self.only)
+
+    def _shares(self, several: bool) -> tuple[list[list[int]], str]:
+        """The cores of each process of a rival that serves one model, and how the table calls them."""
+        if not several:
+            return [available_cores()], "one process"
+        parts = split_cores(available_cores(), len(self.checkpoints))
+        return parts, f"{len(parts)} processes"
+
+    def _vllm(self, several: bool) -> dict[str, Contestant]:
         try:
             with console.status(f"installing vLLM in {self.venv.name} (some minutes, once)"):
                 python = install_vllm(self.venv, ROOT, self.torch_index)
         except WorkerError as error:
             self.missing["vLLM"] = str(error)
-        else:
-            parts = split_cores(available_cores(), len(paths)) if several else [available_cores()]
-            environments = [
-                {
-                    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-                    # Else torch keeps a thread for every core of the machine on the few that are bound, where they
-                    # wait for each other: twelve times slower on one core of four.
-                    "OMP_NUM_THREADS": str(len(cores)),
-                    "VLLM_CPU_KVCACHE_SPACE": "1" if several else "2",  # GiB, far more than the load needs
-                }
-                for cores in parts
-            ]
-            models = [[path] for path in paths[: len(parts)]]
-            name = f"vLLM, {len(parts)} processes" if several else "vLLM, one process"
-            found[name] = Offline(self, self._workers(python, "worker_vllm.py", models, environments), several)
-        name = "transformers, variant after variant" if several else "transformers, one batch"
-        models = [paths if several else paths[:1]]
-        how = self._workers(Path(sys.executable), "worker_transformers.py", models, [{}])
-        found[name] = Offline(self, how, several)
+            return {}
+        parts, processes = self._shares(several)
+        environments = [
+            {
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+                # Else torch keeps a thread for every core of the machine on the few that are bound, where they
+                # wait for each other: twelve times slower on one core of four.
+                "OMP_NUM_THREADS": str(len(cores)),
+                "VLLM_CPU_KVCACHE_SPACE": "1" if several else "2",  # GiB, far more than the load needs
+            }
+            for cores in parts
+        ]
+        models = [[path] for path in list(self.checkpoints.values())[: len(parts)]]
+        workers = self._workers([str(python), str(HERE / "worker_vllm.py")], models, environments)
+        return {f"vLLM, {processes}": Offline(self, workers, several)}
+
+    def _llama(self, several: bool) -> dict[str, Contestant]:
+        found: dict[str, Contestant] = {}
+        parts, processes = self._shares(several)
+        try:
+            with console.status(f"installing llama.cpp in {self.llama.name} (a minute, once)"):
+                worker = install_llama(self.llama)
+            for kind in TYPES:
+                if not self._wanted(f"{_llama(kind)}, {processes}"):
+                    continue
+                with console.status(f"writing {kind} copies for llama.cpp"):
+                    checkpoints = list(self.checkpoints.values())[: len(parts)]
+                    models = [[gguf_copy(path, kind, worker)] for path in checkpoints]
+                environments = [environment(worker, cores) for cores in parts]
+                workers = self._workers([str(worker)], models, environments)
+                found[f"{_llama(kind)}, {processes}"] = Offline(self, workers, several)
+        except WorkerError as error:
+            self.missing["llama.cpp"] = str(error)
         return found
 
     def _workers(
-        self, python: Path, script: str, models: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]]
+        self, command: Sequence[str], models: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]]
     ) -> Workers:
         options = {
             "max_model_len": self.lengths.input_tokens + self.lengths.output_tokens,
             "max_num_seqs": self.in_flight,
         }
-        return Workers(python, script, models, environments, options, self.log)
+        return Workers(command, models, environments, options, self.log)
 
     async def measure(self) -> dict[str, list[float]]:
         """Output tokens a second of each system, a figure a round."""
@@ -264,6 +307,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", type=Path, help="where families and bundles are kept; default ~/.cache/polymoe")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="vLLM's environment")
+    parser.add_argument("--llama", type=Path, default=ROOT / ".llama.cpp", help="llama.cpp's folder")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="systems with TEXT in their names; repeatable")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for compare.json, compare.md, compare.log")
     parser.add_argument("--torch-index", help="index of vLLM's build of torch; default PyPI")
     parser.add_argument("--install", action="store_true", help="install vLLM, measure nothing")

@@ -22,12 +22,12 @@ class WorkerError(Exception):
 class Worker:
     """One process that speaks `worker_protocol.py`."""
 
-    def __init__(self, python: Path, script: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self._log = log
         with log.open("a") as errors:
             self._process = subprocess.Popen(
-                [str(python), str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                text=True, env={**os.environ, **environment},
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, **environment},
             )  # fmt: skip
 
     def send(self, **fields: Any) -> None:
@@ -69,23 +69,24 @@ class Workers:
     """Some workers that share a load: with several, worker n gets the prompts of variant n.
 
     Args:
+        command: of every worker: Python and a script, or a program.
         models: of each worker, the checkpoints it loads.
         environments: of each worker, beside this process's.
         options: `max_model_len`, `max_num_seqs`.
     """
 
     def __init__(
-        self, python: Path, script: str, models: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]],
+        self, command: Sequence[str], models: Sequence[Sequence[Path]], environments: Sequence[Mapping[str, str]],
         options: Mapping[str, int], log: Path,
     ) -> None:  # fmt: skip
-        self._how = (python, script, models, environments, options, log)
+        self._how = (command, models, environments, options, log)
         self._workers: list[Worker] = []
 
     def start(self) -> float:
         """Load in all processes at once. Returns the seconds it took; raises `WorkerError`."""
-        python, script, models, environments, options, log = self._how
+        command, models, environments, options, log = self._how
         started = time.monotonic()
-        self._workers = [Worker(python, script, environment, log) for environment in environments]
+        self._workers = [Worker(command, environment, log) for environment in environments]
         for worker, paths in zip(self._workers, models, strict=True):
             worker.send(models=[str(path) for path in paths], options=dict(options))
         for worker in self._workers:
