@@ -54,10 +54,6 @@ def _python(script: str) -> list[str]:
     return [sys.executable, str(HERE / script)]
 
 
-def _llama(kind: str) -> str:
-    return f"llama.cpp {kind}"
-
-
 class Contestant(Protocol):
     """A system that is loaded and ended once a round. Errors are `WorkerError` or `PolymoeError`."""
 
@@ -116,8 +112,7 @@ class Comparison:
                     found[OFFLINE.format(name)] = Offline(self, how, several)
             if self._wanted("vLLM"):
                 found |= self._vllm(several)
-            if any(self._wanted(_llama(kind)) for kind in TYPES):
-                found |= self._llama(several)
+            found |= self._llama(several)
             name = "transformers, variant after variant" if several else "transformers, one batch"
             models = [list(self.checkpoints.values())[: None if several else 1]]
             found[name] = Offline(self, self._workers(_python("worker_transformers.py"), models, [{}]), several)
@@ -156,20 +151,22 @@ class Comparison:
         return {f"vLLM, {processes}": Offline(self, workers, several)}
 
     def _llama(self, several: bool) -> dict[str, Contestant]:
-        found: dict[str, Contestant] = {}
         parts, processes = self._shares(several)
+        names = {kind: f"llama.cpp {kind}, {processes}" for kind in TYPES}
+        names = {kind: name for kind, name in names.items() if self._wanted(name)}
+        found: dict[str, Contestant] = {}
+        if not names:
+            return found
         try:
             with console.status(f"installing llama.cpp in {self.llama.name} (a minute, once)"):
                 worker = install_llama(self.llama)
-            for kind in TYPES:
-                if not self._wanted(f"{_llama(kind)}, {processes}"):
-                    continue
+            for kind, name in names.items():
                 with console.status(f"writing {kind} copies for llama.cpp"):
                     checkpoints = list(self.checkpoints.values())[: len(parts)]
                     models = [[gguf_copy(path, kind, worker)] for path in checkpoints]
                 environments = [environment(worker, cores) for cores in parts]
                 workers = self._workers([str(worker)], models, environments)
-                found[f"{_llama(kind)}, {processes}"] = Offline(self, workers, several)
+                found[name] = Offline(self, workers, several)
         except WorkerError as error:
             self.missing["llama.cpp"] = str(error)
         return found
