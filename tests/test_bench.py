@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from polymoe.bench.workload import (
     random_prompts,
     read_trace,
     saturating_arrivals,
+    zipf_arrivals,
 )
 from polymoe.cli.main import app
 from polymoe.config import EngineConfig
@@ -304,6 +306,33 @@ def test_throughput_of_three_systems(cache: Path, tmp_path: Path) -> None:
     assert "| mixed |" in (tmp_path / "throughput.md").read_text()
 
 
+def test_throughput_as_variants_grow(cache: Path, tmp_path: Path) -> None:
+    result = bench(
+        "throughput", "--variants", "1,3", "--repeats", "1", "--requests", "6", "--input-tokens", "8",
+        "--output-tokens", "4", cache=cache, out=tmp_path,
+    )  # fmt: skip
+    assert result.exception is None, result.exception
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert [(point["variants"], point["system"]) for point in answer["points"]] == [
+        (1, "mixed:auto"), (3, "mixed:auto"),
+    ]  # fmt: skip
+    for point in answer["points"]:
+        assert point["start_s"] > 0
+        for load in ("even", "zipf"):
+            assert point[load]["output_tokens_per_s"] > 0
+            assert point[load]["unfinished"] == 0
+    one, three = answer["points"]
+    assert three["device_bytes"] > one["device_bytes"]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 3, mixed:auto |" in (tmp_path / "growth.md").read_text()
+
+
+def test_zipf_gives_the_first_variants_most() -> None:
+    arrivals = zipf_arrivals(["a", "b", "c"], 6000, Lengths(1, 1), seed=0)
+    counts = Counter(arrival.variant for arrival in arrivals)
+    assert [round(counts[v] / 6000 * 11 / 6, 1) for v in "abc"] == [1.0, 0.5, 0.3]
+
+
 def test_qos_at_two_rates(cache: Path, tmp_path: Path) -> None:
     result = bench(
         "qos", "--systems", "mixed,reconfigure", "--rates", "4,8", "--duration", "1", "--repeats", "1",
@@ -330,6 +359,8 @@ def test_qos_at_two_rates(cache: Path, tmp_path: Path) -> None:
         (["throughput", "--systems", "mixed:auto@little"], "not a memory budget"),
         (["throughput", "--systems", "swap:auto"], "bundles of its own"),
         (["throughput", "--requests", "0"], "--requests"),
+        (["throughput", "--variants", "1,no"], "write a positive number"),
+        (["throughput", "--variants", "1,2", "v0=somewhere"], "leave out NAME=PATH"),
         (["throughput", "--input-tokens", "500", "--output-tokens", "20"], "context of 512"),
         (["qos", "--rates", "1,0"], "positive"),
         (["qos", "--flood", "v0=0"], "positive"),

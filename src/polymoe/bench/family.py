@@ -31,6 +31,14 @@ SMALL_MIXTRAL: dict[str, Any] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+# 110M parameters: 64 variants of it are 14 GB of checkpoints.
+MANY_MIXTRAL: dict[str, Any] = {
+    **SMALL_MIXTRAL,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 # Seconds for the whole benchmark: to try the commands, and for the tests. Its figures mean nothing.
 TINY_MIXTRAL: dict[str, Any] = {
     **SMALL_MIXTRAL,
@@ -49,7 +57,7 @@ _DECODERS = {
     "granite-tiny": TINY_GRANITE,
     "qwen3-tiny": TINY_QWEN3,
 }
-SHAPES = {"430m": SMALL_MIXTRAL, "tiny": TINY_MIXTRAL, **_DECODERS, **_SWITCHES}
+SHAPES = {"430m": SMALL_MIXTRAL, "110m": MANY_MIXTRAL, "tiny": TINY_MIXTRAL, **_DECODERS, **_SWITCHES}
 
 
 def cached_family(root: Path, num_variants: int, shape: str) -> dict[str, Path]:

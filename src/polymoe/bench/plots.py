@@ -88,6 +88,32 @@ def throughput_plot(results: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
+def growth_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Output tokens a second and bytes against the number of variants."""
+    with plt.rc_context(STYLE):
+        figure, (speed, size) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+        for name in dict.fromkeys(point["system"] for point in points):
+            mine = [point for point in points if point["system"] == name]
+            counts = [point["variants"] for point in mine]
+            for load, line in (("even", "-"), ("zipf", "--")):
+                speeds = [point[load]["output_tokens_per_s"] for point in mine]
+                speed.plot(counts, speeds, line, color=_colour(name), marker="o", markersize=5, label=f"{name}, {load}")
+            gigabytes = [point["device_bytes"] / 2**30 for point in mine]
+            size.plot(counts, gigabytes, color=_colour(name), marker="o", markersize=5, label=f"{name}, weights")
+            if all(point["zipf"]["peak_rss_bytes"] for point in mine):
+                resident = [point["zipf"]["peak_rss_bytes"] / 2**30 for point in mine]
+                size.plot(counts, resident, "--", color=_colour(name), marker="o", markersize=5, label=f"{name}, RSS")
+        for axes, title in ((speed, "output tokens per second"), (size, "GiB")):
+            axes.set_title(title)
+            axes.set_xlabel("variants")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.set_ylim(bottom=0)
+            axes.legend()
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def rate_plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Throughput against arrival rate, one panel for each pair of lengths."""
     panels = _by_lengths(points)

@@ -126,6 +126,31 @@ def throughput_report(results: dict[str, Any]) -> Document:
     return document
 
 
+def growth_report(results: dict[str, Any]) -> Document:
+    """What `run_growth` returned, for people."""
+    document = Document("Throughput as variants grow")
+    document.say(machine_line(results["machine"]))
+    settings = results["settings"]
+    document.say(
+        f"{settings['in_flight']} requests in flight, {settings['input_tokens']} tokens in and "
+        f"{settings['output_tokens']} out, experts of {settings['memory']} for all variants together, medians of "
+        f"{settings['repeats']} runs. Random weights: routing is near uniform."
+    )
+    columns: list[Column] = [
+        ("even: tok/s (min–max)", lambda p: _speed(p["even"])),
+        ("TTFT p50 / p95", lambda p: _of("ttft_s", "p50", "p95")(p["even"])),
+        ("zipf: tok/s (min–max)", lambda p: _speed(p["zipf"])),
+        ("TTFT p50 / p95", lambda p: _of("ttft_s", "p50", "p95")(p["zipf"])),
+        ("weights", lambda p: _bytes(p["device_bytes"])),
+        ("peak RSS", lambda p: _bytes(p["zipf"]["peak_rss_bytes"])),
+        ("start", lambda p: seconds(p["start_s"])),
+        ("planning", lambda p: seconds(p["planning_s"])),
+    ]
+    points = {f"{point['variants']}, {point['system']}": point for point in results["points"]}
+    document.table("Growth", columns, points, first="variants, system")
+    return document
+
+
 def qos_report(results: dict[str, Any]) -> Document:
     """What `run_qos` returned, for people."""
     document = Document("Quality of service, open loop")

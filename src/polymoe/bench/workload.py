@@ -40,6 +40,12 @@ def saturating_arrivals(variants: Sequence[str], count: int, lengths: Lengths) -
     return [Arrival(0.0, variants[i % len(variants)], *_pair(lengths)) for i in range(count)]
 
 
+def zipf_arrivals(variants: Sequence[str], count: int, lengths: Lengths, seed: int) -> list[Arrival]:
+    """`count` requests, all due now, each of variant n (from 1) with a probability in proportion to 1/n."""
+    weights = [1 / n for n in range(1, len(variants) + 1)]
+    return [Arrival(0.0, v, *_pair(lengths)) for v in random.Random(seed).choices(variants, weights, k=count)]
+
+
 def poisson_arrivals(
     rates: dict[str, float], duration: float, lengths: Lengths, seed: int, burst: dict[str, float] | None = None
 ) -> list[Arrival]:

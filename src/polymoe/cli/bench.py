@@ -28,7 +28,7 @@ Specs = Annotated[
 Shape = Annotated[
     str,
     typer.Option(
-        help="the random family: 430m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; tiny, "
+        help="the random family: 430m or 110m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; tiny, "
         "granite-tiny, qwen3-tiny and switch-tiny: to try the command"
     ),
 ]
@@ -67,7 +67,9 @@ def throughput(
     output_tokens: Annotated[int, typer.Option()] = 64,
     repeats: Repeats = 5,
     shape: Shape = "430m",
-    variants: Variants = 4,
+    variants: Annotated[
+        str, typer.Option(help="variants of the random family; several numbers (1,4,16,64) measure how speed grows")
+    ] = "4",
     memory: Memory = "1.0x",
     slo_ttft: SloTtft = 2.0,
     slo_itl: SloItl = 0.25,
@@ -80,18 +82,32 @@ def throughput(
     out: Out = Path(),
 ) -> None:
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
-    from polymoe.bench.plots import throughput_plot
-    from polymoe.bench.report import finish, throughput_report
+    from polymoe.bench.growth import Growth, run_growth
+    from polymoe.bench.plots import growth_plot, throughput_plot
+    from polymoe.bench.report import finish, growth_report, throughput_report
     from polymoe.bench.session import output_folder
     from polymoe.bench.throughput import ThroughputPlan, run_throughput
     from polymoe.bench.workload import Lengths
 
+    counts = _counts(variants)
+    if len(counts) > 1 and specs:
+        raise PolymoeError("--variants with several numbers makes random families; leave out NAME=PATH.")
+    if len(counts) > 1 and systems is None:
+        systems = "mixed:auto"
     plan = ThroughputPlan(
         systems=_systems(systems), lengths=Lengths(input_tokens, output_tokens), in_flight=requests,
         total=requests if total is None else total, repeats=repeats, seed=seed, slo=_slo(slo_ttft, slo_itl),
     )  # fmt: skip
     folder = output_folder(out)  # before hours of work
-    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
+    builders = {
+        count: _builder(specs, shape, count, cache, memory, device, dtype, threads, kv_cache) for count in counts
+    }
+    if len(counts) > 1:
+        results = asyncio.run(run_growth(Growth(plan, builders), console))
+        growth_plot(results["points"], folder / "growth.png")
+        finish(growth_report(results), results, folder / "growth", console)
+        return
+    builder = builders[counts[0]]
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
     finish(throughput_report(results), results, folder / "throughput", console)
@@ -171,6 +187,13 @@ def _builder(
         checkpoints, root / "bundles", memory=memory, device=device, dtype=dtype, threads=threads,
         kv_cache_bytes=parse_bytes(kv_cache),
     )  # fmt: skip
+
+
+def _counts(text: str) -> list[int]:
+    counts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in counts):
+        raise PolymoeError(f"--variants {text!r}: write a positive number, or several: 1,4,16,64.")
+    return list(dict.fromkeys(int(part) for part in counts))
 
 
 def _systems(text: str | None) -> list[str]:
