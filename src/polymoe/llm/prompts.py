@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 from polymoe.client.output import OutputProcessor
 from polymoe.errors import RequestError, VariantUnusableError
 from polymoe.protocol.request import SamplingParams, sampling_params
+from polymoe.text.control_tokens import unmarked
 
 Prompt = str | Sequence[int]  # a text, or token ids
 Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": …, "content": …} each
@@ -67,8 +68,8 @@ def encode_conversation(
     """(the text that the variant's chat template makes, token ids). Raises `RequestError`."""
     with _details(variant):
         tokenizer = processor.require_tokenizer(variant, "a chat", "messages")
-    text = tokenizer.render_chat([{"content": None, **message} for message in messages], template_arguments)
-    return text, tokenizer.encode(text, add_special_tokens=False)
+    text = tokenizer.render_marked([{"content": None, **message} for message in messages], template_arguments)
+    return unmarked(text), tokenizer.encode_rendered(text)
 
 
 def default_sampling_params(processor: OutputProcessor, variant: str) -> SamplingParams:

@@ -1,37 +1,51 @@
 """The chat template of one variant: messages to the text that the model was trained on."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import msgspec
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from polymoe.errors import BundleError, RequestError
+from polymoe.text.control_tokens import ControlTokens
 
 ContentFormat = Literal["string", "openai"]
 Message = dict[str, Any]
-# Renders a conversation: transformers' `apply_chat_template`, which runs the template in Jinja's sandbox.
-Apply = Callable[..., Any]
 
 _PROBE = "polymoe probe"  # nothing that a template would write by itself
-# What `apply_chat_template` understands itself and a request may set all the same.
-_ALLOWED = {"kwargs", "add_generation_prompt", "documents"}
+# What transformers' `apply_chat_template` understands itself; all else is for the template.
+_RESERVED = frozenset(
+    {
+        "messages", "self", "conversation", "tools", "chat_template", "continue_final_message", "tokenize",
+        "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
+    }
+)  # fmt: skip
+
+
+class TemplateSource(msgspec.Struct, frozen=True):
+    """Everything that a chat template depends on: it can be sent to the process that renders."""
+
+    jinja: str
+    special_tokens: dict[str, Any] = {}  # name that the template knows -> token: bos_token and others
+    added_tokens: dict[str, bool] = {}  # token -> whether it is special
 
 
 class ChatTemplate:
     """`render` turns messages into text, ready for the assistant's turn.
 
-    Args:
-        source: Jinja. Raises `BundleError` where it is not.
-        apply: `apply_chat_template` of the variant's tokenizer.
+    A template is a program from a checkpoint: it runs in Jinja's sandbox, which limits what it reaches, not what it
+    uses. Where others wait for the answer, `RenderPool` runs it in a process that can be killed.
+
+    Raises `BundleError` where the source is not Jinja.
     """
 
-    def __init__(self, source: str, apply: Apply) -> None:
-        self.source, self._apply = source, apply
-        self._reserved = {"messages", *inspect.signature(apply).parameters} - _ALLOWED
-        self._ast = _parse(source)
+    def __init__(self, source: TemplateSource) -> None:
+        self.source = source
+        self._ast = _parse(source.jinja)
+        self._control = ControlTokens(source.added_tokens, _literals(self._ast))
 
     @cached_property
     def content_format(self) -> ContentFormat:
@@ -68,9 +82,11 @@ class ChatTemplate:
         """Args: messages: role, and content as a text, a list of text parts or None. variables: what the template may
         read besides (`chat_template_kwargs`).
 
+        Control tokens that the messages spell out are marked in the text, for `split_marked`.
+
         Raises `RequestError` for variables that are not the client's to set, and when the template refuses.
         """
-        if taken := sorted(self._reserved & set(variables or ())):
+        if taken := sorted(_RESERVED & set(variables or ())):
             raise RequestError(f"chat_template_kwargs cannot set {taken[0]}.", param="chat_template_kwargs")
         try:
             return self._render(messages, variables or {})
@@ -89,8 +105,8 @@ class ChatTemplate:
     def _apply_in(self, form: ContentFormat, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         shape = _as_text if form == "string" else _as_parts
         shaped = [{**message, "content": shape(message["content"])} for message in messages]
-        options = {"add_generation_prompt": True, **variables}
-        return str(self._apply(shaped, chat_template=self.source, tokenize=False, **options))
+        options = {"add_generation_prompt": True, **self.source.special_tokens, **self._control.mark(variables)}
+        return str(_apply(self.source.jinja, self._control.mark_messages(shaped), options))
 
     def _shows(self, form: ContentFormat) -> bool:
         try:
@@ -98,6 +114,15 @@ class ChatTemplate:
             return _PROBE in text and "'type'" not in text  # a list that is merely printed is not understood
         except Exception:  # it is tried with what it may not be made for
             return False
+
+
+def _apply(jinja: str, messages: list[Message], options: Mapping[str, Any]) -> str:
+    """As the tokenizers' `apply_chat_template` does it, which leaves out what is None."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    kept = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    texts, _ = render_jinja_template([kept], chat_template=jinja, **options)
+    return str(texts[0])
 
 
 def _as_text(content: str | list[dict[str, Any]] | None) -> str:
@@ -120,6 +145,12 @@ def _parse(source: str) -> nodes.Template:
     except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
         raise BundleError(str(error)) from error
     return tree
+
+
+def _literals(tree: nodes.Template) -> str:
+    """Everything that the template itself may write, separated so that no token reaches from one to the next."""
+    data = {node.data for node in tree.find_all(nodes.TemplateData)}
+    return "\0".join(data | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
 
 
 # How vLLM finds the shape: follow `messages` through assignments to the loops over it, and the message of such a loop

@@ -3,17 +3,19 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from polymoe.errors import BundleError, RequestError
 from polymoe.text.byte_detokenizers import ByteFallbackDetokenizer, ByteLevelDetokenizer
-from polymoe.text.chat_template import ChatTemplate, Message
+from polymoe.text.chat_template import ChatTemplate, Message, TemplateSource
+from polymoe.text.control_tokens import split_marked, unmarked
 from polymoe.text.detokenizer import Detokenizer, IncrementalDetokenizer
 
 # Ids this far back in the prompt decide whether the first generated token starts with a space.
 _CONTEXT_TOKENS = 8
+_MANY_TOKENS = 4096
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 # Steps of a decoder under which a token's text depends on the run of bytes it is in and on being the first, only.
 _LOCAL_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -48,23 +50,47 @@ class VariantTokenizer:
         self._decoder_steps = self._read_decoder_steps()
         self._to_bytes = self._bytes_function()
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
-        self._load_chat_template()
+        self._read_template()
 
-    def _load_chat_template(self) -> None:
-        """A template that cannot be used takes nothing from plain completions."""
-        self.chat_template: ChatTemplate | None = None
+    def _read_template(self) -> None:
+        """A template that cannot be used takes nothing from plain completions. It is not run, nor even parsed, here:
+        see `chat_template`."""
+        self.template_source: TemplateSource | None = None
         self.chat_template_fault: str | None = None
         if not self._tokenizer.chat_template:
             return
         try:
-            source = self._tokenizer.get_chat_template()
-            self.chat_template = ChatTemplate(source, self._tokenizer.apply_chat_template)
-        except (BundleError, ValueError, TypeError) as error:  # not Jinja; several templates and none for chats
+            jinja = self._tokenizer.get_chat_template()
+        except (ValueError, TypeError) as error:  # several templates and none for chats
             self.chat_template_fault = str(error)
+            return
+        added = {token.content: bool(token.special) for token in self._tokenizer.added_tokens_decoder.values()}
+        self.template_source = TemplateSource(jinja, dict(self._tokenizer.special_tokens_map), added)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """For programs that render in their own process. None, and then perhaps a `chat_template_fault`, without a
+        template that can be used."""
+        if self.template_source is None:
+            return None
+        try:
+            return ChatTemplate(self.template_source)
+        except BundleError as error:  # not Jinja
+            self.chat_template_fault = str(error)
+            return None
 
     @property
     def has_chat_template(self) -> bool:
-        return self.chat_template is not None
+        """Whether there is one; what it is good for shows when it is first used."""
+        return self.template_source is not None and self.chat_template_fault is None
+
+    def require_template(self) -> TemplateSource:
+        """Raises `RequestError` when there is no template, or none that can be used."""
+        if self.template_source is None or self.chat_template_fault is not None:
+            broken = self.chat_template_fault is not None
+            why = "The chat template of this variant cannot be used" if broken else "This variant has no chat template"
+            raise RequestError(f"{why}; use /v1/completions with a plain prompt.", param="messages")
+        return self.template_source
 
     @property
     def eos_token_id(self) -> int | None:
@@ -77,22 +103,36 @@ class VariantTokenizer:
         """The last id that encoding can give."""
         return max(self._tokenizer.get_vocab().values(), default=-1)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of this many times n is at least about n tokens."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` what the model expects around a prompt (often a first BOS).
 
-        Raises `RequestError` for text that is not valid Unicode.
+        Other threads of Python go on meanwhile. Raises `RequestError` for text that is not valid Unicode, or that the
+        tokenizer fails on.
         """
         try:
             if self._rust is not None:
-                ids = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+                # `encode` would hold the interpreter's lock, and keep the places of all tokens in the text besides.
+                (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                ids = encoding.ids
             else:
                 ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeError, TypeError) as error:
             raise RequestError("The text is not valid Unicode (lone surrogates).", param="prompt") from error
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_panic(error):
+                raise RequestError("The tokenizer of this variant fails on this text.", param="prompt") from error
+            raise
         return list(ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`. Ids the tokenizer does not know (a padded vocabulary) give no text."""
+        if self._rust is not None and len(token_ids) > _MANY_TOKENS:  # a batch does not hold the interpreter's lock
+            return str(self._rust.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
         if self._rust is not None:
             return str(self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
         # Without the clean-up of spaces the text of a prefix stays a prefix of the text.
@@ -103,17 +143,39 @@ class VariantTokenizer:
         )
 
     def render_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
-        """`messages` through the variant's own chat template, as `ChatTemplate.render`. Raises `RequestError`, also
-        when there is no template."""
-        if self.chat_template is None:
-            broken = self.chat_template_fault is not None
-            why = "The chat template of this variant cannot be used" if broken else "This variant has no chat template"
-            raise RequestError(f"{why}; use /v1/completions with a plain prompt.", param="messages")
-        return self.chat_template.render(messages, variables)
+        """`messages` through the variant's own chat template, as `ChatTemplate.render`, in this process. Raises
+        `RequestError`, also when there is no template."""
+        return unmarked(self.render_marked(messages, variables))
 
     def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of the rendered chat. The template writes its special tokens itself, so none are added again."""
-        return self.encode(self.render_chat(messages, variables), add_special_tokens=False)
+        """Token ids of the rendered chat."""
+        return self.encode_rendered(self.render_marked(messages, variables))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `ChatTemplate.render` gave. The template writes its special tokens itself, so none are
+        added again; those that a message spells out are encoded as text."""
+        first, *others = split_marked(text)
+        ids = self.encode(first, add_special_tokens=False)
+        for piece in others:
+            ids += self._encode_within(piece)
+        return ids
+
+    def _encode_within(self, piece: str) -> list[int]:
+        """Of a text that goes on. Sentencepiece puts a space before the first word, so that is a line's end here."""
+        line, ids = self._line_break, self.encode("\n" + piece, add_special_tokens=False)
+        return ids[len(line) :] if ids[: len(line)] == line else self.encode(piece, add_special_tokens=False)
+
+    @cached_property
+    def _line_break(self) -> list[int]:
+        return self.encode("\n", add_special_tokens=False)
+
+    def render_marked(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """As `ChatTemplate.render`, for `encode_rendered`."""
+        template = self.chat_template
+        if template is None:
+            self.require_template()
+        assert template is not None
+        return template.render(messages, variables)
 
     def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
         """A detokenizer for what follows this prompt. Its pieces join to what `decode` gives for all ids at once."""
@@ -203,6 +265,11 @@ class VariantTokenizer:
             return []
         state = json.loads(self._rust.decoder.__getstate__())
         return [step["type"] for step in state.get("decoders", [state])]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """A failed assertion in Rust is no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 def _byte_level_alphabet() -> dict[str, int]:
