@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import uvicorn
 
 from families import make_family
 from polymoe.client.client import AsyncEngineClient, Prompt
@@ -20,7 +19,9 @@ from polymoe.offline.api import make_plan
 from polymoe.protocol.info import EngineStats
 from polymoe.protocol.request import SamplingParams
 from polymoe.server.app import create_app
+from polymoe.server.serve import HttpServer, bind, uvicorn_config
 from polymoe.server.settings import ServerSettings
+from polymoe.server.state import ServerState
 
 T = TypeVar("T")
 
@@ -48,8 +49,10 @@ class ThreadServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
         self.client = AsyncEngineClient(config)
-        app = create_app(self.client, ServerSettings(port=self.port, **settings))
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
+        self.settings = ServerSettings(port=self.port, **settings)
+        app = create_app(self.client, self.settings)
+        self.state: ServerState = app.state.server
+        self._server = HttpServer(uvicorn_config(app, self.settings))
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> "ThreadServer":
@@ -64,8 +67,10 @@ class ThreadServer:
 
     def _run(self) -> None:
         async def main() -> None:
-            await self._server.serve()
+            with bind("127.0.0.1", self.port) as sock:
+                await self._server.serve(sockets=[sock])
             await self.client.shutdown()
+            await self.state.encoder.close()
 
         self.loop.run_until_complete(main())
         self.loop.close()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class ProcessServer:
         wait_for(ready, timeout=120)
 
     def engine(self) -> psutil.Process:
-        (engine,) = psutil.Process(self.process.pid).children()
+        (engine,) = (c for c in psutil.Process(self.process.pid).children() if "polymoe.engine.process" in c.cmdline())
         return engine
 
     def stream(self, seen: list[Any], running: threading.Event, max_tokens: int) -> None:
@@ -129,7 +130,11 @@ def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
         for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             engine.send_signal(sent)
         server.stop(engine)
-        wait_for(lambda: not accepts(server.port))
+        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        refused = httpx.post(f"{server.url}/v1/completions", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert httpx.get(f"{server.url}/health").json() == {"status": "draining"}
+        assert 'vllm:num_requests_running{model_name="base"} 1.0' in httpx.get(f"{server.url}/metrics").text
 
     seen, code = server.during_a_stream(stop)
     assert code == 0
@@ -189,11 +194,22 @@ def test_a_killed_engine_ends_streams_and_server(server: ProcessServer) -> None:
     assert "engine stopped unexpectedly" in server.log.read_text()
 
 
-def accepts(port: int) -> bool:
-    try:
-        httpx.get(f"http://127.0.0.1:{port}/health")
-    except httpx.ConnectError:
-        return False
-    except httpx.TransportError:
-        return True
-    return True
+@pytest.mark.parametrize("server", [0.0], indirect=True)
+def test_what_was_not_accepted_when_the_grace_time_ends_is_refused(server: ProcessServer) -> None:
+    """It got a plain-text 500."""
+    server.wait_until_ready()
+    engine = server.engine()
+    engine.send_signal(signal.SIGSTOP)
+    answers: list[httpx.Response] = []
+    body = {**BODY, "stream": False}
+    waiting = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=30))
+    )
+    waiting.start()
+    wait_for(lambda: "ESTABLISHED" in {c.status for c in psutil.Process(server.process.pid).net_connections("tcp")})
+    time.sleep(0.3)
+    server.stop(engine)
+    waiting.join(20)
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "draining")
+    assert server.process.wait(20) == 0
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)

@@ -213,7 +213,12 @@ class AsyncEngineClient:
             self._deliver(self._processor.abort(request_ids))
 
     def fail_all(self, error: PolymoeError) -> None:
-        """End every stream with this error, and abort its requests in the engine."""
+        """End every stream with this error, and abort its requests in the engine; those that it has not accepted yet
+        too."""
+        for accepted in self._acknowledgements.values():
+            if not accepted.done():
+                accepted.set_exception(error)
+                accepted.exception()  # taken note of, even if nobody awaits it
         for stream in list(self._streams.values()):
             stream.fail(error)
             stream.close()

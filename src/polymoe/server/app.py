@@ -15,9 +15,9 @@ from polymoe.errors import EngineDeadError, RequestError
 from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.server.cors import CorsMiddleware
 from polymoe.server.errors import install_error_handlers
-from polymoe.server.generate import create_chat_completion, create_completion, encode, encode_chat
+from polymoe.server.generate import create_chat_completion, create_completion
 from polymoe.server.json_body import JsonRoute
-from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, LastResortMiddleware
 from polymoe.server.openapi import METRICS_TYPE, answers, document, text_answer
 from polymoe.server.protocol import DetokenizeRequest, TokenizeRequest
 from polymoe.server.schemas import (
@@ -35,7 +35,7 @@ from polymoe.server.schemas import (
 )
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
-from polymoe.server.stream import JsonResponse
+from polymoe.server.stream import JsonResponse, unless_gone
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
 _STATS_TIMEOUT = 2.0
@@ -57,6 +57,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         BodyLimitMiddleware,
         max_bytes=settings.max_body_bytes,
         timeout=settings.body_timeout,
+        max_together=settings.max_body_bytes_together,
     )
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
@@ -68,6 +69,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
             allow_headers=["*"],  # clients for JavaScript send many of their own
             expose_headers=["Retry-After", "WWW-Authenticate"],
         )
+    app.add_middleware(LastResortMiddleware, state=app.state.server)
     _add_routes(app)
     schema = document(app, settings.api_key is not None)
     app.openapi = lambda: schema  # type: ignore[method-assign]
@@ -127,14 +129,17 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
     if body.messages is not None:
-        token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
+        messages = [message.for_template() for message in body.messages]
+        encoding = state.encoder.encode_chat(tokenizer, messages, body.chat_template_kwargs)
+        token_ids = await unless_gone(request, encoding)
     else:
-        token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+        add = body.add_special_tokens is not False
+        (token_ids,) = await unless_gone(request, state.encoder.encode(tokenizer, [body.prompt or ""], add))
     answer: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": variant.max_model_len,
         "tokens": token_ids,
-        "token_strs": [tokenizer.token_text(t) for t in token_ids] if body.return_token_strs else None,
+        "token_strs": await state.encoder.token_texts(tokenizer, token_ids) if body.return_token_strs else None,
     }
     return JsonResponse(answer)
 
@@ -150,7 +155,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
             f"Token id {max(body.tokens)} is outside the vocabulary of `{variant.name}`.", param="tokens"
         )
     tokenizer = processor.require_tokenizer(variant.name, "detokenizing")
-    return JsonResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    return JsonResponse({"prompt": await state.encoder.decode(tokenizer, body.tokens)})
 
 
 async def health(request: Request) -> Response:

@@ -1,9 +1,7 @@
 """`/v1/completions` and `/v1/chat/completions`: check, tokenize, submit, answer."""
 
-import asyncio
 import time
 import uuid
-from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -12,15 +10,12 @@ from polymoe.client.client import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
 from polymoe.protocol.request import SamplingParams
 from polymoe.server.metrics import RequestTimer
-from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
+from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
-from polymoe.server.stream import EventStream, collect
-from polymoe.text.tokenizer import VariantTokenizer
+from polymoe.server.stream import EventStream, collect, unless_gone
 
 _DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; chats may fill the context
-# Longer texts are tokenized beside the event loop, so that they do not delay the tokens of others.
-_LONG_TEXT = 4096
 
 
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
@@ -44,12 +39,14 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts: list[Prompt] = []
-    for prompt in body.prompts():
-        if isinstance(prompt, str):
-            tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
-            prompts.append((prompt, await encode(tokenizer, prompt, body.add_special_tokens is not False)))
-        else:
-            prompts.append((None, prompt))
+    given = body.prompts()
+    texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
+    if texts:
+        tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
+        encoding = state.encoder.encode(tokenizer, texts, body.add_special_tokens is not False, variant)
+        prompts += zip(texts, await unless_gone(request, encoding), strict=True)
+    else:
+        prompts += [(None, prompt) for prompt in given if not isinstance(prompt, str)]
     request_id = f"cmpl-{uuid.uuid4().hex}"
     form = CompletionFormat(request_id, body, prompts, tokenizer)
     return await _answer(request, arrival, request_id, body, prompts, sampling, form)
@@ -62,7 +59,9 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
-    token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
+    messages = [message.for_template() for message in body.messages]
+    encoding = state.encoder.encode_chat(tokenizer, messages, body.chat_template_kwargs, variant)
+    token_ids = await unless_gone(request, encoding)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = variant.max_new_tokens(len(token_ids))
     if max_tokens is None:
@@ -108,16 +107,3 @@ async def _answer(
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)
-
-
-async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    if len(text) > _LONG_TEXT:
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
-    return tokenizer.encode(text, add_special_tokens)
-
-
-async def encode_chat(
-    tokenizer: VariantTokenizer, messages: list[ChatMessage], variables: dict[str, Any] | None
-) -> list[int]:
-    """A template is a program from a checkpoint, so it runs beside the event loop."""
-    return await asyncio.to_thread(tokenizer.encode_chat, [message.for_template() for message in messages], variables)

@@ -1,18 +1,25 @@
-"""What is checked before a request reaches an endpoint: the key, and the size and speed of its body.
+"""What surrounds the endpoints: the key, the size and speed of a body, and an answer whatever happens.
 
 Plain ASGI: Starlette's BaseHTTPMiddleware would hide a client's disconnect from the endpoints.
 """
 
 import asyncio
 import hmac
+import logging
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polymoe.server.errors import AuthenticationError, error_response
+from polymoe.errors import OverloadedError
+from polymoe.server.errors import AuthenticationError, UnavailableError, error_response
+from polymoe.server.state import ServerState
 
+logger = logging.getLogger(__name__)
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
 OPEN_PATHS = frozenset({"/health", "/ready"})
+_WATCHING = OPEN_PATHS | {"/metrics"}  # goes on while the server drains
+# Of a body, bytes that count nothing together with others: ordinary requests go on beside a flood of large ones.
+_SMALL_BODY = 64 << 10
 
 
 class ApiKeyMiddleware:
@@ -40,12 +47,15 @@ class ApiKeyMiddleware:
 
 
 class BodyLimitMiddleware:
-    """413 for a body of more than `max_bytes`, announced or not; 408 for one that takes longer than `timeout`."""
+    """413 for a body of more than `max_bytes`, announced or not; 408 for one that takes longer than `timeout`; 429 for
+    what is large while the bodies that are arriving or being read hold `max_together` bytes already."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float, max_together: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout = timeout
+        self._max_together = max_together
+        self._together = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,12 +65,12 @@ class BodyLimitMiddleware:
         if announced.isdigit() and int(announced) > self._max_bytes:
             await error_response(self._too_large())(scope, receive, send)
             return
-        received = 0
+        received = held = 0
         complete = False
         deadline = asyncio.get_running_loop().time() + self._timeout
 
         async def limited() -> Message:
-            nonlocal received, complete
+            nonlocal received, complete, held
             if complete:  # from now on only a disconnect can come, whenever it likes
                 return await receive()
             try:
@@ -73,9 +83,60 @@ class BodyLimitMiddleware:
                 complete = not message.get("more_body", False)
                 if received > self._max_bytes:
                     raise self._too_large()
+                more = max(0, received - _SMALL_BODY) - held
+                if self._together + more > self._max_together:
+                    raise OverloadedError("Too many large request bodies arrive at once.", 1.0)
+                self._together += more
+                held += more
             return message
 
-        await self._app(scope, limited, send)
+        async def releasing(message: Message) -> None:
+            nonlocal held
+            self._together -= held  # what is answered has been read
+            held = 0
+            await send(message)
+
+        try:
+            await self._app(scope, limited, releasing)
+        finally:
+            self._together -= held
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"The request body is larger than {self._max_bytes} bytes.")
+
+
+class LastResortMiddleware:
+    """Counts what is in flight, and answers as all errors are answered where not even an `Exception` was raised: the
+    server gives a request up while it stops (`CancelledError`), or code in Rust panics."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        counts = scope["path"] not in _WATCHING
+        self._state.in_flight += counts
+        try:
+            await self._app(scope, receive, watched)
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if started:
+                raise
+            if isinstance(error, asyncio.CancelledError):
+                answer: Exception = UnavailableError("The server is shutting down.", code="draining")
+            else:
+                logger.exception("A request failed.")
+                answer = RuntimeError()
+            await error_response(answer)(scope, receive, send)
+        finally:
+            self._state.in_flight -= counts

@@ -32,6 +32,7 @@ from polymoe.server.known_fields import (
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
+_MAX_METADATA = 16  # OpenAI's limit
 _MAX_COUNT = 2**31 - 1
 
 # fail_fast: a list of a million wrong items is one error, not a million of them in memory.
@@ -89,7 +90,7 @@ class Strict(BaseModel):
 class Ignored(Strict):
     """Fields that change nothing in what a self-hosted server computes: accepted, and ignored on purpose."""
 
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=_MAX_METADATA)
     parallel_tool_calls: bool | None = None  # no tools are called, so none in parallel
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, str] | None = None

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from polymoe.config import EngineConfig
 from polymoe.console import Console, DescriptionColumn
 from polymoe.errors import ConfigError
 from polymoe.server.app import create_app
+from polymoe.server.connection import ACCEPTED_AT_ONCE, Connection, ConnectionLimits
 from polymoe.server.errors import UnavailableError
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
@@ -25,6 +28,8 @@ from polymoe.server.summary import print_summary
 # After the grace time streams are ended with an error; this long they may take to send it, in seconds.
 _LAST_WORDS = 3.0
 _MAX_HEADER_BYTES = 64 << 10
+_LOOK_EVERY = 0.05  # seconds
+_BACKLOG = 1024  # connections that the system keeps until they are accepted
 
 
 def check_address(settings: ServerSettings) -> None:
@@ -60,7 +65,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.bind(address)
         # Linux lets two sockets bind before one of them listens; only now the port is ours.
-        sock.listen(1024)
+        sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
@@ -75,7 +80,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     client = AsyncEngineClient(config)
     app = create_app(client, settings)
     state: ServerState = app.state.server
-    server = _Server(_uvicorn_config(app, settings))
+    server = HttpServer(uvicorn_config(app, settings))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -83,7 +88,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
         if number == signal.SIGHUP:
             console.quiet = True  # the terminal may be gone
         if stop.is_set():  # asked twice: do not wait for the running requests
-            client.fail_all(UnavailableError("The server is shutting down.", code="draining"))
+            client.fail_all(_shutting_down())
         stop.set()
 
     signals = stop_signals()
@@ -95,11 +100,13 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
             print_summary(console, client, settings.host, sock.getsockname()[1], settings.api_key is not None)
             await _before(stop, client.dead.wait())
         state.draining = True
-        server.should_exit = True
-        await _drain(client, http, settings.grace)
+        if not client.dead.is_set():
+            await _drain(client, state, settings.grace)
     finally:
-        server.should_exit = True
+        state.draining = server.should_exit = True
+        await asyncio.wait({http}, timeout=_LAST_WORDS)
         await client.shutdown()
+        await state.encoder.close()
         await http
         for number in signals:
             loop.remove_signal_handler(number)
@@ -115,25 +122,32 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Leaves signals to us: uvicorn would end the process by the signal, and the exit code is to be 0."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept a few connections at a time, so that their number is known before there are too many."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(_BACKLOG)  # uvicorn's `backlog` is both
 
-def _uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+
+def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",  # its limit on headers is a documented option
+        http=functools.partial(Connection, limits=ConnectionLimits(settings)),  # type: ignore[arg-type]
+        ws="none",
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        log_level="warning",
+        backlog=ACCEPTED_AT_ONCE,
+        log_level="error",  # its warnings are one for each bad request
         access_log=False,
         server_header=False,
-        # Longer than clients keep idle connections, so that they do not write into one that is being closed.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.grace + _LAST_WORDS) + 1,
+        timeout_keep_alive=settings.keep_alive,
+        timeout_graceful_shutdown=int(_LAST_WORDS),
     )
 
 
@@ -147,12 +161,17 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
         await client.start(on_progress)
 
 
-async def _drain(client: AsyncEngineClient, http: "asyncio.Task[None]", grace: float) -> None:
-    """Wait for the running requests; what has not ended after `grace` seconds ends with an error."""
-    done, _ = await asyncio.wait({http}, timeout=grace)
-    if not done:
-        client.fail_all(UnavailableError("The server is shutting down.", code="draining"))
-        await asyncio.wait({http}, timeout=_LAST_WORDS)
+async def _drain(client: AsyncEngineClient, state: ServerState, grace: float) -> None:
+    """Wait for the running requests, while new ones are told to go elsewhere; what has not ended after `grace` seconds
+    ends with an error."""
+    deadline = time.monotonic() + grace
+    while state.in_flight and time.monotonic() < deadline and not client.dead.is_set():
+        await asyncio.sleep(_LOOK_EVERY)
+    client.fail_all(_shutting_down())
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("The server is shutting down.", code="draining")
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:

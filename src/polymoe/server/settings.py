@@ -58,6 +58,21 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()  # fmt: skip
     max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
+    max_body_bytes_together: Annotated[
+        int, Option("of large requests that are arriving or being read", flag=False, at_least=1)
+    ] = 64 << 20
+    max_connections: Annotated[
+        int, Option("connections at once; as many as open files are allowed, at most", flag=False, at_least=1)
+    ] = 4096
+    header_timeout: Annotated[
+        float, Option("seconds for a new connection to send the head of a request", flag=False, more_than=0)
+    ] = 15.0
+    write_timeout: Annotated[
+        float, Option("seconds after which a client that reads nothing is given up", flag=False, more_than=0)
+    ] = 60.0
+    keep_alive: Annotated[  # longer than clients keep them, so that they do not write into one that is being closed
+        int, Option("seconds that a connection may idle between requests", flag=False, at_least=1)
+    ] = 75
     body_timeout: Annotated[float, Option("seconds for a request to arrive completely", flag=False, more_than=0)] = 60.0
     heartbeat_timeout: Annotated[
         float, Option("seconds without progress after which /health reports a dead engine", flag=False, more_than=0)

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from polymoe.client.client import AsyncEngineClient
+from polymoe.server.encoding import Encoder
 from polymoe.server.errors import UnavailableError
 from polymoe.server.metrics import Metrics
 from polymoe.server.settings import ServerSettings
@@ -14,6 +15,8 @@ class ServerState:
     client: AsyncEngineClient
     settings: ServerSettings
     metrics: Metrics = field(default_factory=Metrics)
+    encoder: Encoder = field(default_factory=Encoder)
+    in_flight: int = 0  # requests whose answer is not complete, but for those of probes and scrapes
     draining: bool = False
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
     started: int = field(default_factory=lambda: int(time.time()))

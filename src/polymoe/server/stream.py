@@ -3,7 +3,8 @@ requests in the engine."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from polymoe.client.request_stream import RequestStream
-from polymoe.errors import NoProbabilitiesError, PolymoeError
+from polymoe.errors import NoProbabilitiesError, PolymoeError, RequestError
 from polymoe.server.errors import error_response
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.responses import Format
@@ -19,6 +20,13 @@ from polymoe.server.responses import Format
 logger = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
+T = TypeVar("T")
+
+
+class ClientGoneError(RequestError):
+    """The client left before there was anything to answer; nobody reads this."""
+
+    status = 499
 
 
 class JsonResponse(Response):
@@ -106,6 +114,21 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
     finally:
         stream.close()
         timer.close()
+        for task in (runner, watcher):
+            task.cancel()
+        await asyncio.gather(runner, watcher, return_exceptions=True)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; it is cancelled when the client disconnects. Raises `ClientGoneError` then."""
+    runner = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({runner, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not runner.done():
+            raise ClientGoneError("The client has gone.")
+        return runner.result()
+    finally:
         for task in (runner, watcher):
             task.cancel()
         await asyncio.gather(runner, watcher, return_exceptions=True)
