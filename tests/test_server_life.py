@@ -27,11 +27,11 @@ BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True
 class ProcessServer:
     """A server in its own process, with its output in a file."""
 
-    def __init__(self, bundle: Path, folder: Path, grace: float, **popen: Any) -> None:
+    def __init__(self, bundle: Path, folder: Path, grace: float, *flags: str, **popen: Any) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
-        command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1"]
+        command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1", *flags]
         script = "from polymoe.cli.main import main; main()"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -213,3 +213,28 @@ def test_what_was_not_accepted_when_the_grace_time_ends_is_refused(server: Proce
     assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "draining")
     assert server.process.wait(20) == 0
     wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_dead_engine_is_started_again_if_that_is_wanted(bundle: Path, tmp_path: Path) -> None:
+    server = ProcessServer(bundle, tmp_path, 30.0, "--restart-engine")
+    try:
+        server.wait_until_ready()
+        engine = server.engine()
+        seen: list[Any] = []
+        running = threading.Event()
+        reader = threading.Thread(target=server.stream, args=(seen, running, CONTEXT - 50))
+        reader.start()
+        assert running.wait(30)
+        engine.kill()
+        reader.join(10)
+        assert seen[-2]["error"]["code"] == "engine_dead"
+        server.wait_until_ready()
+        assert server.engine().pid != engine.pid
+        answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "stream": False, "max_tokens": 3}, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        assert "polymoe:engine_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    finally:
+        server.process.kill()
+        server.process.wait()

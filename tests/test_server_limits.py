@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -19,6 +21,7 @@ from polymoe.text.chat_template import TemplateSource
 from servers import CONTEXT, ThreadServer, engine_config, make_bundle, wait_for
 
 LIMITS = {"header_timeout": 0.5, "write_timeout": 0.5, "max_connections": 40, "max_body_bytes_together": 8 << 20}
+LIMITS["heartbeat_timeout"] = 2.0
 STREAM = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True, "max_tokens": 300}
 
 
@@ -230,6 +233,19 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(server: ThreadServer) -> N
 
 
 # --- panics and stops
+
+
+def test_an_idle_engine_that_hangs_is_noticed(server: ThreadServer) -> None:
+    """A stopped engine without work looked healthy."""
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.client.pid is not None
+    os.kill(server.client.pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503, timeout=10)
+        assert httpx.get(f"{server.url}/health").json()["error"]["code"] == "engine_stuck"
+    finally:
+        os.kill(server.client.pid, signal.SIGCONT)
+    wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 200, timeout=10)
 
 
 def test_a_panic_in_the_tokenizer_is_an_error_of_its_request(

@@ -1,8 +1,10 @@
 """The engine process as seen from an asyncio program."""
 
 import asyncio
+import contextlib
 import importlib
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from polymoe.protocol.messages import (
 from polymoe.protocol.request import QoS, SamplingParams
 
 _EQUAL = QoS()
+_SECRETS = ("POLYMOE_API_KEY", "POLYMOE_ADMIN_KEY")  # variables that are none of the engine's business
 Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token ids)
 
 
@@ -49,11 +52,13 @@ class AsyncEngineClient:
 
     def __init__(self, config: EngineConfig, module: str = "polymoe.engine.process") -> None:
         self.config, self.module = config, module
+        self.heartbeat_every = 10.0  # seconds of silence after which the engine is asked for a sign of life
         self.last_progress = time.monotonic()  # when the engine was last heard of, or was given its first work
         self.dead = asyncio.Event()  # set when the engine ended without being told to
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._on_progress: Callable[[str, float], None] | None = None
         self._processor: OutputProcessor | None = None
@@ -77,6 +82,7 @@ class AsyncEngineClient:
                 [sys.executable, "-P", "-m", self.module, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name not in _SECRETS},
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._ready = asyncio.get_running_loop().create_future()
@@ -92,11 +98,26 @@ class AsyncEngineClient:
             await self.shutdown(0.0)
             raise
         self._info, self._processor = info, processor
+        self._heartbeat = asyncio.create_task(self._beat())
         return info
+
+    async def restart(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
+        """After the engine's death: another process. Raises as `start`."""
+        await self.shutdown(0.0)
+        self._death, self._info, self._processor, self._closing = None, None, None, False
+        self.dead.clear()
+        return await self.start(on_progress)
+
+    def kill(self) -> None:
+        """End the process at once, as if it had died."""
+        if self._process is not None:
+            self._process.kill()
 
     async def shutdown(self, grace: float = 5.0) -> None:
         """End the process: politely, and after `grace` seconds by force. Open streams raise `EngineDeadError`."""
         self._closing = True
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if self._writer is not None and not self._writer.is_closing():
             self._send(Shutdown())
         if self._process is not None:
@@ -142,8 +163,8 @@ class AsyncEngineClient:
         return list(self._streams)
 
     def is_stuck(self, timeout: float) -> bool:
-        """Whether there is work but nothing was heard for `timeout` seconds."""
-        return bool(self._streams) and time.monotonic() - self.last_progress > timeout
+        """Whether there is work, or a question, but nothing was heard for `timeout` seconds."""
+        return bool(self._streams or self._stats_waiters) and time.monotonic() - self.last_progress > timeout
 
     # --- requests
 
@@ -226,10 +247,20 @@ class AsyncEngineClient:
     async def stats(self) -> EngineStats:
         """Raises `EngineDeadError`. A busy engine answers between two steps."""
         self._check_alive()
+        if not self._streams and not self._stats_waiters:
+            self.last_progress = time.monotonic()  # as in `submit`
         waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
         self._send(GetStats())
         return await waiter
+
+    async def _beat(self) -> None:
+        """An engine without work says nothing, and would seem healthy if it hung."""
+        with contextlib.suppress(EngineDeadError):
+            while True:
+                await asyncio.sleep(self.heartbeat_every)
+                if time.monotonic() - self.last_progress > self.heartbeat_every:
+                    await self.stats()
 
     # --- the wire
 

@@ -80,6 +80,11 @@ class OutputProcessor:
         return self._requests.keys()
 
     @property
+    def tokenizers(self) -> list[VariantTokenizer]:
+        """Those that are loaded, each once."""
+        return list(self._tokenizers.values())
+
+    @property
     def served(self) -> list["VariantInfo"]:
         """The variants that have no fault."""
         return [variant for name, variant in self.variants.items() if name not in self.faults]

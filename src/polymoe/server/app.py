@@ -51,6 +51,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = JsonRoute
     app.state.server = ServerState(client, settings)
+    client.heartbeat_every = min(client.heartbeat_every, settings.heartbeat_timeout / 4)
     install_error_handlers(app)
     # The last added is the first to see a request: a preflight needs no key.
     app.add_middleware(

@@ -32,6 +32,9 @@ class Metrics:
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens taken in.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.rejected = counter("polymoe:requests_rejected", "Requests refused with 429.")
+        self.engine_restarts = Counter(
+            "polymoe:engine_restarts", "Engines started after one that had died.", registry=self._registry
+        )
         self.success = counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
         self.first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
         self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Token to token.", _BETWEEN_TOKENS)

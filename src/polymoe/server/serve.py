@@ -7,6 +7,7 @@ import functools
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ from polymoe.server.summary import print_summary
 _LAST_WORDS = 3.0
 _MAX_HEADER_BYTES = 64 << 10
 _LOOK_EVERY = 0.05  # seconds
+_STUCK_EVERY = 1.0  # seconds
+_MOST_RESTARTS, _RESTARTS_WITHIN = 3, 600.0  # of the engine; seconds
 _BACKLOG = 1024  # connections that the system keeps until they are accepted
 
 
@@ -98,7 +101,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     try:
         if await _before(stop, _load(client, state, console)):
             print_summary(console, client, settings.host, sock.getsockname()[1], settings.api_key is not None)
-            await _before(stop, client.dead.wait())
+            await _before(stop, _attend(client, state, settings, console))
         state.draining = True
         if not client.dead.is_set():
             await _drain(client, state, settings.grace)
@@ -158,7 +161,30 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
             state.set_progress(stage, fraction)
             show(stage, fraction)
 
-        await client.start(on_progress)
+        await (client.restart if client.dead.is_set() else client.start)(on_progress)
+    for tokenizer in client.processor.tokenizers:
+        await state.encoder.check_template(tokenizer)
+
+
+async def _attend(client: AsyncEngineClient, state: ServerState, settings: ServerSettings, console: Console) -> None:
+    """Return when the engine has died, and is not to be started again."""
+    restarts: deque[float] = deque(maxlen=_MOST_RESTARTS)
+    while True:
+        dead = asyncio.create_task(client.dead.wait())
+        try:
+            while not (await asyncio.wait({dead}, timeout=_STUCK_EVERY))[0]:
+                if settings.restart_engine and client.is_stuck(settings.heartbeat_timeout):
+                    console.print("The engine makes no progress; it is ended.", style="red")
+                    client.kill()
+        finally:
+            dead.cancel()
+        often = len(restarts) == _MOST_RESTARTS and time.monotonic() - restarts[0] < _RESTARTS_WITHIN
+        if not settings.restart_engine or often:
+            return
+        restarts.append(time.monotonic())
+        state.metrics.engine_restarts.inc()
+        console.print("The engine stopped unexpectedly; it is started again.", style="red")
+        await _load(client, state, console)
 
 
 async def _drain(client: AsyncEngineClient, state: ServerState, grace: float) -> None:

@@ -77,6 +77,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_timeout: Annotated[
         float, Option("seconds without progress after which /health reports a dead engine", flag=False, more_than=0)
     ] = 120.0
+    restart_engine: Annotated[
+        bool, Option("start the engine again when it has died or hangs, at most three times in ten minutes")
+    ] = False
     grace: Annotated[
         float, Option("seconds to finish running requests after SIGTERM or SIGHUP", at_least=0, ranged=True)
     ] = 30.0
