@@ -20,6 +20,7 @@ from polymoe.model.stock.skeleton import expert_modules
 from polymoe.native.library import cpu_kernels
 from polymoe.offline.api import make_plan
 from polymoe.protocol.fast_path import FastPath, merged
+from polymoe.server.settings import ServerSettings
 from polymoe.server.summary import print_summary
 from servers import ThreadServer, engine_config, make_bundle
 
@@ -146,7 +147,7 @@ def test_operators_and_clients_are_told(tmp_path: Path) -> None:
         card = httpx.get(f"{server.url}/v1/models/base").json()
         shown = httpx.get(f"{server.url}/metrics").text
         out = StringIO()
-        print_summary(Console(file=out, width=80), server.client, "127.0.0.1", server.port, False)
+        print_summary(Console(file=out, width=80), server.client, "127.0.0.1", server.port, ServerSettings())
     (experts,) = [path for path in card["fast_paths"] if path["part"] == "experts"]
     assert experts == {
         "part": "experts", "runs_on": "torch stored", "count": 2, "reason": "float32, which torch multiplies",

@@ -309,7 +309,7 @@ def test_addresses_are_checked_before_anything_is_loaded(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="is in use"):
             check_address(ServerSettings(port=port))
     for host in ("0.0.0.0", "::", "192.168.1.1", "example.org"):
-        with pytest.raises(ConfigError, match="--api-key"):
+        with pytest.raises(ConfigError, match="--api-key-file"):
             check_address(ServerSettings(host=host, port=port))
     with pytest.raises(ConfigError, match="choose another with --host"):
         check_address(ServerSettings(host="192.0.2.1", port=port, api_key="key"))

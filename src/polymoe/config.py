@@ -90,7 +90,7 @@ def _numbers(meaning: str) -> Callable[[Any, str], Any]:
     return read
 
 
-def _path(given: Any, where: str) -> Path:
+def read_path(given: Any, where: str) -> Path:
     if not isinstance(given, str | Path):
         raise ConfigError(f"{where} must be a path, got {given!r}.")
     return Path(given)
@@ -132,7 +132,7 @@ class PlanConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     cache: Annotated[
         Path | None,
-        Option("where bundles planned on the fly are kept; default ~/.cache/polymoe", variable=True, read=_path),
+        Option("where bundles planned on the fly are kept; default ~/.cache/polymoe", variable=True, read=read_path),
     ] = None
 
 

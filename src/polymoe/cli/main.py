@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, generate, serve, demo, eval, verify, cache, bench. Heavy imports wait until due."""
+"""The command line: plan, serve and what belongs to them. Heavy imports wait until due."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
+from polymoe.cli.keys import app as keys_app
 from polymoe.cli.options import PLAN, SERVE, some, takes
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(bench)
 app.add_typer(cache_app)
+app.add_typer(keys_app)
 console = Console()
 
 Specs = Annotated[

@@ -116,7 +116,8 @@ class QoS(msgspec.Struct, frozen=True, kw_only=True):
     Raises `RequestError` for a priority out of range; whether the class exists is the engine's to say.
     """
 
-    tenant: str = ""  # tenants of a variant share its tokens equally
+    tenant: str = ""  # tenants of a variant share its tokens, by their weights
+    weight: float = 1.0  # of the tenant, more than 0; the server's to say, not the client's
     priority: int = 0  # lower comes earlier, among the requests of one tenant for one variant
     slo_class: str = DEFAULT_SLO_CLASS
 

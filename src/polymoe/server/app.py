@@ -36,6 +36,7 @@ from polymoe.server.schemas import (
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse, unless_gone
+from polymoe.server.tenants import Keyring, tenant_of
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
 _STATS_TIMEOUT = 2.0
@@ -60,8 +61,9 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         timeout=settings.body_timeout,
         max_together=settings.max_body_bytes_together,
     )
-    if settings.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
+    keys = Keyring(settings.api_key, settings.keys)
+    if keys.is_needed:
+        app.add_middleware(ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key)
     if settings.allowed_origins:
         app.add_middleware(
             CorsMiddleware,
@@ -72,7 +74,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         )
     app.add_middleware(LastResortMiddleware, state=app.state.server)
     _add_routes(app)
-    schema = document(app, settings.api_key is not None)
+    schema = document(app, keys.is_needed)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     for route in app.routes:
         methods = route.methods if isinstance(route, JsonRoute) else None
@@ -111,14 +113,17 @@ async def list_models(request: Request) -> Response:
     """The variants that are served."""
     state: ServerState = request.app.state.server
     state.require_ready()
-    info, served = state.client.info, state.client.processor.served
-    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in served]})
+    info, served, tenant = state.client.info, state.client.processor.served, tenant_of(request.scope)
+    seen = [variant for variant in served if tenant is None or tenant.allows(variant.name)]
+    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in seen]})
 
 
 async def get_model(request: Request, model: str) -> Response:
     """One variant."""
     state: ServerState = request.app.state.server
     state.require_ready()
+    if (tenant := tenant_of(request.scope)) is not None:
+        tenant.require(model)
     return JsonResponse(_card(state.client.info, state.client.processor.variant(model)))
 
 

@@ -14,6 +14,7 @@ from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect, unless_gone
+from polymoe.server.tenants import tenant_of
 
 _DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; chats may fill the context
 
@@ -94,16 +95,24 @@ async def _answer(
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    tenant = tenant_of(request.scope)
+    salt, qos = body.cache_salt or "", body.qos
+    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+    begun = False
     try:
-        stream = await state.client.submit(
-            request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "", qos=body.qos
-        )
-    except OverloadedError:
-        state.metrics.rejected.labels(body.model).inc()
+        if tenant is not None:
+            salt, qos = tenant.salt(salt), tenant.qos(qos)
+            tenant.begin(num_prompt_tokens)
+            begun = True
+        stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=salt, qos=qos)
+    except BaseException as error:
+        if tenant is not None and begun:
+            tenant.end()
+        if isinstance(error, OverloadedError):
+            state.metrics.rejected.labels(body.model).inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
-    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
-    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n)
+    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n, tenant)
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)

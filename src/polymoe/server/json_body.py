@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from polymoe.server.tenants import tenant_of
+
 # What could be half of a surrogate pair; emoji are written as two halves.
 _LONG_BODY = 32 << 10  # bytes; what is shorter is read in less than a millisecond
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -47,6 +49,9 @@ class JsonRoute(APIRoute):
             else:
                 value = _read(body, model)
             del body
+            tenant, variant = tenant_of(request.scope), getattr(value, "model", None)
+            if tenant is not None and isinstance(variant, str):  # here, for every endpoint that there will ever be
+                tenant.require(variant)
             return await handler(_ReadRequest(request.scope, request.receive, value))
 
         return handle

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.server.tenants import Tenant
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -70,12 +71,13 @@ class Metrics:
 
 
 class RequestTimer:
-    """Watches one submission; latencies are those that its client sees."""
+    """Watches one submission; latencies are those that its client sees. tenant: who has begun it, and pays for it."""
 
     def __init__(
-        self, metrics: Metrics, variant: str, arrival: float, num_prompt_tokens: int, num_sequences: int
-    ) -> None:
-        self._metrics = metrics
+        self, metrics: Metrics, variant: str, arrival: float, num_prompt_tokens: int, num_sequences: int,
+        tenant: Tenant | None = None,
+    ) -> None:  # fmt: skip
+        self._metrics, self._tenant = metrics, tenant
         self._variant = variant
         self._arrival = arrival  # time.monotonic()
         self._open = num_sequences
@@ -89,6 +91,8 @@ class RequestTimer:
             key = (chunk.prompt_index, chunk.index)
             if chunk.token_ids:
                 metrics.generation_tokens.labels(variant).inc(len(chunk.token_ids))
+                if self._tenant is not None:
+                    self._tenant.charge(len(chunk.token_ids))
                 if key in self._last:
                     metrics.between_tokens.labels(variant).observe(now - self._last[key])
                 else:
@@ -108,6 +112,9 @@ class RequestTimer:
         """Sequences that did not end by themselves were aborted. Idempotent."""
         self._metrics.success.labels(self._variant, "abort").inc(self._open)
         self._open = 0
+        if self._tenant is not None:
+            self._tenant.end()
+            self._tenant = None
 
 
 class _EngineCollector(Collector):

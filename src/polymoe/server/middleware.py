@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polymoe.errors import OverloadedError
 from polymoe.server.errors import AuthenticationError, UnavailableError, error_response
 from polymoe.server.state import ServerState
+from polymoe.server.tenants import Keyring
 
 logger = logging.getLogger(__name__)
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
@@ -23,11 +24,12 @@ _SMALL_BODY = 64 << 10
 
 
 class ApiKeyMiddleware:
-    """401 without the right `Authorization: Bearer …`."""
+    """401 without a right `Authorization: Bearer …`. What is under `/admin` needs the admin's key, and no other opens
+    it."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = api_key.encode()
+    def __init__(self, app: ASGIApp, keys: Keyring, admin_key: str | None = None) -> None:
+        self._app, self._keys = app, keys
+        self._admin_key = None if admin_key is None else admin_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
@@ -42,8 +44,12 @@ class ApiKeyMiddleware:
         if len(given) != 1:
             return False
         scheme, _, key = given[0].partition(b" ")
-        # RFC 9110: the scheme in any case, and any number of spaces after it.
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.lstrip(b" "), self._expected)
+        if scheme.lower() != b"bearer":  # RFC 9110: the scheme in any case, and any number of spaces after it
+            return False
+        key = key.lstrip(b" ")
+        if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
+            return self._admin_key is not None and hmac.compare_digest(key, self._admin_key)
+        return self._keys.admits(scope, key)
 
 
 class BodyLimitMiddleware:

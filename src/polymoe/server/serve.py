@@ -100,7 +100,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     http = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         if await _before(stop, _load(client, state, console)):
-            print_summary(console, client, settings.host, sock.getsockname()[1], settings.api_key is not None)
+            print_summary(console, client, settings.host, sock.getsockname()[1], settings)
             await _before(stop, _attend(client, state, settings, console))
         state.draining = True
         if not client.dead.is_set():
@@ -150,6 +150,8 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=settings.keep_alive,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
         timeout_graceful_shutdown=int(_LAST_WORDS),
     )
 

@@ -2,14 +2,18 @@
 
 import ipaddress
 import re
+import ssl
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
+from polymoe.config import read_path
 from polymoe.errors import ConfigError
 from polymoe.options import Option, check_options
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*]+)(?::(\d{1,5}))?")
+_LONGEST_KEY = 4096
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -35,6 +39,8 @@ def _check_key(key: str | None) -> None:
             "the API key begins or ends with white space, or holds a control character (a line break?), which no "
             "client can send; remove it."
         )
+    if key is not None and len(key.encode()) > _LONGEST_KEY:
+        raise ConfigError(f"the API key has more than {_LONGEST_KEY} bytes, which not all clients can send.")
 
 
 def _check_origins(origins: tuple[str, ...]) -> None:
@@ -45,11 +51,24 @@ def _check_origins(origins: tuple[str, ...]) -> None:
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are bytes, times are seconds. Raises `ConfigError` for a value out of range."""
 
-    host: Annotated[str, Option("address to listen on; another than 127.0.0.1 needs --api-key")] = "127.0.0.1"
+    host: Annotated[str, Option("address to listen on; another than 127.0.0.1 needs a key")] = "127.0.0.1"
     port: Annotated[int, Option("0: any free one", at_least=0, at_most=65535, ranged=True)] = 8000
-    api_key: Annotated[
-        str | None, Option("clients must send this key", variable=True, secret=True, check=_check_key)
-    ] = None  # as a bearer token
+    # No flag: everybody on a machine sees what is typed.
+    api_key: Annotated[str | None, Option("clients must send this key", flag=False, secret=True, check=_check_key)] = (
+        None  # as a bearer token
+    )
+    api_key_file: Annotated[
+        Path | None, Option("file with the key that clients must send; or set POLYMOE_API_KEY", read=read_path)
+    ] = None
+    keys: Annotated[
+        Path | None, Option("file of keys with limits of their own: see `polymoe keys --help`", read=read_path)
+    ] = None
+    admin_key: Annotated[str | None, Option("of the administrator", flag=False, secret=True, check=_check_key)] = None
+    admin_key_file: Annotated[
+        Path | None, Option("file with the key of /admin; or set POLYMOE_ADMIN_KEY", read=read_path)
+    ] = None
+    ssl_certfile: Annotated[Path | None, Option("certificates in PEM: the server speaks HTTPS", read=read_path)] = None
+    ssl_keyfile: Annotated[Path | None, Option("their private key; default: in the same file", read=read_path)] = None
     allowed_origins: Annotated[  # "*": all
         tuple[str, ...],
         Option(
@@ -88,11 +107,57 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         check_options(self)
         origins = tuple(check_origin(origin) for origin in self.allowed_origins)
         msgspec.structs.force_setattr(self, "allowed_origins", origins)
-        if self.api_key is None and not _is_loopback(self.host):
+        for name in ("api_key", "admin_key"):
+            msgspec.structs.force_setattr(self, name, _key_of(getattr(self, name), getattr(self, f"{name}_file"), name))
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ConfigError("the admin key is that of all clients; choose another.")
+        if self.admin_key is not None and not self.needs_key:
+            raise ConfigError("an admin key without a key for clients protects nothing; give --api-key-file or --keys.")
+        if not self.needs_key and not _is_loopback(self.host):
             raise ConfigError(
                 f"Listening on {self.host} without a key would let anybody in the network use this server; "
-                "give one with --api-key, or listen on 127.0.0.1."
+                "give one with --api-key-file, POLYMOE_API_KEY or --keys, or listen on 127.0.0.1."
             )
+        self._check_tls()
+
+    @property
+    def needs_key(self) -> bool:
+        return self.api_key is not None or self.keys is not None
+
+    def _check_tls(self) -> None:
+        if self.ssl_certfile is None:
+            if self.ssl_keyfile is not None:
+                raise ConfigError("--ssl-keyfile needs --ssl-certfile.")
+            return
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                self.ssl_certfile, self.ssl_keyfile, password=_no_password
+            )
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            files = f"{self.ssl_certfile}" + ("" if self.ssl_keyfile is None else f" with {self.ssl_keyfile}")
+            raise ConfigError(f"{files}: no certificate and private key in PEM can be read ({error}).") from error
+
+
+def _no_password() -> str:
+    """Instead of asking at the terminal."""
+    raise ValueError("the private key is encrypted; store it without a password, readable by its owner only")
+
+
+def _key_of(key: str | None, file: Path | None, name: str) -> str | None:
+    """The key, of a file where one is named: all of it but a line break at its end."""
+    if file is None:
+        return key
+    if key is not None:
+        raise ConfigError(f"both {name} and {name}_file are given; give one.")
+    try:
+        found = file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the key cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    try:
+        _check_key(found)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return found
 
 
 def _is_loopback(host: str) -> bool:

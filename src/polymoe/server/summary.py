@@ -7,9 +7,10 @@ from polymoe.config import format_bytes
 from polymoe.console import Console, warn
 from polymoe.protocol.fast_path import FastPath
 from polymoe.protocol.info import VariantInfo
+from polymoe.server.settings import ServerSettings
 
 
-def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, api_key: bool) -> None:
+def print_summary(console: Console, client: AsyncEngineClient, host: str, port: int, settings: ServerSettings) -> None:
     """Variants, what is resident, what fits, where to connect, and a curl line that works."""
     info = client.info
     width = max(len(variant.name) for variant in info.variants)
@@ -29,9 +30,9 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
         f"memory    {sizes}",
         f"KV cache  {info.num_kv_blocks * info.block_size} tokens, "
         f"{info.max_concurrency:.1f} sequences of full length at a time",
-        f"URL       {_url(host, port)}/v1",
+        f"URL       {_url(host, port, settings)}/v1",
         "",
-        curl_line(client, host, port, api_key),
+        curl_line(client, host, port, settings),
     ]
     for path in info.fast_paths:
         if path.slow:
@@ -53,7 +54,7 @@ def _fidelity(variant: VariantInfo) -> str:
     return "" if found is None else f"  KL {found.kl:.2g} to its original, same first token {100 * found.top1:.1f} %"
 
 
-def curl_line(client: AsyncEngineClient, host: str, port: int, api_key: bool) -> str:
+def curl_line(client: AsyncEngineClient, host: str, port: int, settings: ServerSettings) -> str:
     """A first request that this server answers."""
     variant = client.processor.served[0]
     tokenizer = client.processor.tokenizer(variant.name)
@@ -64,14 +65,15 @@ def curl_line(client: AsyncEngineClient, host: str, port: int, api_key: bool) ->
     else:
         path = "completions"
         body["prompt"] = "Hello" if tokenizer is not None else [0]
-    key = '-H "Authorization: Bearer $POLYMOE_API_KEY" ' if api_key else ""
+    key = '-H "Authorization: Bearer $POLYMOE_API_KEY" ' if settings.needs_key else ""
     # Names may hold a quote; the shell must not see it.
     data = json.dumps(body).replace("'", "\\u0027")
-    return f"curl {_url(host, port)}/v1/{path} -H 'Content-Type: application/json' {key}-d '{data}'"
+    return f"curl {_url(host, port, settings)}/v1/{path} -H 'Content-Type: application/json' {key}-d '{data}'"
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, settings: ServerSettings) -> str:
     """Where a client on this machine connects."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

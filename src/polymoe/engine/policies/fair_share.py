@@ -1,4 +1,4 @@
-"""Who may have the next tokens, room in the batch and blocks: configured shares of variants, equal ones of tenants.
+"""Who may have the next tokens, room in the batch and blocks: configured shares of variants, and of their tenants.
 
 Tokens are divided by deficit round robin twice: over the variants, and within a variant over its tenants. Room in the
 batch and KV blocks, which are held for long, are divided by entitlement: anybody may hold idle ones, but a newcomer of
@@ -38,6 +38,7 @@ class FairShare:
         self.shares, self.quantum = list(shares), quantum
         self._variants: DeficitRoundRobin[int] = DeficitRoundRobin(lambda variant: quantum * self.shares[variant])
         self._tenants: dict[int, DeficitRoundRobin[str]] = {}
+        self._weights: dict[str, float] = {}  # of tenants; 1 where nothing is said
         self._used = [0.0] * len(shares)  # tokens of each variant, fading
         self._in_step = [0] * len(shares)  # the same, of the step that is being planned
 
@@ -46,6 +47,11 @@ class FairShare:
         variant, tenant = flow
         self._variants.enter(variant)
         self._of(variant).enter(tenant)
+
+    def weigh(self, tenant: str, weight: float) -> None:
+        """From now on the tenant has this weight among the tenants of a variant."""
+        if weight != self._weights.get(tenant, 1.0):
+            self._weights[tenant] = weight
 
     def turn(self, ready: Mapping[int, Mapping[str, object]]) -> tuple[Flow, int]:
         """Whose turn it is among the flows that have entered (variant -> tenant -> anything), and for how many tokens.
@@ -104,17 +110,21 @@ class FairShare:
         excess, variant = max((count / self.entitlement(v, active, capacity), v) for v, count in held.items())
         return variant if excess > _SLACK else None
 
-    @staticmethod
-    def largest_tenant(held: Mapping[str, int], tenants: Set[str], newcomer: str, needed: int) -> str | None:
+    def largest_tenant(self, held: Mapping[str, int], tenants: Set[str], newcomer: str, needed: int) -> str | None:
         """The tenant of a variant that makes room for `needed` more of another, so that the variant holds no more
-        than before: the one that holds most, if that is clearly too much, and the newcomer less than an equal part."""
-        equal = sum(held.values()) / len(tenants | {newcomer})
-        most, tenant = max(((count, t) for t, count in held.items()), default=(0, ""))
-        fits = held.get(newcomer, 0) + needed <= equal
-        return tenant if fits and most > _SLACK * equal and tenant != newcomer else None
+        than before: the one that holds most for its weight, if that is clearly too much, and the newcomer less than its
+        part."""
+        # What a tenant of weight 1 would hold.
+        part = sum(held.values()) / sum(self._weight(t) for t in tenants | {newcomer})
+        most, tenant = max(((count / self._weight(t), t) for t, count in held.items()), default=(0.0, ""))
+        fits = held.get(newcomer, 0) + needed <= part * self._weight(newcomer)
+        return tenant if fits and most > _SLACK * part and tenant != newcomer else None
+
+    def _weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
 
     def _of(self, variant: int) -> DeficitRoundRobin[str]:
         if variant not in self._tenants:
             quantum = self.quantum * self.shares[variant]
-            self._tenants[variant] = DeficitRoundRobin(lambda _: quantum)
+            self._tenants[variant] = DeficitRoundRobin(lambda tenant: quantum * self._weight(tenant))
         return self._tenants[variant]

@@ -93,6 +93,7 @@ class Scheduler:
             self.policies.admission.started()
         limit = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
         sequence.max_len = min(limit, self.max_model_len[sequence.variant])
+        self.policies.fair.weigh(sequence.request.qos.tenant, sequence.request.qos.weight)
         self.waiting.add(sequence)
 
     def abort(self, request_ids: set[SequenceId]) -> list[Sequence]:
