@@ -218,3 +218,19 @@ def test_without_a_cost_the_variants_take_turns() -> None:
     work = {v: VariantWork(0.0) for v in range(4)}
     seen = [policy.choose(float(tick), work) for tick in range(1, 5)]
     assert seen == [{2, 3}, {0, 1}, {2, 3}, {0, 1}]
+
+
+def test_tenants_share_by_their_weights() -> None:
+    fair = FairShare([1.0], quantum=10)
+    fair.weigh("heavy", 3.0)
+    ready = {0: {"heavy": None, "light": None}}
+    taken = {"heavy": 0, "light": 0}
+    for _ in range(400):
+        for tenant in ready[0]:
+            fair.enter((0, tenant))
+        (_, tenant), most = fair.turn(ready)
+        fair.charge((0, tenant), most)
+        taken[tenant] += most
+    assert taken["heavy"] / taken["light"] == pytest.approx(3.0, rel=0.1)
+    assert fair.largest_tenant({"heavy": 6, "light": 2}, {"heavy", "light"}, "light", 1) is None  # each has its part
+    assert fair.largest_tenant({"heavy": 8}, {"heavy", "light"}, "light", 1) == "heavy"

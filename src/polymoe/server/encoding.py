@@ -9,9 +9,9 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from polymoe.client.render_pool import RenderPool
 from polymoe.errors import RequestError
@@ -19,6 +19,7 @@ from polymoe.protocol.info import VariantInfo
 from polymoe.text.chat_template import Message
 from polymoe.text.tokenizer import VariantTokenizer
 
+T = TypeVar("T")
 _LONG_TEXT = 4096  # characters, of all texts of a request together; what is shorter takes about a millisecond
 _NICENESS = 10
 _LARGEST_TEXT = 64 << 20  # characters
@@ -77,7 +78,7 @@ class Encoder:
             with contextlib.suppress(RequestError):  # slow or greedy: its requests will be told
                 tokenizer.chat_template_fault = await self._pool.check(tokenizer.template_source)
 
-    async def _beside(self, function: Any, *arguments: Any) -> Any:
+    async def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def close(self) -> None:

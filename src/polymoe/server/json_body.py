@@ -36,7 +36,8 @@ class JsonRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
-        model = None if self.body_field is None else TypeAdapter(self.body_field.field_info.annotation)
+        annotation: Any = None if self.body_field is None else self.body_field.field_info.annotation
+        model = None if annotation is None else TypeAdapter(annotation)
 
         async def handle(request: Request) -> Response:
             if model is None or not _is_json(request):

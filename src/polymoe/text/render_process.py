@@ -201,7 +201,8 @@ class Keeper:
             busy = [child for child in self._children if child.job is not None]
             soonest = min((child.deadline for child in busy), default=None)
             wait = None if soonest is None else max(0.0, soonest - time.monotonic())
-            readable, _, _ = select.select([0, *busy], [], [], wait)
+            watched: list[Child | int] = [0, *busy]
+            readable, _, _ = select.select(watched, [], [], wait)
             for child in busy:
                 if child in readable:
                     self._hear(child)
@@ -282,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
