@@ -92,7 +92,7 @@ def _check_length(tokenizer: VariantTokenizer, text: str, variant: VariantInfo |
     if len(text) > most:
         limit = "" if variant is None else f"This model's maximum context length is {variant.max_model_len} tokens. "
         raise RequestError(
-            f"{limit}Your {param} have {len(text)} characters, which is more than {most} and cannot fit. Please reduce "
+            f"{limit}There are {len(text)} characters in the {param}, and no more than {most} can fit. Please reduce "
             f"the length of the {param}.",
             param=param,
             code="context_length_exceeded",
