@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from polymoe.client.render_pool import RenderPool
 from polymoe.errors import RequestError
 from polymoe.protocol.info import VariantInfo
-from polymoe.text.chat_template import Message
+from polymoe.text.chat_template import Message, TemplateSource
 from polymoe.text.tokenizer import VariantTokenizer
 
 T = TypeVar("T")
@@ -71,6 +71,11 @@ class Encoder:
 
     async def token_texts(self, tokenizer: VariantTokenizer, token_ids: list[int]) -> list[str]:
         return await self._beside(lambda: [tokenizer.token_text(token) for token in token_ids])
+
+    async def warm_up(self) -> None:
+        """Start what the first chat would wait a second for."""
+        with contextlib.suppress(RequestError):
+            await self._pool.check(TemplateSource(""))
 
     async def check_template(self, tokenizer: VariantTokenizer) -> None:
         """Take note of a chat template that is no Jinja."""

@@ -83,6 +83,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     client = AsyncEngineClient(config)
     app = create_app(client, settings)
     state: ServerState = app.state.server
+    state.preparing = True
     server = HttpServer(uvicorn_config(app, settings))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -101,6 +102,7 @@ async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.so
     try:
         if await _before(stop, _load(client, state, console)):
             print_summary(console, client, settings.host, sock.getsockname()[1], settings)
+            state.preparing = False
             await _before(stop, _attend(client, state, settings, console))
         state.draining = True
         if not client.dead.is_set():
@@ -163,7 +165,9 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
             state.set_progress(stage, fraction)
             show(stage, fraction)
 
+        rendering = asyncio.create_task(state.encoder.warm_up())  # while the engine loads
         await (client.restart if client.dead.is_set() else client.start)(on_progress)
+        await rendering
     for tokenizer in client.processor.tokenizers:
         await state.encoder.check_template(tokenizer)
 

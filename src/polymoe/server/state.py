@@ -18,6 +18,7 @@ class ServerState:
     encoder: Encoder = field(default_factory=Encoder)
     in_flight: int = 0  # requests whose answer is not complete, but for those of probes and scrapes
     draining: bool = False
+    preparing: bool = False  # the engine may be ready, the server is not
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -37,6 +38,6 @@ class ServerState:
         self.require_alive()
         if self.draining:
             raise UnavailableError("The server is shutting down.", code="draining")
-        if not self.client.is_ready:
+        if self.preparing or not self.client.is_ready:
             stage, fraction = self.progress
             raise UnavailableError(f"The model is loading: {stage}, {fraction:.0%}.", code="loading")
