@@ -14,7 +14,6 @@ import msgspec
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
 from polymoe.errors import (
     BundleError,
-    ContextLengthError,
     RequestError,
     UnknownVariantError,
     VariantUnusableError,
@@ -258,19 +257,7 @@ def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingP
     """Raises `RequestError` unless the engine can run this prompt on this variant. Nobody checks it again."""
     if not token_ids:
         raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
-    if info.is_encoder_decoder and sampling.prompt_logprobs is not None:
-        raise RequestError(
-            f"`{info.name}` is an encoder–decoder model: its prompt has no log-probabilities (echo, prompt_logprobs).",
-            param="echo",
-        )
-    if info.is_encoder_decoder and len(token_ids) > info.max_prompt_len:
-        raise RequestError(
-            f"The prompt has {len(token_ids)} tokens; the encoder of `{info.name}` reads at most "
-            f"{info.max_prompt_len}.",
-            param="prompt",
-        )
-    if sampling.max_tokens > info.max_new_tokens(len(token_ids)):
-        raise ContextLengthError(info.max_model_len, len(token_ids), sampling.max_tokens)
+    info.check_room(len(token_ids), sampling.max_tokens, sampling.prompt_logprobs is not None)
     named = {"prompt": token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
     for param, ids in named.items():
         for token_id in itertools.filterfalse(range(info.vocab_size).__contains__, ids):

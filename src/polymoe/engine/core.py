@@ -8,9 +8,9 @@ import torch
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
-from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
+from polymoe.engine.kind import engine_kind
 from polymoe.engine.memory_request import memory_request
-from polymoe.engine.model_runner import ModelRunner, StepInFlight
+from polymoe.engine.model_runner import StepInFlight
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager, salt_of
 from polymoe.engine.scheduling.scheduler import Scheduler
@@ -22,11 +22,9 @@ from polymoe.errors import ConfigError, RequestError
 from polymoe.model.backends.base import Backend
 from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
-from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
 from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
-from polymoe.model.served_model import ServedModel
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.variants.slots import slot_rows
@@ -85,9 +83,8 @@ class EngineCore:
         dtype = _DTYPES[name]
         activations = choose_activations(config.activations, bundle.manifest.bytes_per_expert_parameter)
         backend = backend or choose_backend(self.device, dtype, activations)
-        encoder_decoder = bundle.config.is_encoder_decoder
-        if encoder_decoder and backend.pads_steps:
-            raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
+        kind = engine_kind(bundle.config)
+        kind.check(backend)
         stock = StockModel.of(bundle.config)
         self.kv_bytes_per_block = stock.kv_bytes_per_block(config.block_size, dtype)
         self.memory_plan: MemoryPlan | None = None  # of a GPU
@@ -98,7 +95,7 @@ class EngineCore:
             self.memory_plan = plan_memory(weights, request)
         try:
             with hashed_beside(bundle, config.verify, progress):
-                self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                self.model = kind.model(
                     stock, bundle, self.device, dtype, slots, config.expert_cache_bytes, progress, config.prefetch,
                     backend,
                 )  # fmt: skip
@@ -109,9 +106,7 @@ class EngineCore:
             ) from error
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
-        # What an encoder makes of a prompt depends on all of it.
-        prefix_caching = config.enable_prefix_caching and not encoder_decoder
-        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
+        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching and kind.keeps_prefixes)
         policies = Policies.of(
             shares,
             num_slots=self.model.slots.num_slots,
@@ -132,8 +127,7 @@ class EngineCore:
         )
         sizes = [v.vocab_size for v in bundle.variants]
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
-        runner = EncoderDecoderRunner if encoder_decoder else ModelRunner
-        self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
+        self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
         # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
         automatic = graphs is not None and graphs.num_captured > 0
@@ -186,7 +180,7 @@ class EngineCore:
     ) -> DecodeGraphs | None:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
         resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
-        if not self.model.context.backend.pads_steps or not resident or self.bundle.config.is_encoder_decoder:
+        if not self.model.context.backend.pads_steps or not resident:
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))

@@ -7,7 +7,6 @@ encoder–decoder model the decoder's tokens are measured, each after the target
 
 import gc
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from polymoe.bundle.manifest import Fidelity
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError
+from polymoe.model.stock.kind import kind_of
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,14 @@ class OriginalModel:
     """A checkpoint in stock transformers."""
 
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
         from polymoe.offline.checkpoint.checkpoint import read_config
 
         config = read_config(Path(path))
-        seq2seq = config.is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+        kind = kind_of(config)
+        model = kind.auto.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
         self.model: Any = model.to(device).eval()
         self.device = device
-        for module in self.model.get_decoder().modules() if seq2seq else ():
-            if hasattr(module, "expert_capacity"):
-                # It counts the tokens of one call, and `generate`, which is what is served, feeds the decoder one.
-                module.expert_capacity = sys.maxsize
+        kind.as_generated(self.model)
 
     @torch.inference_mode()
     def logits(self, windows: list[list[int]], inputs: list[list[int]] | None = None) -> list[torch.Tensor]:

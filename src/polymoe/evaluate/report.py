@@ -20,6 +20,7 @@ from polymoe.evaluate.fidelity import Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.text_files import is_sampled
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
@@ -84,11 +85,11 @@ def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: 
     record, folder = bundle.variants[index], bundle.tokenizer_dir(index)
     if folder is None:
         raise PolymoeError(f"{record.name} has no tokenizer, which a text needs; add its files and plan again.")
-    if bundle.config.is_encoder_decoder:
+    if (kind := kind_of(bundle.config)).reads_pairs:
         if window is not None:
             raise PolymoeError("--window cuts plain text; pairs of an encoder–decoder family are taken whole.")
         where, config = f"--text {record.name}", bundle.variant_config(index)
-        return encode_pairs(where, read_pairs(where, path)[:limit], folder, config, record.max_model_len // 2)
+        return encode_pairs(where, read_pairs(where, path)[:limit], folder, config, record.max_model_len // kind.parts)
     window = WINDOW if window is None else window
     if window > record.max_model_len:
         raise PolymoeError(

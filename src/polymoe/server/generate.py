@@ -30,8 +30,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.tokenizer(variant.name)
-    if body.echo and variant.is_encoder_decoder:
-        raise RequestError(f"`{variant.name}` is an encoder–decoder model: it cannot echo its prompt.", param="echo")
+    if body.echo:
+        variant.check_echo()
     if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
         raise RequestError("echo with logprobs and n > 1 cannot be streamed.", param="stream")
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

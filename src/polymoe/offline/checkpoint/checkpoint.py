@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polymoe.bundle.config_checks import load_config
 from polymoe.errors import CheckpointError, UnsupportedModelError, named
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.checkpoint.architecture import (
     ArchitectureInfo,
     build_on_meta,
@@ -197,7 +198,7 @@ class Checkpoint:
         for target, source in tied.items():
             if target not in have or source not in have or self._same(target, source):
                 continue
-            if self.config.is_encoder_decoder:
+            if not kind_of(self.config).unties:
                 raise CheckpointError(
                     f"{self.path}: config.json ties {target} to {source}, but they are stored with different values; "
                     'set "tie_word_embeddings": false in config.json if both are meant.'

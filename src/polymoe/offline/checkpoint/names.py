@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from polymoe.bundle.tensor_file import TensorEntry
 from polymoe.errors import CheckpointError
-from polymoe.model.stock.switch_experts import SwitchExperts
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.checkpoint.source import some
 
 
@@ -131,11 +131,9 @@ class NameMap:
 
 def _stacking_rules(model: Any) -> list[WeightConverter]:
     """For experts that polymoe stacked itself, the rules that transformers has for those it stacks."""
-    if not any(isinstance(module, SwitchExperts) for module in model.modules()):
-        return []
     return [
-        WeightConverter(f".experts.expert_*.{stored}.weight", f".experts.{stacked}", [MergeModulelist(dim=0)])
-        for stored, stacked in (("wi", "up_proj"), ("wo", "down_proj"))
+        WeightConverter(f".experts.expert_*.{stored}", f".experts.{stacked}", [MergeModulelist(dim=0)])
+        for stored, stacked in kind_of(model.config).stacked.items()
     ]
 
 

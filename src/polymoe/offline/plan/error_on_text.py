@@ -19,6 +19,7 @@ from torch import Tensor
 
 from polymoe.bundle.atomic import whole_file
 from polymoe.console import Console
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.calibrate import (
     Calibration,
     down_projection,
@@ -27,7 +28,6 @@ from polymoe.offline.calibrate.calibrate import (
     weighted_sum,
 )
 from polymoe.offline.calibrate.family_run import FamilyRun, Routed
-from polymoe.offline.calibrate.switch_run import in_encoder
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.plan.merge import regmean, weighted_mean
 from polymoe.offline.plan.quantisation_error import (
@@ -89,7 +89,7 @@ class _Pass:
         rows = [range(len(text), len(with_copies)) for text, with_copies in zip(texts, whole, strict=True)]
         size = max(self.copies * probe.count() * v for probe, v in zip(probes, family.vocab_sizes, strict=True))
         self.run = FamilyRun(family, whole, rows, math.ceil(size / _LOGITS))
-        sides = [in_encoder(path) for path in info.expert_modules]
+        sides = [kind_of(family.config).in_encoder(path) for path in info.expert_modules]
         self.tokens = [[text.count(side) for text in texts] for side in sides]  # [L, V], of the text
         self.copy_tokens = [[probe.count(side) for probe in probes] for side in sides]  # [L, V], of one copy
         self.transposed = is_transposed(family)
