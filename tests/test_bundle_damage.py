@@ -165,7 +165,7 @@ LIES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "negative shape": ("expert_shapes", lambda m: m["expert_shapes"].update(down_proj=[-1, 4])),
     "sources of nobody": ("nonexperts", lambda m: m["nonexperts"].update({next(iter(m["nonexperts"])): [0, 7]})),
     "sources too few": ("nonexperts", lambda m: m["nonexperts"].update({next(iter(m["nonexperts"])): [0]})),
-    "no bytes": ("resident_bytes", lambda m: m["resident_bytes"].pop("deltas")),
+    "negative bytes": ("resident_bytes", lambda m: m["resident_bytes"].update(deltas=-1)),
     "no positions": ("positions", lambda m: m.update(positions={})),
     "no expert bytes": ("expert_bytes", lambda m: m.update(expert_bytes=0)),
 }

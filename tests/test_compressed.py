@@ -81,7 +81,7 @@ def test_served_as_the_decoded_experts(
     llm = load(bundle)
     for case, served in zip(decoded.cases, served_logits(llm.engine, decoded.cases), strict=True):
         torch.testing.assert_close(served, case.logits, atol=LOGITS_TOLERANCE, rtol=0)
-    promised = Bundle.open(bundle).resident_bytes
+    promised = Bundle.open(bundle).resident_bytes.by_kind
     assert held_bytes(llm) == {kind: promised[kind] for kind in ("resident_experts", "deltas")}
     assert {kind: llm.engine.model.resident_bytes[kind] for kind in promised} == promised
 
@@ -107,8 +107,8 @@ def test_exact_deltas_are_each_variant(
     check(llm, sparse)
     manifest = Bundle.open(sparse.bundle).manifest
     assert sum(pools.get("exact", 0) for pools in manifest.delta_pools) > 0
-    assert manifest.resident_bytes["deltas"] < manifest.resident_bytes["resident_experts"]
-    assert held_bytes(llm)["deltas"] == manifest.resident_bytes["deltas"]
+    assert manifest.resident_bytes.deltas < manifest.resident_bytes.resident_experts
+    assert held_bytes(llm)["deltas"] == manifest.resident_bytes.deltas
 
 
 class SparseFamily(ReferenceFamily):

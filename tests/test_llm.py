@@ -140,11 +140,11 @@ def test_the_bytes_promised_are_the_bytes_held(bundle: Path, llm: LLM) -> None:
     original = AutoModelForCausalLM.from_pretrained(family_paths()["base"], dtype=torch.bfloat16)
     experts = sum(p.numel() * p.element_size() for n, p in original.named_parameters() if ".experts." in n)
     held = storage_bytes(llm)
-    assert held["experts"] == one_model == experts == opened.resident_bytes["resident_experts"]
-    promised = sum(opened.resident_bytes.values())
+    assert held["experts"] == one_model == experts == opened.resident_bytes.resident_experts
+    promised = opened.resident_bytes.total
     assert sum(held.values()) == pytest.approx(promised, rel=0.02)
-    reported = {k: v for k, v in llm.engine.model.resident_bytes.items() if k in opened.resident_bytes}
-    assert reported == opened.resident_bytes
+    reported = {k: v for k, v in llm.engine.model.resident_bytes.items() if k in opened.resident_bytes.by_kind}
+    assert reported == opened.resident_bytes.by_kind
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_separate_is_lossless(arch: str, memory: str | None, tmp_path: Path) -> 
         state = served_state(bundle, index)
         assert set(state) == set(want)
         assert all(torch.equal(state[name], want[name]) for name in want)
-    assert stored_bytes(bundle) == bundle.resident_bytes
+    assert stored_bytes(bundle) == bundle.resident_bytes.by_kind
     assert sum(bundle.manifest.positions.values()) == bundle.table[0].numel()
 
 
@@ -82,7 +82,7 @@ def test_paper_at_one_model(family: Family, scan: FamilyScan, tmp_path: Path) ->
     one_model = sum(
         family.checkpoints[0].num_bytes(info.expert_tensor(layer, t)) for layer in range(2) for t in info.expert_shapes
     )
-    assert bundle.resident_bytes["resident_experts"] == one_model == stored_bytes(bundle)["resident_experts"]
+    assert bundle.resident_bytes.resident_experts == one_model == stored_bytes(bundle)["resident_experts"]
     assert bundle.manifest.bytes_per_expert_parameter == 4.0  # float32
     assert [bundle.host_experts(layer) for layer in range(2)] == [0, 0]
     assert bundle.table.tolist() == [[[0, 1, 2, 3]] * 2] * 3
@@ -109,7 +109,7 @@ def test_identical_tensors_are_stored_once(family: Family, scan: FamilyScan, tmp
     assert bundle.manifest.resident_experts == [3 * 3 + 1] * 2  # expert 2 is the same in all
     assert bundle.nonexpert_sources("model.layers.0.self_attn.q_proj.weight") == (0, 0, 0)
     assert bundle.nonexpert_sources("model.layers.0.self_attn.k_proj.weight") == (0, 1, 2)
-    assert bundle.resident_bytes["nonexperts_shared"] == 2 * 32 * 32 * 4
+    assert bundle.resident_bytes.nonexperts_shared == 2 * 32 * 32 * 4
 
 
 def test_shared_by_some(trio: dict[str, Path], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_shared_by_some(trio: dict[str, Path], tmp_path: Path) -> None:
     assert bundle.nonexpert_sources(name) == (0, 1, 2, 1)
     assert torch.equal(bundle.nonexpert(3, name), bundle.nonexpert(1, name))
     assert torch.equal(bundle.table[3], bundle.table[1])
-    assert bundle.resident_bytes == stored_bytes(bundle)
+    assert bundle.resident_bytes.by_kind == stored_bytes(bundle)
 
 
 def test_relocatable_and_self_contained(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_added_vocabulary_rows(trio: dict[str, Path], tmp_path: Path) -> None:
     assert [v.vocab_size for v in bundle.variants] == [112, 115]
     assert [bundle.variant_config(v).vocab_size for v in range(2)] == [112, 115]
     assert [tuple(bundle.nonexpert(v, "lm_head.weight").shape) for v in range(2)] == [(112, 32), (115, 32)]
-    assert bundle.resident_bytes == stored_bytes(bundle)
+    assert bundle.resident_bytes.by_kind == stored_bytes(bundle)
 
 
 def test_longest_context_of_the_family(trio: dict[str, Path], tmp_path: Path) -> None:

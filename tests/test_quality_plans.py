@@ -166,10 +166,10 @@ class TestBundle:
             for pools in (bundle.packed_bases, bundle.packed_deltas)
         ]
         stored = [t for layer in layers for t in bundle.resident_experts(layer).values()]
-        assert bundle.resident_bytes["resident_experts"] == sum(t.nbytes for t in (*stored, *tensors[0]))
-        assert bundle.resident_bytes["deltas"] == sum(t.nbytes for t in tensors[1])
+        assert bundle.resident_bytes.resident_experts == sum(t.nbytes for t in (*stored, *tensors[0]))
+        assert bundle.resident_bytes.deltas == sum(t.nbytes for t in tensors[1])
         assert bundle.delta is not None
-        assert bundle.resident_bytes["tables"] == bundle.table.nbytes + bundle.delta.nbytes
+        assert bundle.resident_bytes.tables == bundle.table.nbytes + bundle.delta.nbytes
         assert Bundle.open(bundle.path, verify=True).manifest == bundle.manifest
 
     def test_versions_name_the_content(self, family: Family, scan: FamilyScan, bundle: Bundle, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_process_holds_what_the_manifest_promises(
     policy: str, options: dict[str, Any], checkpoints: dict[str, Path], small: Path, tmp_path: Path
 ) -> None:
     bundle = make_plan(checkpoints, policy, None, tmp_path / "bundle", options=PlanOptions(**options))
-    promised = sum(bundle.resident_bytes.values())
+    promised = bundle.resident_bytes.total
     assert (promised > 250 << 20) == (policy == "separate")
     done = subprocess.run(
         [sys.executable, "-c", SERVE, str(small), str(bundle.path), str(KV_BYTES)], capture_output=True, text=True,

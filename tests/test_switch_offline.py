@@ -176,7 +176,7 @@ def test_what_the_manifest_tells(bundle: Bundle) -> None:
     assert bundle.manifest.tied["lm_head.weight"] == "shared.weight"
     assert (bundle.table[:, :, 2] == bundle.table[:1, :, 2]).all(), "identical experts are stored once"
     assert set(bundle.nonexpert_sources("encoder.block.0.layer.0.SelfAttention.q.weight")) == {0}
-    assert bundle.resident_bytes["resident_experts"] == (3 * 3 + 1) * 2 * 2 * 64 * 32 * 4
+    assert bundle.resident_bytes.resident_experts == (3 * 3 + 1) * 2 * 2 * 64 * 32 * 4
 
 
 def test_families_that_do_not_belong_together(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Comparison:
         sizes = bundle.resident_bytes
         del llm
         gc.collect()
-        return self._measured(marks, sizes["resident_experts"] + sizes.get("deltas", 0), sum(sizes.values()), plan)
+        return self._measured(marks, sizes.resident_experts + sizes.deltas, sizes.total, plan)
 
     def _baseline(self, method: Method, say: Say, most: float | None) -> Measured:
         """In stock transformers, with other weights."""

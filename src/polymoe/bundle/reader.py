@@ -24,6 +24,7 @@ from polymoe.bundle.manifest import (
     Fidelity,
     Manifest,
     VariantRecord,
+    WeightBytes,
     delta_file,
     encode_manifest,
     host_file,
@@ -156,9 +157,9 @@ class Bundle:
         return list(self.manifest.expert_shapes)
 
     @property
-    def resident_bytes(self) -> dict[str, int]:
-        """Bytes that the plan promises to hold on the device, by kind, in the dtypes as stored."""
-        return dict(self.manifest.resident_bytes)
+    def resident_bytes(self) -> WeightBytes:
+        """What the plan promises to hold on the device, in the dtypes as stored."""
+        return self.manifest.resident_bytes
 
     def resident_experts(self, layer: int) -> dict[str, Tensor]:
         """{tensor name: [P, *shape]}: one layer's bases in format "stored", which have the lowest ids; P may be 0."""

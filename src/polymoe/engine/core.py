@@ -73,7 +73,7 @@ class EngineCore:
         bundle = bundle or Bundle.open(config.bundle, tolerant=True)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
+        elif self.device.type == "cpu" and bundle.resident_bytes.total < _SMALL_MODEL_BYTES:
             torch.set_num_threads(1)
         self.bundle = bundle
         shares = config.weights_of([variant.name for variant in bundle.variants])

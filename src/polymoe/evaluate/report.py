@@ -10,7 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from polymoe.bundle.manifest import Fidelity
+from polymoe.bundle.manifest import Fidelity, WeightBytes
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console, DescriptionColumn, warn
@@ -75,7 +75,7 @@ def run_eval(
     console.print(_bytes_table(bundle.resident_bytes))
     return {
         "variants": {name: vars_of(result) for name, result in results.items()},
-        "resident_bytes": bundle.resident_bytes,
+        "resident_bytes": bundle.resident_bytes.by_kind,
         "bytes_per_expert_parameter": bundle.manifest.bytes_per_expert_parameter,
     }
 
@@ -155,10 +155,10 @@ def fidelity_table(results: dict[str, Fidelity]) -> Table:
     return table
 
 
-def _bytes_table(resident: dict[str, int]) -> Table:
+def _bytes_table(resident: WeightBytes) -> Table:
     table = Table("on the device, as stored")
     table.add_column("bytes", justify="right")
-    for kind, size in resident.items():
+    for kind, size in resident.by_kind.items():
         table.add_row(kind.replace("_", " "), format_bytes(size))
-    table.add_row("total", format_bytes(sum(resident.values())))
+    table.add_row("total", format_bytes(resident.total))
     return table

@@ -23,6 +23,7 @@ from polymoe.bundle.manifest import (
     FileRecord,
     Manifest,
     VariantRecord,
+    WeightBytes,
     encode_manifest,
     own_file,
     variant_folder,
@@ -241,12 +242,9 @@ class _Writer:
             delta_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.deltas],
             host_experts=[len(layer) for layer in self.layout.host],
             positions=self.plan.position_counts(),
-            resident_bytes={
-                "resident_experts": base_bytes,
-                "deltas": delta_bytes,
-                **self.nonexpert_bytes,
-                "tables": self.layout.table_bytes,
-            },
+            resident_bytes=WeightBytes(
+                resident_experts=base_bytes, deltas=delta_bytes, **self.nonexpert_bytes, tables=self.layout.table_bytes
+            ),
             host_bytes=self.host_bytes,
             bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
             files=self.files,
