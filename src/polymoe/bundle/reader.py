@@ -36,6 +36,7 @@ from polymoe.bundle.manifest import (
 )
 from polymoe.bundle.manifest_checks import check_manifest
 from polymoe.errors import BundleError
+from polymoe.machine import drop_mapped_pages
 from polymoe.quant.formats import get_format
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,10 @@ class Bundle:
         if not any(sources):  # all variants have variant 0's
             return self._tensor(SHARED, name)
         return self._tensor(own_file(self.manifest.variants[sources[variant]].name), name)
+
+    def drop_pages(self) -> None:
+        """Let go of what was read: tensors stay valid, and are read again where they are looked at again."""
+        drop_mapped_pages(self.path)
 
     def _map(self, file: str) -> Any:
         try:
