@@ -41,7 +41,7 @@ class ReferenceFamily:
         """A lossless bundle; `capacity` experts resident, the rest absent."""
         family = Family.open(self.paths)
         scan = scan_family(family)
-        return write_bundle(family, scan, separate_plan(scan.expert_version, capacity), out).path
+        return write_bundle(family, scan, separate_plan(scan.expert_same_as, capacity), out).path
 
     @property
     def is_encoder_decoder(self) -> bool:

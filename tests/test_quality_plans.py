@@ -51,7 +51,7 @@ def test_budgets_are_kept(
         assert owner == (plan.serving[v, layer, e], e)
         assert (base >= 0) == plan.resident[v, layer, e]
         if base < 0:  # absent: its own expert, as it is
-            assert plan.serving[v, layer, e] == scan.expert_version[v, layer, e]
+            assert plan.serving[v, layer, e] == scan.expert_same_as[v, layer, e]
             assert delta == -1
         if delta >= 0:
             owners = [owner for pool in layout.deltas[layer].values() for owner in pool]
@@ -63,7 +63,7 @@ def test_budgets_are_kept(
 
 def test_spare_memory_makes_positions_lossless_the_farthest_first(family: Family, scan: FamilyScan) -> None:
     plan = build_plan(scan, "mean", "1.5x", None, family)
-    own = (plan.serving == scan.expert_version).all(axis=0) & (plan.merge == "own")
+    own = (plan.serving == scan.expert_same_as).all(axis=0) & (plan.merge == "own")
     far = np.argsort(-scan.distance.reshape(-1), kind="stable")
     assert own.reshape(-1)[far[:2]].all()  # two more experts each, four are spare
     assert own.sum() == 2 + 2  # and the identical ones

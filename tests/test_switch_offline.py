@@ -138,8 +138,8 @@ def test_inspect_tells_encoder_layers_from_decoder_layers(paths: dict[str, Path]
     console = Console(record=True, width=120)
     scan = inspect(paths, tmp_path / "map.png", console)
     assert scan.layer_names == ["encoder 1", "decoder 1"]
-    assert (scan.expert_version[:, :, 2] == 0).all()
-    assert (scan.expert_version[:, :, 0] == torch.arange(3)[:, None].numpy()).all()
+    assert (scan.expert_same_as[:, :, 2] == 0).all()
+    assert (scan.expert_same_as[:, :, 0] == torch.arange(3)[:, None].numpy()).all()
     shown = console.export_text()
     assert "encoder 1" in shown
     assert "decoder 1" in shown

@@ -19,7 +19,7 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str | None
     eos_token_ids: list[int]  # of its configs; its tokenizer may know one more
     generation: dict[str, int | float | list[str]]  # field of `SamplingParams` -> its own default
-    predicted_damage: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
+    predicted_error: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
     decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
     fault: str | None = None  # why it cannot be served although others can; with paths, for the operator

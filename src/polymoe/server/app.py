@@ -200,6 +200,6 @@ def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
         # What the model's operations run on, and why not on something faster.
         "fast_paths": [msgspec.to_builtins(path) for path in info.fast_paths],
         # How close it is to its original, as predicted and as measured when it was planned; null where it was not.
-        "predicted_damage": variant.predicted_damage,
+        "predicted_damage": variant.predicted_error,
         "fidelity": None if variant.fidelity is None else msgspec.to_builtins(variant.fidelity),
     }

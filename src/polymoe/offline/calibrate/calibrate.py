@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WINDOW = 256  # tokens
 MAX_WINDOWS = 128  # a variant
 # What `Calibration.folder` holds: layers that the encoder and the planner finished, and those they were writing.
-KEPT_LAYERS = re.compile(r"(damage-)?[0-9a-f]{24}/(\d+\.(safetensors|npy)|\.\d+\.(safetensors|npy)\.part)")
+KEPT_LAYERS = re.compile(r"((damage|errors)-)?[0-9a-f]{24}/(\d+\.(safetensors|npy)|\.\d+\.(safetensors|npy)\.part)")
 
 
 @dataclass(frozen=True, eq=False)

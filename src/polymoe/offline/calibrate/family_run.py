@@ -56,7 +56,7 @@ class Routed:
 class FamilyRun:
     """One pass of every variant over `texts[v]`. Use as a context manager.
 
-    `logits_of[v]`: rows of `texts[v]` whose logits `logits()` is to give, at every `logits_stride`-th position.
+    `logits_of[v]`: rows of `texts[v]` whose logits `logits()` is to give, at every `logits_stride`-th token.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 _MOST = 4096  # pairs that are tokenised
-_PADDED = 2  # positions for a token: rows of one batch are as long as the longest
+_PADDED = 2  # places for a token: rows of one batch are as long as the longest
 _ENCODER_DECODER_ATTENTION = "polymoe_switch_calibration"
 _SCORES = 1 << 24  # most attention scores in memory at a time
 

@@ -63,7 +63,7 @@ def print_sharing(bundle: Bundle, scan: FamilyScan, plan: Plan, console: Console
         table.add_column(column, justify="left" if column in ("variant", "version") else "right")
     for index, record in enumerate(bundle.variants):
         merged = (plan.merge != "own") & plan.resident[index]
-        own = (plan.serving[index] == scan.expert_version[index]) & ~merged
+        own = (plan.serving[index] == scan.expert_same_as[index]) & ~merged
         resident = plan.resident[index]
         delta = plan.delta_owner[index] >= 0
         numbers = (own & resident, ~own & ~merged & resident, merged, delta, ~resident)
