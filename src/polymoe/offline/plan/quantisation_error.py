@@ -161,8 +161,8 @@ class ErrorTable:
 
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:
-    """All variants together, in two groups (of three variants and more), and every expert that differs by itself. `square`
-    as a position of `FamilyScan.pair_square`; identical experts are always in one group."""
+    """All variants together, in two groups (of three variants and more), and every expert that differs by itself.
+    `square` as a position of `FamilyScan.pair_square`; identical experts are always in one group."""
     distinct = len(ward_groups(square, len(square)))
     found: list[Partition] = []
     for clusters in (1, 2, distinct):
