@@ -1,7 +1,7 @@
 """Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch alone.
 
 A wheel with the library suits one platform and every Python (it is loaded by ctypes); one without suits them all. Which
-processors can run the kernels is asked when they are loaded (polymoe/native/library.py), not here.
+processors can run the kernels is asked when they are loaded (polymoe/native/installed.py), not here.
 
     python hatch_build.py LIBRARY [FLAG …]      compiles it alone, for example with -fsanitize=thread
 """

@@ -49,7 +49,7 @@ def test_a_skip_needs_a_reason_that_holds(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_is_a_failure_where_it_could_run(tmp_path: Path) -> None:
-    from polymoe.native.library import processor_suits
+    from polymoe.native.installed import processor_suits
 
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     code, output = run(tmp_path, strict=True, POLYMOE_KERNELS=str(tmp_path / "none.so"))

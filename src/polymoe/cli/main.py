@@ -18,6 +18,7 @@ from polymoe.cli.options import PLAN, SERVE, some, takes
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
+from polymoe.native.installed import say_if_missing
 from polymoe.offline.plan.options import PlanOptions, pairs
 from polymoe.options import Settings
 from polymoe.server.settings import ServerSettings
@@ -198,6 +199,7 @@ def _serve(sources: Sequence[str], settings: Settings, policy: str, memory: str 
     config = EngineConfig(bundle="", **settings.of(EngineConfig))  # before minutes are spent on planning
     server = ServerSettings(**settings.of(ServerSettings))
     check_address(server)
+    say_if_missing()
     if len(sources) == 1 and "=" not in sources[0]:
         bundle = Path(sources[0])
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
 from polymoe.quant.exact import changes_before_rows
-from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, row_bytes
+from polymoe.quant.formats import SCALE_DTYPE, Format, Kind, group_size, row_bytes
 
 Pool = PackedPool | TiledPool | StoredPool | ExactPool
 
@@ -133,7 +133,7 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | No
         return None
     assert parts["codes"].shape[-1] == row_bytes(fmt, inputs)
     return Stack(
-        kind=_FP8 if fmt.name == "fp8" else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
+        kind=_FP8 if fmt.kind is Kind.FLOAT8 else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
         scales=parts["scales"].data_ptr(), row_bytes=row_bytes(fmt, inputs), group=group_size(fmt, inputs),
         levels=address(_levels(fmt)), table=address(pool.table) if isinstance(pool, TiledPool) else None,
         step=pool.step if isinstance(pool, TiledPool) else 0.0,
@@ -147,6 +147,6 @@ def address(tensor: Tensor | None) -> int | None:
 @cache
 def _levels(fmt: Format) -> Tensor | None:
     """float32 [64]: the levels over and over, so that bits above a code's do not matter. fp8: [128], without sign."""
-    if fmt.name == "fp8":
+    if fmt.kind is Kind.FLOAT8:
         return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels)) if fmt.bits < 8 else None
