@@ -15,6 +15,7 @@ import uvicorn
 
 from families import make_family
 from polymoe.client.client import AsyncEngineClient, Prompt
+from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.offline.api import make_plan
 from polymoe.protocol.info import EngineStats
@@ -104,7 +105,8 @@ class ThreadServer:
     @contextlib.contextmanager
     def full(self, variant: str) -> Iterator[None]:
         """Long requests for `variant` hold every place of a batch and fill the queue, so that one more is refused."""
-        config, streams = self.client.config, []
+        config = self.client.config
+        streams: list[RequestStream] = []
         long = SamplingParams(max_tokens=CONTEXT - 2, ignore_eos=True)
 
         async def close() -> None:

@@ -183,7 +183,8 @@ def test_manifests_that_lie(liar: Liar, lie: str) -> None:
 def test_every_field_of_another_type(liar: Liar, whole: Path) -> None:
     fields = json.loads((liar.folder / MANIFEST).read_text())
     for name, value in fields.items():
-        for wrong in (None, -1, 1e400, "text", [], {}, [[]], [None], {"a": []}):
+        others: list[Any] = [None, -1, 1e400, "text", [], {}, [[]], [None], {"a": []}]
+        for wrong in others:
             if type(wrong) is type(value) and wrong:
                 continue  # a text in place of a text
             liar.edit_manifest(lambda m, n=name, w=wrong: m.update({n: w}))  # type: ignore[misc]

@@ -15,14 +15,13 @@ from polymoe.errors import PolymoeError
 from polymoe.native import installed
 from polymoe.native.library import cpu_kernels
 from polymoe.options import options_of, resolve
+from zygote import RUN_COMMAND, run_python
 
 SPECS = [f"{name}={path}" for name, path in family_paths().items()]
 
 
 def polymoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "polymoe", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
-    )
+    return run_python(RUN_COMMAND, *arguments, cwd=cwd)
 
 
 def test_inspect_plan_generate(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Demo:
         assert demo.stdout is not None
         tokens = {}
         try:
-            printed = []
+            printed: list[str] = []
             while not printed or not printed[-1].startswith("URL"):
                 printed.append(demo.stdout.readline())
                 assert printed[-1], f"the demo ended: {''.join(printed)}"

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +90,8 @@ class RoundedFamily(ReferenceFamily):
     def __init__(self, original: ReferenceFamily, fmt: Format) -> None:
         self.arch, self.paths, self.num_requests, self.fmt = original.arch, original.paths, 6, fmt
 
-    @cached_property
-    def models(self) -> dict[str, Any]:
-        models: dict[str, Any] = ReferenceFamily.models.func(self)
+    def load_models(self) -> dict[str, Any]:
+        models = super().load_models()
         for model in models.values():
             for name, stack in model.named_parameters():
                 if ".experts." in name:

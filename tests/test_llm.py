@@ -85,7 +85,7 @@ def test_one_bad_request_of_many_generates_nothing(llm: LLM) -> None:
     with pytest.raises(UnknownVariantError, match="base, math, drama, code"):
         llm.generate(["a", "b"], variants=["math", "poet"])
     with pytest.raises(ContextLengthError):
-        llm.generate(["a", [5] * 4000], variants="math")
+        llm.generate(["a", list[int]([5] * 4000)], variants="math")
     with pytest.raises(RequestError, match="2048"):
         llm.generate([[5, 2048]], variants="math")
     with pytest.raises(RequestError, match="variants"):

@@ -1,28 +1,32 @@
-"""Engine processes for tests, forked from a process that has imported torch and transformers already.
+"""Processes for tests, forked from one that has imported torch, transformers and polymoe already.
 
-A fresh Python takes about five seconds of a core to import what an engine needs, and the tests start dozens. A fork has
-the same program, arguments, descriptors and end, and memory of its own. That a fresh Python can start it is tested
-where a whole server is started (test_server_life.py, test_demo.py); other modules than the engine's own, and
-environments that differ from the tests', always get one.
+A fresh Python takes about five seconds of a core to import what an engine or a plan needs, and the tests start dozens.
+A fork has the same program, arguments, environment, descriptors and end, and memory of its own. That a fresh Python can
+start a server, its engine and a command is tested in test_server_life.py, test_demo.py and test_readme.py.
 """
 
 import contextlib
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ENGINE = "polymoe.engine.process"
-_NOT_COMPARED = {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_TESTRUNUID", "COLUMNS", "LINES"}
+RUN_ENGINE = f"import sys; from {ENGINE} import main; sys.exit(main())"
+RUN_COMMAND = "from polymoe.cli.main import main; main()"
+_READ_AT_IMPORT = ("POLYMOE_KERNELS", "TRITON_INTERPRET", "GOMP_SPINCOUNT", "PYTHONPATH")
 
 
-class ForkedEngine:
-    """What the client uses of a `subprocess.Popen`. `report`: a pipe that says the process's id, then its exit code."""
+class Forked:
+    """As a `subprocess.Popen`. `report`: a pipe that says the process's id, then its exit code."""
 
     def __init__(self, report: int) -> None:
         self.returncode: int | None = None
@@ -34,7 +38,7 @@ class ForkedEngine:
         if self.returncode is None:
             if not select.select([self._report], [], [], timeout)[0]:
                 assert timeout is not None
-                raise subprocess.TimeoutExpired(ENGINE, timeout)
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
             self.returncode = int(self._report.readline() or -signal.SIGKILL)  # nothing: the zygote is gone, and it too
             self._report.close()
         return self.returncode
@@ -46,85 +50,109 @@ class ForkedEngine:
 
 
 class Zygote:
-    """Started when the first engine is; it ends with the process that has started it."""
+    """The process that forks; started when it is first needed, and it ends with the one that has started it."""
 
     def __init__(self) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-P", __file__, str(theirs.fileno())]
-            self.environment = dict(os.environ)
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment: dict[str, str] = {}
 
-    def fork(self, fd: int) -> ForkedEngine:
-        """An engine at the other end of `fd`, which writes where this process does now."""
+    def fork(
+        self, source: str, *arguments: str, out: int = 1, error: int = 2, fd: int | None = None,
+        environment: Mapping[str, str] | None = None, folder: Path | None = None,
+    ) -> Forked:  # fmt: skip
+        """Run a Python program. out, error: descriptors of its standard output and error; fd: what is 3 there."""
+        asked = dict(os.environ if environment is None else environment)
         report, theirs = os.pipe()
+        message = json.dumps([source, ["python", *arguments], asked, str(folder or Path.cwd())]).encode()
         try:
-            socket.send_fds(self._control, [bytes(Path.cwd())], [fd, theirs, 1, 2])
+            socket.send_fds(self._started(), [message], [theirs, out, error, *([] if fd is None else [fd])])
         finally:
             os.close(theirs)
-        return ForkedEngine(report)
+        return Forked(report)
+
+    def can(self, environment: Mapping[str, str]) -> bool:
+        """Whether a fork is as a fresh process: not where the difference is read when modules are imported."""
+        self._started()
+        return sys.platform == "linux" and all(
+            environment.get(name) == self._environment.get(name) for name in _READ_AT_IMPORT
+        )
+
+    def _started(self) -> socket.socket:
+        if self._control is None:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._environment = dict(os.environ)
+            with theirs:
+                command = [sys.executable, "-P", __file__, str(theirs.fileno())]
+                self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        return self._control
 
     def close(self) -> None:
-        self._control.close()
-        self._process.wait(60)
+        if self._control is not None and self._process is not None:
+            self._control.close()
+            self._process.wait(60)
 
 
-class EngineStarter:
-    """In place of the client's own: forks what can be forked."""
-
-    def __init__(self, fresh: Any) -> None:
-        self._fresh = fresh
-        self._zygote: Zygote | None = None
-
-    def __call__(self, module: str, fd: int) -> Any:
-        if module != ENGINE or sys.platform != "linux":
-            return self._fresh(module, fd)
-        zygote = self._zygote = self._zygote or Zygote()
-        if _compared(zygote.environment) != _compared(os.environ):
-            return self._fresh(module, fd)
-        return zygote.fork(fd)
-
-    def close(self) -> None:
-        if self._zygote is not None:
-            self._zygote.close()
+zygote = Zygote()
 
 
-def _compared(environment: Any) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in _NOT_COMPARED}
+def run_python(
+    source: str, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A Python program in a process of its own, to its end, with what it wrote."""
+    if not zygote.can(os.environ if env is None else env):
+        command = [sys.executable, "-c", source, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        fds = {"out": out.fileno(), "error": error.fileno()}
+        code = zygote.fork(source, *arguments, **fds, environment=env, folder=cwd).wait()
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), error.read())
+
+
+def engine_starter(fresh: Any) -> Any:
+    """`polymoe.client.client.start_process`, of which `fresh` is the package's own, with forks where they can be."""
+
+    def start_process(module: str, fd: int) -> Any:
+        if module != ENGINE or not zygote.can(os.environ):
+            return fresh(module, fd)
+        return zygote.fork(RUN_ENGINE, "--fd", "3", fd=fd)
+
+    return start_process
 
 
 def serve(control: socket.socket) -> None:
-    """Fork an engine for every message of the control socket, until it is closed."""
+    """Fork a process for every message of the control socket, until it is closed."""
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401  (what most tests serve)
 
+    import polymoe.cli.main
     import polymoe.engine.process
+    import polymoe.llm.llm
+    import polymoe.offline.api  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
-    engines: dict[int, tuple[int, int]] = {}  # a descriptor that says when it has ended -> (id, where that is reported)
+    running: dict[int, tuple[int, int]] = {}  # a descriptor that says when it has ended -> (id, where that is reported)
     while True:
-        for ready in select.select([control, *engines], [], [])[0]:
-            if ready is not control:
-                pid, report = engines.pop(ready)
+        for ready in select.select([control.fileno(), *running], [], [])[0]:
+            if ready != control.fileno():
+                pid, report = running.pop(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 _say(report, code)
                 os.close(report)
                 os.close(ready)
                 continue
-            folder, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 4)
-            if not folder:
+            message, fds, _, _ = socket.recv_fds(control, 1 << 18, 4)
+            if not message:
                 return
-            fd, report, out, error = descriptors
+            report = fds[0]
             if (pid := os.fork()) == 0:
-                for other in (control.detach(), report, *engines, *(to for _, to in engines.values())):
+                for other in (control.detach(), report, *running, *(to for _, to in running.values())):
                     os.close(other)
-                os.dup2(out, 1)
-                os.dup2(error, 2)
-                os.chdir(folder)
-                sys.argv = [ENGINE, "--fd", str(fd)]
-                _end_with(polymoe.engine.process.main)
-            for given in (fd, out, error):
+                _become(json.loads(message), fds[1:])
+            for given in fds[1:]:
                 os.close(given)
-            engines[os.pidfd_open(pid)] = pid, report
+            running[os.pidfd_open(pid)] = pid, report
             _say(report, pid)
 
 
@@ -133,11 +161,26 @@ def _say(report: int, number: int) -> None:
         os.write(report, f"{number}\n".encode())
 
 
-def _end_with(main: Any) -> None:
-    """Without what this process has to do at its end."""
+def _become(message: list[Any], fds: list[int]) -> None:
+    """The program, to its end, without what this process has to do at its own."""
     code = 1
     try:
-        code = main()
+        targets = [1, 2, 3][: len(fds)]
+        for fd, target in zip(fds, targets, strict=True):  # one that is 3 itself is the first, or stays where it is
+            os.dup2(fd, target)
+        for fd in {*fds} - {*targets}:
+            os.close(fd)
+        source, sys.argv, environment, folder = message
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

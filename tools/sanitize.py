@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     "test_cpu_kernels", "test_paged_attention", "test_rms_norm", "test_grouped_linear", "test_grouped_experts",
-    "test_packed_linear", "test_packed_experts", "test_encode",
+    "test_packed_linear", "test_packed_experts", "test_tiled_experts", "test_encode",
 ]  # fmt: skip
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 OPTIONS = {

@@ -76,9 +76,9 @@ def experts(place: Place) -> Iterator[Check]:
         tables = layer.table, layer.delta, layer.sign
         for tokens in lengths:
             for routing in ("random", "skewed"):
-                inputs = _routed(place, bundle, tokens, routing)
+                inputs: Any = _routed(place, bundle, tokens, routing)
                 found = experts_gpu(*inputs, *tables, matrices)
-                wide = inputs[0].float(), *inputs[1:]
+                wide: Any = inputs[0].float(), *inputs[1:]
                 wanted = experts_torch(*wide, *tables, wide_matrices)
                 yield f"experts {shape} {base} {delta} T={tokens} {routing}", error(found, wanted)
 
