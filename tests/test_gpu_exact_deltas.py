@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton, here for its 
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool
-from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
+from polymoe.kernels.gpu.experts import expert_matrices
 from polymoe.quant.exact import encode_exact
-from test_gpu_experts import DEVICE, Case, Dense, E, K, V, expected, make_case
+from test_gpu_experts import DEVICE, Case, Dense, E, K, V, expected, experts_gpu, experts_torch, make_case
 
 TOKENS = 19
 

@@ -128,8 +128,9 @@ def _patch_torch(gpu: NoGpu) -> None:
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for name in ("Stream", "CUDAGraph", "current_stream"):
         setattr(torch.cuda, name, mock.MagicMock())
-    capturing = {"is_current_stream_capturing": lambda: gpu.capturing}
-    mock.patch.multiple(torch.cuda, Event=_Event, graph=graph, **capturing).start()
+    mock.patch.object(torch.cuda, "Event", _Event).start()
+    mock.patch.object(torch.cuda, "graph", graph).start()
+    mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=lambda: gpu.capturing).start()
     mock.patch.object(torch, "Generator", Generator).start()
     mock.patch.object(fake, "init_gpu_context", return_value=None).start()
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
+from polymoe.kernels.gpu import experts as kernels
+from polymoe.kernels.gpu.experts import expert_matrices
 from polymoe.kernels.gpu.paged_attention import paged_attention, paged_attention_torch
 from polymoe.kernels.gpu.rms_norm import rms_norm_gpu, rms_norm_torch
 from polymoe.kernels.gpu.segmented_linear import segmented_linear, segmented_linear_torch
@@ -25,6 +26,8 @@ from polymoe.model.stock.skeleton import build_skeleton, expert_modules
 from polymoe.model.transfer.staging import Staging
 from synthetic_bundle import Layout, SyntheticBundle
 
+experts_gpu: Any = kernels.experts_gpu  # their inputs are handed on with *, of a length that mypy does not know
+experts_torch: Any = kernels.experts_torch
 LIMIT = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 Check = tuple[str, float]
 

@@ -91,7 +91,7 @@ def main() -> int:
                 job = "{} {}".format(*waiting.pop(0))
                 options = ["--device", arguments.device, "--shape", arguments.shape, "--out", str(arguments.out)]
                 command = [sys.executable, __file__, *options, "--job", job]
-                log = (Path(scratch) / job.replace(" ", "-").replace(":", "-")).open("w+b")
+                log: IO[bytes] = (Path(scratch) / job.replace(" ", "-").replace(":", "-")).open("w+b")
                 running[job] = subprocess.Popen(command, env=environment, stdout=log, stderr=log), log
             for job, (process, log) in list(running.items()):
                 if process.poll() is not None:
