@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bo
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))).hexdigest()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         options = [*FLAGS, *flags, f'-DPOLYMOE_SOURCES="{digest}"']
+
+        def compiled(source: Path) -> str:
+            made = str(Path(temporary) / f"{source.stem}.o")
+            command = [compiler, *options, *MORE_FLAGS.get(source.name, []), "-c", str(source), "-o", made]
+            subprocess.run(command, check=True, capture_output=True)
+            return made
+
         try:
-            objects = []
-            for source in sorted(folder.glob("*.cpp")):
-                objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                command = [compiler, *options, *MORE_FLAGS.get(source.name, []), "-c", str(source), "-o", objects[-1]]
-                subprocess.run(command, check=True, capture_output=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # which waits for compilers, a minute of a core in all
+                objects = list(pool.map(compiled, sorted(folder.glob("*.cpp"))))
             library = Path(temporary) / target.name
             command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]
             subprocess.run(command, check=True, capture_output=True)
