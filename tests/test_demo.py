@@ -37,7 +37,7 @@ class Demo:
         tokens = {}
         try:
             printed: list[str] = []
-            while not printed or not printed[-1].startswith("URL"):
+            while not printed or not printed[-1].startswith("curl "):
                 printed.append(demo.stdout.readline())
                 assert printed[-1], f"the demo ended: {''.join(printed)}"
             for name in family_paths():
