@@ -2,7 +2,7 @@
 
 A fresh Python takes about five seconds of a core to import what an engine or a plan needs, and the tests start dozens.
 A fork has the same program, arguments, environment, descriptors and end, and memory of its own. That a fresh Python can
-start a server, its engine and a command is tested in test_server_life.py, test_demo.py and test_readme.py.
+start a server and its engine is tested in test_server_life.py and test_demo.py.
 """
 
 import contextlib
