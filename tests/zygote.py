@@ -73,10 +73,10 @@ class Zygote:
 
     def can(self, environment: Mapping[str, str]) -> bool:
         """Whether a fork is as a fresh process: not where the difference is read when modules are imported."""
+        if sys.platform != "linux":
+            return False
         self._started()
-        return sys.platform == "linux" and all(
-            environment.get(name) == self._environment.get(name) for name in _READ_AT_IMPORT
-        )
+        return all(environment.get(name) == self._environment.get(name) for name in _READ_AT_IMPORT)
 
     def _started(self) -> socket.socket:
         if self._control is None:
