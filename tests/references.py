@@ -49,6 +49,10 @@ class ReferenceFamily:
 
     @cached_property
     def models(self) -> dict[str, Any]:
+        return self.load_models()
+
+    def load_models(self) -> dict[str, Any]:
+        """Variant -> its stock model; others give it other weights."""
         auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         return {
             name: auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()

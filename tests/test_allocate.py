@@ -210,7 +210,8 @@ def test_two_variants_may_share_one_signed_delta(tmp_path: Path) -> None:
 def uniform(family: Family, base: str, delta: str) -> Plan:
     info = family.architecture
     shape = (len(family.names), info.num_layers, info.num_experts)
-    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), base=base, merge="regmean", delta=delta)
+    everywhere = [np.array(text, dtype=object) for text in (base, "regmean", delta)]
+    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), "", *everywhere)
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -254,6 +255,6 @@ def test_predicted_and_measured_error_rank_options_the_same(tmp_path: Path) -> N
             )
             for option in options
         ]
-        found = [measured(uniform(family, *option), with_text) for option in options]
-        spearman = np.corrcoef(ranks(predicted), ranks(found))[0, 1]
-        assert spearman >= 0.9, (with_text, list(zip(options, predicted, found, strict=True)))
+        errors = [measured(uniform(family, *option), with_text) for option in options]
+        spearman = np.corrcoef(ranks(predicted), ranks(errors))[0, 1]
+        assert spearman >= 0.9, (with_text, list(zip(options, predicted, errors, strict=True)))

@@ -73,7 +73,7 @@ def test_every_damage_to_every_file_is_named(kind: str, whole: Path, tmp_path: P
                 pytest.fail(f"{name} of {file} is served")
             if not (file == MANIFEST and name == "delete"):
                 assert file in message, (file, name, message)
-            restore(folder, whole / kind)
+            restore(folder, whole / kind, file)
             count += 1
     assert count > 20 * 15
 
@@ -183,7 +183,8 @@ def test_manifests_that_lie(liar: Liar, lie: str) -> None:
 def test_every_field_of_another_type(liar: Liar, whole: Path) -> None:
     fields = json.loads((liar.folder / MANIFEST).read_text())
     for name, value in fields.items():
-        for wrong in (None, -1, 1e400, "text", [], {}, [[]], [None], {"a": []}):
+        others: list[Any] = [None, -1, 1e400, "text", [], {}, [[]], [None], {"a": []}]
+        for wrong in others:
             if type(wrong) is type(value) and wrong:
                 continue  # a text in place of a text
             liar.edit_manifest(lambda m, n=name, w=wrong: m.update({n: w}))  # type: ignore[misc]
@@ -191,7 +192,7 @@ def test_every_field_of_another_type(liar: Liar, whole: Path) -> None:
                 continue  # signed again, or a value that is allowed
             with pytest.raises(BundleError, match=r"manifest|which is not planned"):
                 Bundle.open(liar.folder)
-            restore(liar.folder, whole / "packed")
+            restore(liar.folder, whole / "packed", MANIFEST)
     for text in ('{"format_version": 2, "files": NaN}', "[" * 100_000, '{"format_version": 1e999}', "null", "\ud800"):
         (liar.folder / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
         with pytest.raises(BundleError, match=r"manifest\.json is damaged"):

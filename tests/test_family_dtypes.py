@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from families import make_family
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.core import EngineCore
 from polymoe.errors import CheckpointError
 from polymoe.offline.api import make_plan

@@ -1,5 +1,6 @@
 """The offline door, on a tiny family with real tokenizers and on the family that comes with the package."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def test_a_worked_answer_ends_by_itself(llm: LLM) -> None:
 def test_one_bad_request_of_many_generates_nothing(llm: LLM) -> None:
     with pytest.raises(UnknownVariantError, match="base, math, drama, code"):
         llm.generate(["a", "b"], variants=["math", "poet"])
+    prompts: list[str | Sequence[int]] = ["a", [5] * 4000]
     with pytest.raises(ContextLengthError):
-        llm.generate(["a", [5] * 4000], variants="math")
+        llm.generate(prompts, variants="math")
     with pytest.raises(RequestError, match="2048"):
         llm.generate([[5, 2048]], variants="math")
     with pytest.raises(RequestError, match="variants"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_planned_for_a_larger_device() -> None:
         ({"expert_cache_bytes": 30 * GIB}, "smaller --memory or a quantised base"),
     ],
 )
-def test_too_small_says_what_to_change(change: dict[str, int], advice: str) -> None:
+def test_too_small_says_what_to_change(change: dict[str, Any], advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         plan_memory(WEIGHTS, replace(REQUEST, **change))
 

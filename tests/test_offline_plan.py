@@ -99,7 +99,7 @@ def test_plans_hold_together(seed: int) -> None:
         for v, layer, e in np.ndindex(*version.shape):
             index = layout.table[v, layer, e]
             stored = layout.resident[layer][index] if index >= 0 else layout.host[layer][-1 - index]
-            assert stored == (plan.serving[v, layer, e], e)
+            assert stored == (int(plan.serving[v, layer, e]), e)
             assert (index >= 0) == plan.resident[v, layer, e]
         for layer in range(layers):
             assert len(set(layout.resident[layer] + layout.host[layer])) == len(

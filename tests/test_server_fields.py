@@ -38,7 +38,10 @@ CHAT_DEFAULTS: dict[str, Any] = {
     "media_io_kwargs": None, "mm_processor_kwargs": None,
 }  # fmt: skip
 COMPLETION_DEFAULTS: dict[str, Any] = {"logprobs": None, "suffix": None, "add_special_tokens": True}
-CLASSES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+CLASSES: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 FIELDS = {
     "/v1/completions": {**DEFAULTS, **COMPLETION_DEFAULTS},
     "/v1/chat/completions": {**DEFAULTS, **CHAT_DEFAULTS},

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from decoded import decoded_experts
 from families import make_family, make_switch_family, write_pairs
 from polymoe.bundle.reader import Bundle
 from polymoe.cli.main import app
+from polymoe.console import Console
 from polymoe.errors import CheckpointError, FamilyError, PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.evaluate.texts import encode_texts

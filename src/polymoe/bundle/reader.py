@@ -3,6 +3,7 @@
 `polymoe.offline.write.bundle_writer.write_bundle` makes one; `polymoe.bundle.manifest` draws the folder.
 """
 
+import copy
 import fcntl
 import logging
 import os
@@ -55,6 +56,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest, faults: Mapping[str, str] | None = None) -> None:
         self.path, self.manifest = path, manifest
         self.faults = dict(faults or {})
+        self._configs: dict[int, Any] = {}  # reading one takes milliseconds, and each is asked for several times
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
         tables = self._handles[TABLES].keys()
@@ -124,14 +126,16 @@ class Bundle:
         return self.variant_folder(variant) if self.manifest.variants[variant].has_tokenizer else None
 
     def variant_config(self, variant: int) -> Any:
-        """The transformers config of one variant. Raises `BundleError` when it cannot be read."""
+        """The transformers config of one variant, the caller's own. Raises `BundleError` when it cannot be read."""
         from polymoe.bundle.config_checks import load_config
 
         folder = self.variant_folder(variant)
         try:
-            return load_config(folder)
+            if variant not in self._configs:
+                self._configs[variant] = load_config(folder)
         except Exception as error:  # transformers raises many kinds
             raise BundleError(f"{folder / 'config.json'} cannot be read: {error}; plan the bundle again.") from error
+        return copy.deepcopy(self._configs[variant])
 
     @cached_property
     def config(self) -> Any:

@@ -12,12 +12,14 @@ import msgspec
 import typer
 from rich.table import Table
 
+from polymoe.bundle.manifest import read_manifest
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
 from polymoe.cli.options import PLAN, SERVE, some, takes
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
+from polymoe.native.installed import say_if_missing
 from polymoe.offline.plan.options import PlanOptions, pairs
 from polymoe.options import Settings
 from polymoe.server.settings import ServerSettings
@@ -136,6 +138,8 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Complete prompts with several variants in one batch, without a server."""
+    say_if_missing()
+    read_manifest(bundle.expanduser())  # what is no bundle is said before seconds are spent on loading torch
     from polymoe import LLM, SamplingParams
 
     llm = LLM(bundle, **settings.of(EngineConfig))
@@ -198,8 +202,10 @@ def _serve(sources: Sequence[str], settings: Settings, policy: str, memory: str 
     config = EngineConfig(bundle="", **settings.of(EngineConfig))  # before minutes are spent on planning
     server = ServerSettings(**settings.of(ServerSettings))
     check_address(server)
+    say_if_missing()
     if len(sources) == 1 and "=" not in sources[0]:
         bundle = Path(sources[0])
+        read_manifest(bundle.expanduser())
     else:
         from polymoe.offline.cache import planned_bundle
 
@@ -230,6 +236,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="windows or pairs a pass")] = 8,
 ) -> None:
     """Measure how close each served variant is to its original: KL, top-1 agreement, perplexities, bytes."""
+    say_if_missing()
+    read_manifest(bundle.expanduser())
     from polymoe.evaluate.report import run_eval
 
     config = EngineConfig(

@@ -15,6 +15,7 @@ from polymoe.quant.formats import SCALE_DTYPE, Format, Kind, group_size, row_byt
 
 Pool = PackedPool | TiledPool | StoredPool | ExactPool
 
+_CODED = (Kind.FLOAT8, Kind.CENTRED, Kind.LEVELS)
 _EXACT, _FLOAT8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MARK_ROWS = 16
@@ -121,7 +122,7 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | No
             num_marks=marks.shape[1], type=_TYPES[parts["values"].dtype],
         )  # fmt: skip
     fmt = pool.fmt
-    if "codes" not in parts or parts["scales"].dtype != SCALE_DTYPE:
+    if fmt.kind not in _CODED or "codes" not in parts or parts["scales"].dtype != SCALE_DTYPE:
         return None
     assert parts["codes"].shape[-1] == row_bytes(fmt, inputs)
     return Stack(

@@ -28,16 +28,22 @@ if TYPE_CHECKING:
     from polymoe.offline.checkpoint.family import Family
     from polymoe.offline.similarity.scan import FamilyScan
 
-# By bits; without those that others of no more bits leave less error than.
-BASES = tuple(
-    fmt.name
-    for fmt in reversed(BASE_FORMATS)
-    if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
-)
-_DELTAS = tuple(fmt for fmt in DELTA_FORMATS if not fmt.is_lossless)
-DELTAS = tuple(fmt.name for fmt in _DELTAS)
 HOST = "host"  # in place of a base: not on the device
-_MIRRORED = tuple(str(Correction(fmt, mirrored=True)) for fmt in _DELTAS)
+
+
+def _bases() -> tuple[str, ...]:
+    """By bits; without those that others of no more bits leave less error than."""
+    return tuple(
+        fmt.name
+        for fmt in reversed(BASE_FORMATS)
+        if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
+    )
+
+
+def _deltas() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names of all deltas that are not lossless, the same between two variants, one of which takes the negative)."""
+    formats = [fmt for fmt in DELTA_FORMATS if not fmt.is_lossless]
+    return tuple(fmt.name for fmt in formats), tuple(str(Correction(fmt, mirrored=True)) for fmt in formats)
 
 
 def auto_plan(
@@ -102,7 +108,8 @@ def position_options(family: Family, scan: FamilyScan, errors: QuantisationError
     """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
     in one group, in two, and in one for each that differs; separate experts as stored; exact deltas."""
     sizes = ExpertSizes.of(family)
-    each = {name: sizes(name) for name in (*BASES, *DELTAS)}
+    bases, (all_deltas, all_mirrored) = _bases(), _deltas()
+    each = {name: sizes(name) for name in (*bases, *all_deltas)}
     exact = exact_delta_bytes(family, scan) if len(scan.variant_names) > 1 else None
     num_variants, num_layers, num_experts = scan.expert_same_as.shape
     nothing = np.zeros((3, num_variants))
@@ -114,9 +121,9 @@ def position_options(family: Family, scan: FamilyScan, errors: QuantisationError
         options = [Option(own, STORED, "own", NO_DELTA, distinct * each[STORED], nothing)]
         for n, partition in enumerate(errors.partitions[layer][expert]):
             alone = len(partition) == distinct
-            deltas = () if alone and distinct > 1 else DELTAS
-            mirrored = _MIRRORED if num_variants == 2 and len(partition) == 1 < distinct else ()
-            for base in BASES:
+            deltas = () if alone and distinct > 1 else all_deltas
+            mirrored = all_mirrored if num_variants == 2 and len(partition) == 1 < distinct else ()
+            for base in bases:
                 for delta in (NO_DELTA, *deltas, *mirrored):
                     if alone and base == STORED:
                         continue  # lossless already, above
@@ -139,8 +146,9 @@ def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
     """{"int4 + d2": int [P]}: all positions in one format with one width of deltas, all variants on one base, and, as
     "int4 apart", each on its own. Where the variants are identical it may be without loss instead."""
     found = {}
-    for base in BASES:
-        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *DELTAS, *_MIRRORED)]
+    deltas, mirrored = _deltas()
+    for base in _bases():
+        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *deltas, *mirrored)]
         for together, delta in ways:
             chosen = [_find(row, base, delta, together) for row in options]
             if all(option is not None for option in chosen):
