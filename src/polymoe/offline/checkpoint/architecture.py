@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polymoe.bundle.config_checks import OTHER_INPUTS
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.switch_experts import stack_switch_experts
@@ -22,7 +23,6 @@ _RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|k
 _RECURRENT_CLASS = re.compile(
     r"Mamba|GatedDelta|DeltaNet|DeltaAttention|ShortConv|LinearAttention|LightningAttention|Recurrent|RWKV|Rwkv|SSM"
 )
-_OTHER_INPUTS = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "talker_config")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,11 @@ def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedMod
 
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "quantization_config")
-        raise refusal(config, f"the checkpoint is quantised ({method})", "Give the original in 16 or 32 bits.")
-    other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
+    other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
-        reason = f"it takes images or sound ({', '.join(other)}); only text models are served"
+        reason = (
+            f"it takes images or sound ({', '.join(other)}), and transformers has no text model for its language part"
+        )
         raise refusal(config, reason, "Save its text model on its own (…ForCausalLM), where it has one.")
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})

@@ -23,7 +23,7 @@ _IGNORED_FIELDS = {
     *("router_z_loss_coef", "add_router_probs"),
     *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
     *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
-    *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
+    *("left_out_inputs", "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
 }
 _ONE_VALUE = "If both were trained with the same value, write it into both config.json"
 
