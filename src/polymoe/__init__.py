@@ -25,6 +25,7 @@ __all__ = [
     "PolymoeError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "PolymoeError": "polymoe.errors",
     "RequestOutput": "polymoe.protocol.request",
     "SamplingParams": "polymoe.protocol.request",
+    "StructuredOutputsParams": "polymoe.protocol.structured_outputs",
 }
 
 
