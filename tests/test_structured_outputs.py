@@ -163,7 +163,14 @@ def test_what_cannot_be_compiled_says_where(llm: LLM, fields: dict[str, Any], sa
 
 
 def test_what_contradicts_itself_is_refused() -> None:
-    for fields in ({}, {"json": {}, "regex": "a"}, {"choice": []}, {"choice": [""]}, {"json_object": False}):
+    cases: tuple[dict[str, Any], ...] = (
+        {},
+        {"json": {}, "regex": "a"},
+        {"choice": []},
+        {"choice": [""]},
+        {"json_object": False},
+    )
+    for fields in cases:
         with pytest.raises(RequestError):
             structured(**fields)
     for field, value in {"allowed_token_ids": [1], "bad_words": ["a"], "ignore_eos": True}.items():
@@ -220,7 +227,8 @@ def test_bad_words_of_several_tokens(bundle: Path, asynchronous: bool) -> None:
         letters = tokenizer.encode("xz", add_special_tokens=False)
         assert len(letters) == 2
         fields: dict[str, Any] = {"max_tokens": 60, "temperature": 2, "seed": 1, "allowed_token_ids": letters}
-        for words in ([], ["xz"], ["xzx", "zz"], ["xxx", "zzz"]):
+        no_words: list[str] = []
+        for words in (no_words, ["xz"], ["xzx"], ["xxx", "zzz"]):
             sampling = SamplingParams(**fields, bad_words=words)
             text = text_of(llm.generate("the", sampling, "base", use_tqdm=False)[0])
             assert len(text) == 60

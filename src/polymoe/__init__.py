@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polymoe.llm.async_llm import AsyncLLM
     from polymoe.llm.llm import LLM
     from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from polymoe.protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -14,7 +14,8 @@ from polymoe.text.tokenizer import VariantTokenizer
 # Together they keep compiling under about a second and a step of a sequence under some 20 milliseconds, whatever the
 # schema. Within them is an object of 2,000 optional properties.
 MAX_GRAMMAR_CHARS = 128 << 10
-_LIMITS: Mapping[str, int] = {"max_grammar_size": 25_000, "max_items_in_row": 10_000}
+_MAX_SYMBOLS = 25_000
+_MAX_ROW_ITEMS = 10_000
 # A model that has lost its thread would write line breaks for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MAX_SEARCH_SECONDS = 0.5
@@ -29,7 +30,7 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 def parser_limits() -> LLParserLimits:
     """A new one each time: messages without a dump of the parser's state."""
-    return LLParserLimits(**_LIMITS, verbose_errors=False)
+    return LLParserLimits(max_grammar_size=_MAX_SYMBOLS, max_items_in_row=_MAX_ROW_ITEMS, verbose_errors=False)
 
 
 def grammar_text(wanted: StructuredOutputsParams) -> str:
