@@ -11,9 +11,10 @@ from families import make_tokenizer
 from polymoe.protocol.structured_outputs import StructuredOutputsParams
 from polymoe.text.grammar import answer_after
 from polymoe.text.reasoning import ReasoningMarks, ReasoningSplitter, reasoning_marks
-from polymoe.text.tools.base import Arguments, Call, Event, Text, Thought, Token
+from polymoe.text.tools.base import Arguments, Call, Event, Text, Thought
 from polymoe.text.tools.choose import TOOL_PARSERS, choose_tool_parser
 from polymoe.text.tools.harmony import HarmonyParser
+from polymoe.text.tools.lark import Token
 
 WEATHER = {
     "type": "object",

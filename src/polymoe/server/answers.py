@@ -16,9 +16,10 @@ from polymoe.server.protocol import ChatCompletionRequest
 from polymoe.text.grammar import answer_after
 from polymoe.text.reasoning import ReasoningMarks, ReasoningSplitter, reasoning_marks
 from polymoe.text.tokenizer import VariantTokenizer
-from polymoe.text.tools.base import Arguments, Call, Event, Text, Thought, Token, ToolParser
+from polymoe.text.tools.base import Arguments, Call, Event, Text, Thought, ToolParser
 from polymoe.text.tools.choose import TOOL_PARSERS, choose_tool_parser
 from polymoe.text.tools.harmony import HarmonyParser
+from polymoe.text.tools.lark import Token
 
 _PROMPT_END = 256  # tokens in which a template that begins the reasoning does it
 _ALPHABET = string.ascii_letters + string.digits

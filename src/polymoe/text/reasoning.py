@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from polymoe.text.tools.base import Token
+from polymoe.text.tools.lark import Token
 
 # Begin and end: Qwen, DeepSeek, GLM and others; Magistral; Seed-OSS.
 _PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))

@@ -1,11 +1,12 @@
 """What all formats of tool calls share: text comes in pieces, and text and calls go out as early as they are known."""
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+from polymoe.text.tools.lark import Token
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,6 @@ Event = Text | Call | Arguments | Thought
 # A parser's program: yields what it found, or None when it cannot go on without more text; returns a value.
 T = TypeVar("T")
 Steps = Generator[Event | None, None, T]
-
-
-_SPACE = r"[\x20\x0A]{1,4}"
 
 
 class MalformedCallError(Exception):
@@ -278,65 +276,6 @@ class ToolParser(ABC):
 
     def _skip_space(self) -> None:
         self._take(len(self._buffer) - len(self._buffer.lstrip()))
-
-
-class Token:
-    """How a grammar writes a marker: as a special token, or as text where it is none.
-
-    Args: special: special token -> id.
-    """
-
-    def __init__(self, special: Mapping[str, int]) -> None:
-        self.special = special
-
-    def __call__(self, marker: str) -> str:
-        return f"<[{self.special[marker]}]>" if marker in self.special else as_json(marker)
-
-    def text_before(self, marker: str, name: str) -> str:
-        """A rule `name` for any text with the marker at its end."""
-        if marker in self.special:  # text cannot contain it
-            return f"{name}: {name.upper()} {self(marker)}\n{name.upper()}: /(?s:.*)/\n"
-        return f"{name}[lazy]: /(?s:.*){re.escape(marker).replace('/', chr(92) + '/')}/\n"
-
-
-def typed(value: str, schema: Mapping[str, Any]) -> str:
-    """The JSON of an argument that a format writes as text: what its schema calls a string stays one."""
-    if is_string(schema):
-        return json.dumps(value, ensure_ascii=False)
-    try:
-        return json.dumps(json.loads(value), ensure_ascii=False)
-    except ValueError:
-        if value in ("True", "False", "None"):
-            return {"True": "true", "False": "false", "None": "null"}[value]
-        return json.dumps(value, ensure_ascii=False)
-
-
-def is_string(schema: Mapping[str, Any]) -> bool:
-    kinds = schema.get("type")
-    if kinds is None and "enum" in schema:
-        return all(isinstance(value, str) for value in schema["enum"])
-    return kinds == "string" or (isinstance(kinds, list) and set(kinds) <= {"string", "null"} and "string" in kinds)
-
-
-def properties(schema: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Argument -> its schema."""
-    found = schema.get("properties")
-    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
-
-
-def rules(calls: Sequence[str], parallel: bool, between: str = '"\\n"') -> str:
-    """Lark's rule for one of the calls (rules of their own), or for several."""
-    one = " | ".join(calls)
-    return f"start: one ({between} one)*\none: {one}\n" if parallel else f"start: {one}\n"
-
-
-def json_rule(name: str, schema: Mapping[str, Any]) -> str:
-    """A rule for JSON that follows a schema, nearly as densely as the templates write it."""
-    return f"{name}: %json {as_json({'x-guidance': {'whitespace_pattern': _SPACE}} | dict(schema))}\n"
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _overlap(text: str, marker: str) -> int:

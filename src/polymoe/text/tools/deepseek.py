@@ -12,7 +12,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polymoe.text.tools.base import MalformedCallError, Steps, Token, ToolParser, as_json, json_rule
+from polymoe.text.tools.base import MalformedCallError, Steps, ToolParser
+from polymoe.text.tools.lark import Token, as_json, json_rule
 
 _ALL, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"

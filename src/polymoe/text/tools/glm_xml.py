@@ -9,19 +9,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polymoe.text.tools.base import (
-    Arguments,
-    MalformedCallError,
-    Steps,
-    Token,
-    ToolParser,
-    as_json,
-    is_string,
-    json_rule,
-    properties,
-    rules,
-    typed,
-)
+from polymoe.text.tools.arguments import is_string, properties, typed
+from polymoe.text.tools.base import Arguments, MalformedCallError, Steps, ToolParser
+from polymoe.text.tools.lark import Token, as_json, json_rule, rules
 
 
 class GlmXmlParser(ToolParser):

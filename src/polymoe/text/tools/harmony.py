@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from polymoe.text.tools.base import Arguments, Event, Steps, Text, Thought, Token, ToolParser, as_json, json_rule
+from polymoe.text.tools.base import Arguments, Event, Steps, Text, Thought, ToolParser
+from polymoe.text.tools.lark import Token, as_json, json_rule
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")

@@ -8,7 +8,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polymoe.text.tools.base import Steps, Token, ToolParser, json_rule, rules
+from polymoe.text.tools.base import Steps, ToolParser
+from polymoe.text.tools.lark import Token, json_rule, rules
 
 
 def call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polymoe.text.tools.base import MalformedCallError, Steps, Token, ToolParser, as_json, json_rule, rules
+from polymoe.text.tools.base import MalformedCallError, Steps, ToolParser
 from polymoe.text.tools.hermes import call_schema
+from polymoe.text.tools.lark import Token, as_json, json_rule, rules
 
 _MARK = "[TOOL_CALLS]"
 
