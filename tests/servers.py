@@ -30,11 +30,12 @@ CONTEXT = 1024  # tokens; long enough that a request surely runs when a test int
 START_LIMIT, LIMIT = 300.0, 120.0
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, all_bytes: bool = False) -> Path:
     """Variants `base` and `v1`, unrelated random models with tokenizers and chat templates of their own."""
     paths = make_family(
-        "mixtral", folder / "checkpoints", num_variants=2, perturb=None, tokenizer=True, max_position_embeddings=CONTEXT
-    )
+        "mixtral", folder / "checkpoints", num_variants=2, perturb=None, tokenizer=True, all_bytes=all_bytes,
+        max_position_embeddings=CONTEXT,
+    )  # fmt: skip
     make_plan(paths, "separate", None, folder / "bundle")
     return folder / "bundle"
 

@@ -1,5 +1,6 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
+import concurrent.futures
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
+from polymoe.engine.grammars import GrammarCompiler
 from polymoe.engine.kind import engine_kind
 from polymoe.engine.memory_request import memory_request
 from polymoe.engine.model_runner import StepInFlight
@@ -33,6 +35,7 @@ from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceI
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
+_LOOK_AGAIN = 0.02  # seconds that an idle engine waits for a grammar before it looks for commands
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,6 +150,7 @@ class EngineCore:
             dtype=name,
             fast_paths=self.model.fast_paths,
         )
+        self.grammars = GrammarCompiler(self.info.variants, max(sizes))
 
     def _max_model_len(self, variant: int) -> int:
         record = self.bundle.variants[variant]
@@ -198,7 +202,9 @@ class EngineCore:
         """Queue a request. Raises `RequestError` for an SLO class that does not exist, and `OverloadedError` where the
         queue is full or the first token would come too late."""
         salt = salt_of(self.info.variants[request.variant].version, request.cache_salt)
-        self.scheduler.add(Sequence(request, salt, self._ttft_target(request.qos.slo_class)))
+        target = self._ttft_target(request.qos.slo_class)
+        grammar = None if request.grammar is None else self.grammars.compile(request.variant, request.grammar)
+        self.scheduler.add(Sequence(request, salt, target, grammar))
 
     def _ttft_target(self, slo_class: str) -> float | None:
         if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
@@ -229,6 +235,9 @@ class EngineCore:
         outputs = self._collect()
         if launched is not None:
             self._in_flight = self.scheduler.launched(scheduled), launched
+        elif not outputs and self.scheduler.held:  # there may be nothing to do until a grammar is compiled
+            futures = [s.grammar for s in self.scheduler.held if s.grammar is not None]
+            concurrent.futures.wait(futures, _LOOK_AGAIN, concurrent.futures.FIRST_COMPLETED)
         return outputs if self.asynchronous else outputs + self._collect()
 
     def _collect(self) -> list[TokenOutput]:
@@ -273,10 +282,11 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         num = len(self.info.variants)
+        waiting = [*self.scheduler.waiting, *self.scheduler.held]
         reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
         return EngineStats(
             running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
-            waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
+            waiting=[sum(s.variant == v for s in waiting) for v in range(num)],
             kv_usage=self.blocks.usage,
             prefix_cache_queries=list(self.scheduler.batch.prefix_queries),
             prefix_cache_hits=list(self.scheduler.batch.prefix_hits),

@@ -127,7 +127,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
     if body.messages is not None:
-        token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
+        token_ids = await encode_chat(tokenizer, body.messages, body.template_variables())
     else:
         token_ids = await encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
     answer: dict[str, Any] = {

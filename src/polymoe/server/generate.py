@@ -10,9 +10,12 @@ from starlette.responses import Response
 
 from polymoe.client.client import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
+from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.request import SamplingParams
+from polymoe.server.answers import answer_format, opened
+from polymoe.server.chat_messages import ChatMessage
 from polymoe.server.metrics import RequestTimer
-from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
+from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect
@@ -37,11 +40,12 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and max_tokens == 0:
         max_tokens = 1  # left out of the answer
+    asked = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
     sampling = body.sampling(
         variant.generation,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(asked, default=None),
     )
     prompts: list[Prompt] = []
     for prompt in body.prompts():
@@ -50,6 +54,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
             prompts.append((prompt, await encode(tokenizer, prompt, body.add_special_tokens is not False)))
         else:
             prompts.append((None, prompt))
+    if body.truncate_prompt_tokens is not None:
+        prompts = [(None, truncated(ids, body, variant, max_tokens)) for _, ids in prompts]
     request_id = f"cmpl-{uuid.uuid4().hex}"
     form = CompletionFormat(request_id, body, prompts, tokenizer)
     return await _answer(request, arrival, request_id, body, prompts, sampling, form)
@@ -62,8 +68,11 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
-    token_ids = await encode_chat(tokenizer, body.messages, body.chat_template_kwargs)
+    answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
+    token_ids = await encode_chat(tokenizer, body.messages, body.template_variables())
+    answers = opened(answers, tokenizer, token_ids)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    token_ids = truncated(token_ids, body, variant, max_tokens or 1)
     room = variant.max_new_tokens(len(token_ids))
     if max_tokens is None:
         most = variant.generation.get("max_tokens")
@@ -72,11 +81,15 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         raise ContextLengthError(variant.max_model_len, len(token_ids), max_tokens, param="messages")
     top = body.top_logprobs or 0
     sampling = body.sampling(
-        variant.generation, max_tokens=max_tokens, logprobs=top if body.logprobs else None, prompt_logprobs=None
+        variant.generation,
+        max_tokens=max_tokens,
+        logprobs=top if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
+    sampling = answers.constrained(sampling, tokenizer.special_tokens)
     prompts: list[Prompt] = [(None, token_ids)]
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    form = ChatFormat(request_id, body, prompts, tokenizer)
+    form = ChatFormat(request_id, body, prompts, tokenizer, answers)
     try:
         return await _answer(request, arrival, request_id, body, prompts, sampling, form)
     except RequestError as error:
@@ -95,6 +108,14 @@ async def _answer(
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    if sampling.structured_outputs is not None:
+        processor = state.client.processor
+        try:
+            await processor.grammars.prepare(processor.grammar_source(body.model, sampling.structured_outputs))
+        except RequestError as error:
+            if body.structured_outputs is None:
+                error.param = "response_format" if body.structure is not None else "tools"
+            raise
     try:
         stream = await state.client.submit(
             request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "", qos=body.qos
@@ -108,6 +129,18 @@ async def _answer(
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)
+
+
+def truncated(
+    token_ids: list[int], body: CompletionRequest | ChatCompletionRequest, variant: VariantInfo, max_tokens: int
+) -> list[int]:
+    """The last tokens of a prompt, as many as the request says; -1: as many as there is room for."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if most == -1:
+        most = variant.max_prompt_len if variant.is_encoder_decoder else max(1, variant.max_model_len - max_tokens)
+    return token_ids[-most:]
 
 
 async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: bool) -> list[int]:

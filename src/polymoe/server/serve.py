@@ -144,7 +144,8 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
             state.set_progress(stage, fraction)
             show(stage, fraction)
 
-        await client.start(on_progress)
+        info = await client.start(on_progress)
+        state.settings.check_variants([variant.name for variant in info.variants])
 
 
 async def _drain(client: AsyncEngineClient, http: "asyncio.Task[None]", grace: float) -> None:

@@ -17,7 +17,7 @@ Apply = Callable[..., Any]
 
 _PROBE = "polymoe probe"  # nothing that a template would write by itself
 # What `apply_chat_template` understands itself and a request may set all the same.
-_ALLOWED = {"kwargs", "add_generation_prompt", "documents"}
+_ALLOWED = {"kwargs", "add_generation_prompt", "continue_final_message", "documents", "tools"}
 
 
 class ChatTemplate:
