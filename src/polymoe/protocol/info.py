@@ -33,6 +33,10 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
         """Most tokens that can follow a prompt."""
         return self.max_model_len // 2 - 1 if self.encodes_prompts else self.max_model_len - num_prompt_tokens
 
+    def most_prompt_tokens(self, max_tokens: int) -> int:
+        """Longest prompt that leaves room for `max_tokens` more; at least 1."""
+        return self.max_model_len // 2 if self.encodes_prompts else max(1, self.max_model_len - max_tokens)
+
     def check_room(self, num_prompt_tokens: int, max_tokens: int, scores_prompt: bool) -> None:
         """Raises `RequestError` for a prompt whose log-probabilities nobody computes, and for too many tokens."""
         if self.encodes_prompts:
@@ -42,7 +46,7 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
                     "prompt_logprobs).",
                     param="echo",
                 )
-            if num_prompt_tokens > (most := self.max_model_len // 2):
+            if num_prompt_tokens > (most := self.most_prompt_tokens(max_tokens)):
                 raise RequestError(
                     f"The prompt has {num_prompt_tokens} tokens; the encoder of `{self.name}` reads at most {most}.",
                     param="prompt",

@@ -139,7 +139,7 @@ def truncated(
     if most is None:
         return token_ids
     if most == -1:
-        most = variant.max_prompt_len if variant.is_encoder_decoder else max(1, variant.max_model_len - max_tokens)
+        most = variant.most_prompt_tokens(max_tokens)
     return token_ids[-most:]
 
 

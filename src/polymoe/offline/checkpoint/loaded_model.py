@@ -4,8 +4,8 @@ alone would not load it so (fewer bits, adapters, patches)."""
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.skeleton import keeps_float32
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
@@ -15,8 +15,7 @@ _SWITCH = {"up_proj": "wi.weight", "down_proj": "wo.weight"}  # stacked here, a 
 @torch.no_grad()
 def loaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Runs in `dtype`, but for what transformers keeps in float32 then. Needs memory for one model and one tensor."""
-    auto = AutoModelForSeq2SeqLM if checkpoint.config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_config(checkpoint.config, dtype=dtype)
+    model = kind_of(checkpoint.config).auto.from_config(checkpoint.config, dtype=dtype)
     state = model.state_dict()
     for target in checkpoint.target_names:
         tensor = checkpoint.tensor(target)
