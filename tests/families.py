@@ -7,7 +7,7 @@ go wrong (distinct head counts, a leading dense layer, biases and sinks that are
 import json
 import random
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+
+from quantised import store_block_fp8, store_mxfp4
 
 COMMON: dict[str, Any] = {
     "vocab_size": 112,
@@ -105,6 +107,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 
+# Families that are stored in few bits: name -> (architecture, config fields that the format needs, how it is stored)
+STORED: dict[str, tuple[str, dict[str, Any], Callable[[Path], None]]] = {
+    "qwen3_moe_fp8": ("qwen3_moe", {}, store_block_fp8),
+    "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 32}, store_mxfp4),
+}
+
 # An encoder and a decoder of a dense and a sparse layer each; with few buckets, so that far tokens share the last one.
 SWITCH: dict[str, Any] = {
     "vocab_size": 112,
@@ -182,8 +190,12 @@ def make_family(
     `frozen`: a regular expression; tensors whose (v5) name it finds stay bit-identical to the base's.
     `frozen_experts`: expert indices that stay bit-identical in every layer.
     `changed`: share of the values of experts that a fine-tune changed; None: all of them.
-    `overrides` are config fields. Returns {variant name: folder}.
+    `arch` may be one of `STORED`. `overrides` are config fields. Returns {variant name: folder}.
     """
+    store = None
+    if arch in STORED:
+        arch, needed, store = STORED[arch]
+        overrides = needed | overrides
     base = make_model(arch, seed, **overrides)
     start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     paths: dict[str, Path] = {}
@@ -212,6 +224,8 @@ def make_family(
         paths[name] = folder / name
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.to(dtype).save_pretrained(paths[name], save_original_format=not save_v5_names, **shards)
+        if store is not None:
+            store(paths[name])
         if arch == "switch_transformers":
             GenerationConfig(eos_token_id=1, pad_token_id=0, decoder_start_token_id=0).save_pretrained(paths[name])
         else:

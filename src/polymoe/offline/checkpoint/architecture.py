@@ -67,9 +67,6 @@ def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedMod
 
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "quantization_config")
-        raise refusal(config, f"the checkpoint is quantised ({method})", "Give the original in 16 or 32 bits.")
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
         reason = f"it takes images or sound ({', '.join(other)}); only text models are served"

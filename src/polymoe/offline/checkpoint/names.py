@@ -10,7 +10,7 @@ Written against transformers 5.17 to 5.23.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +26,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from polymoe.bundle.tensor_file import TensorEntry
 from polymoe.errors import CheckpointError
 from polymoe.model.stock.switch_experts import SwitchExperts
 from polymoe.offline.checkpoint.source import some
+from polymoe.offline.checkpoint.source_tensor import Load, SourceTensor
 
 
 @dataclass
@@ -51,14 +51,15 @@ class Target:
 
 
 class NameMap:
-    """All targets that a set of stored tensors makes in `model` (on the meta device).
+    """All targets that a checkpoint's tensors make in `model` (on the meta device).
 
-    `targets`: target name -> Target. `unmatched`: stored names that map nowhere.
+    `tensors`: stored name -> how to read it. `targets`: target name -> Target. `unmatched`: stored names that map
+    nowhere.
     Raises `CheckpointError` when two stored tensors claim one target or a conversion rule fails on the stored shapes.
     """
 
-    def __init__(self, model: Any, stored: Mapping[str, TensorEntry]) -> None:
-        self.model = model
+    def __init__(self, model: Any, stored: Mapping[str, SourceTensor]) -> None:
+        self.model, self.tensors = model, stored
         self.unmatched: list[str] = []
         self.targets: dict[str, Target] = {}
         # The rules run on meta tensors first: that gives names and shapes of all results without reading any data.
@@ -76,11 +77,11 @@ class NameMap:
                     )
                 self.targets[target] = Target(tuple(tensor.shape), tensor.dtype, recipe)
 
-    def read(self, target: str, load: Callable[[str], Tensor]) -> Tensor:
-        """Make one target from its stored tensors; `load(stored name) -> tensor` is called for those only."""
-        return self._apply(self.targets[target].recipe, load)[target]
+    def read(self, target: str, load: Load) -> Tensor:
+        """Make one target; `load` is called for the stored tensors that it is made of, and no others."""
+        return self._apply(self.targets[target].recipe, lambda name: self.tensors[name].make(load))[target]
 
-    def _collect(self, stored: Mapping[str, TensorEntry]) -> list[Recipe]:
+    def _collect(self, stored: Mapping[str, SourceTensor]) -> list[Recipe]:
         """Group the stored names by the target they make, as transformers' loader does (natural order of names)."""
         rules = get_model_conversion_mapping(self.model) + _stacking_rules(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -109,7 +110,7 @@ class NameMap:
             _check_numbering(recipe)
         return list(recipes.values())
 
-    def _apply(self, recipe: Recipe, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _apply(self, recipe: Recipe, load: Load) -> dict[str, Tensor]:
         if recipe.converter is None:
             return {recipe.target: load(recipe.sources[0][1])}
         converter = deepcopy(recipe.converter)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polymoe.bundle.tensor_file import TensorEntry
 from polymoe.config import format_bytes
 from polymoe.errors import CheckpointError
 from polymoe.offline.checkpoint.source import some
@@ -32,8 +31,8 @@ class Unread:
         """What may be left out."""
         return (*self.tables, *self.prediction, *self.declared)
 
-    def notes(self, class_name: str, entries: Mapping[str, TensorEntry]) -> list[str]:
-        """One line for each kind that there is, with its bytes."""
+    def notes(self, class_name: str, num_bytes: Mapping[str, int]) -> list[str]:
+        """One line for each kind that there is, with its bytes. `num_bytes`: name -> what it takes in the files."""
         kinds = (
             ("rotary tables, which are computed", self.tables),
             ("multi-token prediction", self.prediction),
@@ -41,7 +40,7 @@ class Unread:
         )
         return [
             f"left out: {some(names)} ({kind}; {len(names)} in all, "
-            f"{format_bytes(sum(entries[name].num_bytes for name in names))}), which {class_name} does not read"
+            f"{format_bytes(sum(num_bytes[name] for name in names))}), which {class_name} does not read"
             for kind, names in kinds
             if names
         ]
