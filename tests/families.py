@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from quantised import store_block_fp8, store_mxfp4
+from quantised import store_block_fp8, store_int4, store_mxfp4
 
 COMMON: dict[str, Any] = {
     "vocab_size": 112,
@@ -107,10 +107,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 
-# Families that are stored in few bits: name -> (architecture, config fields that the format needs, how it is stored)
-STORED: dict[str, tuple[str, dict[str, Any], Callable[[Path], None]]] = {
-    "qwen3_moe_fp8": ("qwen3_moe", {}, store_block_fp8),
-    "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 32}, store_mxfp4),
+# Families that are stored in few bits: name -> (architecture, config fields that the formats need, how each variant is
+# stored, in turn)
+STORED: dict[str, tuple[str, dict[str, Any], list[Callable[[Path], object]]]] = {
+    "qwen3_moe_fp8": ("qwen3_moe", {}, [store_block_fp8]),
+    "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 32}, [store_mxfp4]),
+    "qwen3_moe_mixed": ("qwen3_moe", {}, [store_int4, lambda _: None, store_block_fp8]),
 }
 
 # An encoder and a decoder of a dense and a sparse layer each; with few buckets, so that far tokens share the last one.
@@ -192,9 +194,9 @@ def make_family(
     `changed`: share of the values of experts that a fine-tune changed; None: all of them.
     `arch` may be one of `STORED`. `overrides` are config fields. Returns {variant name: folder}.
     """
-    store = None
+    stores: list[Callable[[Path], object]] = [lambda _: None]
     if arch in STORED:
-        arch, needed, store = STORED[arch]
+        arch, needed, stores = STORED[arch]
         overrides = needed | overrides
     base = make_model(arch, seed, **overrides)
     start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -224,8 +226,7 @@ def make_family(
         paths[name] = folder / name
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.to(dtype).save_pretrained(paths[name], save_original_format=not save_v5_names, **shards)
-        if store is not None:
-            store(paths[name])
+        stores[index % len(stores)](paths[name])
         if arch == "switch_transformers":
             GenerationConfig(eos_token_id=1, pad_token_id=0, decoder_start_token_id=0).save_pretrained(paths[name])
         else:

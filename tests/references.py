@@ -1,5 +1,6 @@
 """What stock transformers says: each variant alone, loaded by transformers itself from its own checkpoint."""
 
+import json
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompressedTensorsConfig
 
 from families import make_family
 from polymoe.engine.core import EngineCore
@@ -51,7 +52,9 @@ class ReferenceFamily:
     def models(self) -> dict[str, Any]:
         auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         return {
-            name: auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            name: auto.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager", **dequantised(path)
+            ).eval()
             for name, path in self.paths.items()
         }
 
@@ -80,6 +83,14 @@ class ReferenceFamily:
         logits = torch.cat(output.logits).float()
         start = 1 if self.is_encoder_decoder else len(prompt)
         return Case(variant, prompt, max_tokens, output.sequences[0, start:].tolist(), logits)
+
+
+def dequantised(path: Path) -> dict[str, Any]:
+    """What `from_pretrained` has to be told where it would not dequantise by itself."""
+    found = json.loads((path / "config.json").read_text()).get("quantization_config", {})
+    if found.get("quant_method") != "compressed-tensors":
+        return {}
+    return {"quantization_config": CompressedTensorsConfig(**found, dequantize=True)}
 
 
 def served_logits(engine: EngineCore, cases: list[Case]) -> list[torch.Tensor]:

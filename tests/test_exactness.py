@@ -1,6 +1,6 @@
 """The backbone: a lossless plan gives every variant exactly its own model, in any mixture and on any path.
 
-Each architecture is a tiny random family, two are stored in few bits; the reference is each variant alone in
+Each architecture is a tiny random family, some stored in few bits; the reference is each variant alone in
 transformers' `generate`.
 """
 

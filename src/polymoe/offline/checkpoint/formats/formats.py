@@ -7,14 +7,19 @@ import torch
 
 from polymoe.errors import CheckpointError, UnsupportedModelError
 from polymoe.offline.checkpoint.formats.block_fp8 import read_block_fp8
+from polymoe.offline.checkpoint.formats.compressed import read_compressed
 from polymoe.offline.checkpoint.formats.decoded import Format
 from polymoe.offline.checkpoint.formats.mxfp4 import read_mxfp4
+from polymoe.offline.checkpoint.formats.packed_int import read_awq, read_gptq
 from polymoe.offline.checkpoint.source_tensor import SourceTensor, TensorFiles, plain
 
 # `quant_method` of config.json -> what reads it
 FORMATS: Mapping[str, Format] = {
     "fp8": read_block_fp8,
     "mxfp4": read_mxfp4,
+    "compressed-tensors": read_compressed,
+    "awq": read_awq,
+    "gptq": read_gptq,
 }
 
 
