@@ -147,7 +147,7 @@ def test_not_a_checkpoint(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Checkpoint.open(tmp_path, "x")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="LoRA adapter; merge it first"):
+    with pytest.raises(CheckpointError, match="LoRA adapter; give it with its base"):
         Checkpoint.open(tmp_path, "x")
 
 

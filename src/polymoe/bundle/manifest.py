@@ -76,7 +76,9 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     version: str  # over all that defines its answers: the weights that serve it, its configs and its tokenizer
     source: str  # as given: a folder or org/model[@revision]
-    source_path: str  # absolute; only `polymoe eval` reads it, the bundle does not need it
+    source_path: (
+        str  # absolute, BASE+CHANGE where it has changes; only `polymoe eval` reads it, the bundle does not need it
+    )
     source_hash: str  # over the original's tensors
     max_model_len: int  # tokens
     vocab_size: int  # rows of its embeddings

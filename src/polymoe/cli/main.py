@@ -256,16 +256,17 @@ def version() -> None:
     print(__version__)
 
 
-def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, Path], dict[str, Samples]]":
-    """(variant -> checkpoint folder, variant -> what it is measured on); nothing is read without texts."""
+def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, str], dict[str, Samples]]":
+    """(variant -> checkpoint, variant -> what it is measured on); nothing is read without texts."""
     if not texts:
         return {}, {}
     from polymoe.evaluate.texts import samples_of
     from polymoe.offline.checkpoint.family import parse_variant_specs
-    from polymoe.offline.checkpoint.source import resolve
+    from polymoe.offline.checkpoint.place import Place
 
-    checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
-    return checkpoints, samples_of(checkpoints, texts)
+    places = {name: Place.find(spec) for name, spec in parse_variant_specs(specs).items()}
+    samples = samples_of({name: place.folder for name, place in places.items()}, texts)
+    return {name: str(place) for name, place in places.items()}, samples
 
 
 def main(commands: typer.Typer = app) -> None:

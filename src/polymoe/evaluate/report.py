@@ -15,7 +15,7 @@ from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console, DescriptionColumn, warn
 from polymoe.engine.core import EngineCore
-from polymoe.errors import PolymoeError, UnknownVariantError
+from polymoe.errors import CheckpointError, PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
@@ -23,12 +23,13 @@ from polymoe.evaluate.texts import WINDOW
 from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.text_files import is_sampled
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.checkpoint.place import Place
 
 
 def run_eval(
     config: EngineConfig,
     texts: dict[str, Path],
-    originals: dict[str, Path],
+    originals: Mapping[str, str | Path],
     window: int | None,
     limit: int | None,
     batch: int,
@@ -53,11 +54,11 @@ def run_eval(
             raise UnknownVariantError(name, names)
     checkpoints = {name: _checkpoint(bundle, names.index(name), originals.get(name)) for name in texts}
     samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
-    for name, path in checkpoints.items():
-        if changed := changes_since_plan(bundle, names.index(name), path):
+    for name, spec in checkpoints.items():
+        if changed := changes_since_plan(bundle, names.index(name), spec):
             warn(
                 console,
-                f"the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
+                f"the original of {name} at {spec} is not the one that was planned ({', '.join(changed)} "
                 f"changed): its figures compare with another model. Plan again, or give the one that was planned with "
                 f"--original {name}=PATH.",
             )
@@ -127,14 +128,15 @@ def _original_dtype(config: EngineConfig) -> torch.dtype:
     return torch.float32 if config.dtype in ("auto", "float32") else getattr(torch, config.dtype)
 
 
-def _checkpoint(bundle: Bundle, index: int, override: Path | None) -> Path:
+def _checkpoint(bundle: Bundle, index: int, override: str | Path | None) -> str:
     record = bundle.variants[index]
-    path = override or Path(record.source_path)
-    if not path.is_dir():
+    spec = str(override or record.source_path)
+    try:
+        return str(Place.find(spec))
+    except CheckpointError as error:
         raise PolymoeError(
-            f"the original of {record.name} is not at {path} any more; say where with --original {record.name}=PATH."
-        )
-    return path
+            f"the original of {record.name} is not at {spec} any more; say where with --original {record.name}=PATH."
+        ) from error
 
 
 def fidelity_table(results: dict[str, Fidelity]) -> Table:

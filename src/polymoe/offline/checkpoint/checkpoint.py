@@ -17,9 +17,11 @@ from polymoe.offline.checkpoint.architecture import (
     check_supported_config,
 )
 from polymoe.offline.checkpoint.cast import Rounding
+from polymoe.offline.checkpoint.changes.changes import apply_changes
 from polymoe.offline.checkpoint.formats.formats import source_tensors, take_quantization
 from polymoe.offline.checkpoint.names import NameMap
-from polymoe.offline.checkpoint.source import check_counts, check_files, read_stored, resolve, some
+from polymoe.offline.checkpoint.place import Place
+from polymoe.offline.checkpoint.source import check_counts, check_files, read_stored, some
 from polymoe.offline.checkpoint.source_tensor import TensorFiles
 from polymoe.offline.checkpoint.unread import sort_unread
 
@@ -29,7 +31,11 @@ _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def read_config(path: Path) -> Any:
     """The transformers config of a checkpoint folder. Raises `CheckpointError` or `UnsupportedModelError`."""
     if not (path / "config.json").exists():
-        hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
+        hint = (
+            " It holds a LoRA adapter; give it with its base, NAME=BASE+ADAPTER."
+            if (path / "adapter_config.json").exists()
+            else ""
+        )
         raise CheckpointError(
             f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that has one.{hint}"
         )
@@ -57,20 +63,20 @@ class Checkpoint:
         self,
         name: str,
         spec: str,
-        path: Path,
+        place: Place,
         config: Any,
         architecture: ArchitectureInfo,
         files: TensorFiles,
         names: NameMap,
         notes: Sequence[str] = (),
     ) -> None:
-        self.name, self.spec, self.path = name, spec, path
+        self.name, self.spec, self.place, self.path = name, spec, place, place.folder
         self.config, self.architecture = config, architecture
         self._files, self._names = files, names
         self._casts: Mapping[str, torch.dtype] = {}
         self.rounding = Rounding()
         self.notes = list(notes)
-        if (path / "adapter_config.json").exists():
+        if (self.path / "adapter_config.json").exists():
             self.notes.append("adapter_config.json: an adapter lies beside the weights and is not applied")
         self.ignored = self._account_for_stored()
         self.tied = self._account_for_targets()
@@ -90,7 +96,8 @@ class Checkpoint:
         Raises `CheckpointError` (the message names variant, file and fix) or `UnsupportedModelError`.
         """
         with named(name, spec):
-            path = resolve(spec)
+            place = Place.find(spec)
+        path = place.folder
         with named(name, path):
             check_files(path)
             config = read_config(path)
@@ -101,7 +108,8 @@ class Checkpoint:
             architecture = check_supported(config, model)
             files = TensorFiles(stored.tensors)
             names = NameMap(model, source_tensors(config, quantization, files))
-            opened = cls(name, str(spec), path, config, architecture, files, names, stored.notes)
+            notes = (*stored.notes, *apply_changes(names, place.changes))
+            opened = cls(name, str(spec), place, config, architecture, files, names, notes)
             return opened.untied() if opened.contradicts_ties else opened
 
     def untied(self) -> Self:

@@ -187,7 +187,7 @@ class _Writer:
             name=name,
             version=digest.hexdigest(),
             source=checkpoint.spec,
-            source_path=str(checkpoint.path),
+            source_path=str(checkpoint.place),
             source_hash=self.scan.weights_hash(variant),
             max_model_len=max_model_len(checkpoint.config),
             vocab_size=self.family.vocab_sizes[variant],
