@@ -92,7 +92,7 @@ def _stock_model(place: Place, dtype: torch.dtype) -> Any:
     from polymoe.offline.checkpoint.loaded_model import loaded_model
 
     config = read_config(place.folder)
-    if place.changes or take_quantization(config) is not None:
+    if place.changes or take_quantization(config) is not None or getattr(config, "left_out_inputs", None):
         return loaded_model(Checkpoint.open(str(place), "original"), dtype)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(place.folder, config=config, dtype=dtype, local_files_only=True)

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from polymoe.bundle.config_checks import OTHER_INPUTS
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.switch_experts import SwitchExperts, stack_switch_experts
 
@@ -27,7 +28,6 @@ _RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|k
 _RECURRENT_CLASS = re.compile(
     r"Mamba|GatedDelta|DeltaNet|DeltaAttention|ShortConv|LinearAttention|LightningAttention|Recurrent|RWKV|Rwkv|SSM"
 )
-_OTHER_INPUTS = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "talker_config")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,11 @@ def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedMod
 
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
-    other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
+    other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
-        reason = f"it takes images or sound ({', '.join(other)}); only text models are served"
+        reason = (
+            f"it takes images or sound ({', '.join(other)}), and transformers has no text model for its language part"
+        )
         raise refusal(config, reason, "Save its text model on its own (…ForCausalLM), where it has one.")
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})

@@ -23,7 +23,7 @@ _IGNORED_FIELDS = {
     *("router_z_loss_coef", "add_router_probs"),
     *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
     *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
-    *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
+    *("left_out_inputs", "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
 }
 UNLIMITED_LENGTH = 1 << 20  # tokens; for the rare config that declares no maximum
 # Rotary tables of these kinds change with the length of a sequence, so their values at the start say too little.

@@ -32,6 +32,9 @@ from polymoe.model.stock.switch_experts import SwitchExperts
 from polymoe.offline.checkpoint.source import some
 from polymoe.offline.checkpoint.source_tensor import Load, SourceTensor
 
+# Where a multimodal checkpoint has its text model: `model.language_model.layers.0…`, `language_model.model.layers.0…`
+_LANGUAGE_MODEL = re.compile(r"^(model\.)?language_model\.")
+
 
 @dataclass
 class Recipe:
@@ -97,6 +100,8 @@ class NameMap:
         if target not in self._state and name in self._state:
             # A rule fired on a name that was right already.
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self._state)
+        if target not in self._state and (inner := _LANGUAGE_MODEL.sub("", name)) != name:
+            return self.rename(inner if inner in self._state or inner.startswith(f"{prefix}.") else f"{prefix}.{inner}")
         return target, pattern
 
     def target_of(self, name: str) -> str | None:
