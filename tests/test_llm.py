@@ -31,7 +31,7 @@ def llm(bundle: Path) -> LLM:
 def test_the_public_names_are_these() -> None:
     assert polymoe.__all__ == [
         "LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput",
-        "SamplingParams", "__version__",
+        "SamplingParams", "StructuredOutputsParams", "__version__",
     ]  # fmt: skip
     assert all(getattr(polymoe, name) is not None for name in polymoe.__all__)
 
