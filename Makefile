@@ -60,7 +60,7 @@ types: dev
 	$(BIN)/mypy benchmarks/compare/*.py
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Simulations of the scheduler's policies over long traces.
 test-slow: dev

@@ -1,7 +1,7 @@
 """Build hook: compile the CPU kernels when there is a compiler. Without one polymoe runs on torch alone.
 
 A wheel with the library suits one platform and every Python (it is loaded by ctypes); one without suits them all. Which
-processors can run the kernels is asked when they are loaded (polymoe/native/library.py), not here.
+processors can run the kernels is asked when they are loaded (polymoe/native/installed.py), not here.
 
     python hatch_build.py LIBRARY [FLAG …]      compiles it alone, for example with -fsanitize=thread
 """
@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bo
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]*")))).hexdigest()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         options = [*FLAGS, *flags, f'-DPOLYMOE_SOURCES="{digest}"']
+
+        def compiled(source: Path) -> str:
+            made = str(Path(temporary) / f"{source.stem}.o")
+            command = [compiler, *options, *MORE_FLAGS.get(source.name, []), "-c", str(source), "-o", made]
+            subprocess.run(command, check=True, capture_output=True)
+            return made
+
         try:
-            objects = []
-            for source in sorted(folder.glob("*.cpp")):
-                objects.append(str(Path(temporary) / f"{source.stem}.o"))
-                command = [compiler, *options, *MORE_FLAGS.get(source.name, []), "-c", str(source), "-o", objects[-1]]
-                subprocess.run(command, check=True, capture_output=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # which waits for compilers, a minute of a core in all
+                objects = list(pool.map(compiled, sorted(folder.glob("*.cpp"))))
             library = Path(temporary) / target.name
             command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]
             subprocess.run(command, check=True, capture_output=True)

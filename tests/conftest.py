@@ -1,6 +1,7 @@
 """Shared by all tests: one thread (tiny models are slower with more), quiet transformers, and a family of three."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,17 +14,43 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
+from polymoe.client import client
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest_sessionstart  # noqa: F401
+from zygote import engine_starter, zygote
 
 torch.set_num_threads(1)
+
+# Files of ten seconds or more, the longest first: a file is one piece of work (`--dist loadfile`), and none of them may
+# be what one worker still has when the others are done. `make tests` keeps the order with --no-loadscope-reorder.
+LONGEST = (
+    "exactness", "compressed", "install", "server_life", "benchmark_quality", "readme", "device_path", "bundle_damage",
+    "bench", "gpu_experts", "resident_memory", "demo", "benchmark_merging", "switch_calibrate", "switch_offline",
+    "offline_bundle", "allocate", "eval", "server", "packed_linear", "printing", "python_api", "bench_decoder",
+    "cpu_kernels", "family_configs",
+)  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """A test draws the same random tensors whatever ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_engines() -> Iterator[None]:
+    """Engine processes that tests start are forked from one that has imported what they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "start_process", engine_starter(client.start_process))
+        yield
+    zygote.close()
 
 
 @pytest.fixture(scope="module")

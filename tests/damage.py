@@ -83,7 +83,11 @@ class Liar:
         self.edit_manifest(lambda m: m.update(files=[mine if f["path"] == file else f for f in m["files"]]))
 
 
-def restore(folder: Path, whole: Path) -> None:
-    """`folder` as the copy `whole` of it."""
-    shutil.rmtree(folder)
-    shutil.copytree(whole, folder)
+def restore(folder: Path, whole: Path, file: str) -> None:
+    """`file` of `folder`, whatever became of it, as it is in `whole`."""
+    path = folder / file
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+    shutil.copy2(whole / file, path)

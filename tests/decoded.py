@@ -1,6 +1,5 @@
 """What a bundle's packed experts stand for, decoded slowly through its public API: the reference for serving them."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,9 @@ class DecodedFamily(ReferenceFamily):
         self.arch, self.folder, self.paths = original.arch, original.folder, original.paths
         self.original, self.bundle, self.num_requests = original, bundle, original.num_requests
 
-    @cached_property
-    def models(self) -> dict[str, Any]:
+    def load_models(self) -> dict[str, Any]:
         """Not the original's objects: those keep their own weights."""
-        models = ReferenceFamily.models.func(self)
+        models = super().load_models()
         opened = Bundle.open(self.bundle, verify=True)
         with torch.no_grad():
             for index, model in enumerate(models.values()):

@@ -7,7 +7,7 @@ go wrong (distinct head counts, a leading dense layer, biases and sinks that are
 import json
 import random
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+
+from quantised import store_block_fp8, store_int4, store_mxfp4
 
 COMMON: dict[str, Any] = {
     "vocab_size": 112,
@@ -105,6 +107,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 
+# Families that are stored in few bits: name -> (architecture, config fields that the formats need, how each variant is
+# stored, in turn)
+STORED: dict[str, tuple[str, dict[str, Any], list[Callable[[Path], object]]]] = {
+    "qwen3_moe_fp8": ("qwen3_moe", {}, [store_block_fp8]),
+    "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 32}, [store_mxfp4]),
+    "qwen3_moe_mixed": ("qwen3_moe", {}, [store_int4, lambda _: None, store_block_fp8]),
+}
+
 # An encoder and a decoder of a dense and a sparse layer each; with few buckets, so that far tokens share the last one.
 SWITCH: dict[str, Any] = {
     "vocab_size": 112,
@@ -173,6 +183,7 @@ def make_family(
     changed: float | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = False,
+    all_bytes: bool = False,
     max_shard_size: str | None = None,
     **overrides: Any,
 ) -> dict[str, Path]:
@@ -182,8 +193,16 @@ def make_family(
     `frozen`: a regular expression; tensors whose (v5) name it finds stay bit-identical to the base's.
     `frozen_experts`: expert indices that stay bit-identical in every layer.
     `changed`: share of the values of experts that a fine-tune changed; None: all of them.
+    `arch` may be one of `STORED`.
+    `all_bytes`: the tokenizers can write any text, with `ALL_BYTES_VOCABULARY` tokens.
     `overrides` are config fields. Returns {variant name: folder}.
     """
+    if all_bytes:
+        overrides = {"vocab_size": ALL_BYTES_VOCABULARY} | overrides
+    stores: list[Callable[[Path], object]] = [lambda _: None]
+    if arch in STORED:
+        arch, needed, stores = STORED[arch]
+        overrides = needed | overrides
     base = make_model(arch, seed, **overrides)
     start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     paths: dict[str, Path] = {}
@@ -212,12 +231,15 @@ def make_family(
         paths[name] = folder / name
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.to(dtype).save_pretrained(paths[name], save_original_format=not save_v5_names, **shards)
+        stores[index % len(stores)](paths[name])
         if arch == "switch_transformers":
             GenerationConfig(eos_token_id=1, pad_token_id=0, decoder_start_token_id=0).save_pretrained(paths[name])
         else:
             GenerationConfig(eos_token_id=1, bos_token_id=0).save_pretrained(paths[name])
         if tokenizer:
-            make_tokenizer(paths[name], template_tag=name, append_eos=arch == "switch_transformers")
+            make_tokenizer(
+                paths[name], template_tag=name, append_eos=arch == "switch_transformers", all_bytes=all_bytes
+            )
         if index == 0:
             base.to(torch.float32)
     return paths
@@ -231,6 +253,7 @@ def make_switch_family(
     return make_family("switch_transformers", folder, num_variants, perturb=perturb, **options)
 
 
+ALL_BYTES_VOCABULARY = 331  # ids 0 and 1, the bytes, some words, and an id that no text has
 TEXT = [
     "the quick brown fox jumps over the lazy dog",
     "pack my box with five dozen liquor jugs, said the wizard",
@@ -257,13 +280,19 @@ def write_pairs(
 
 
 def make_tokenizer(
-    folder: Path, vocab_size: int = 110, template_tag: str = "", append_eos: bool = False
+    folder: Path, vocab_size: int = 110, template_tag: str = "", append_eos: bool = False, all_bytes: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over a small alphabet (ids 0 `<s>`, 1 `</s>`), with a chat template, saved in `folder`."""
+    """A byte-level BPE over a small alphabet (ids 0 `<s>`, 1 `</s>`), with a chat template, saved in `folder`; with
+    `all_bytes` over all bytes and one id less than `ALL_BYTES_VOCABULARY`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=ALL_BYTES_VOCABULARY - 1 if all_bytes else vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if all_bytes else [],
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     if append_eos:
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

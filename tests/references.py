@@ -1,5 +1,6 @@
 """What stock transformers says: each variant alone, loaded by transformers itself from its own checkpoint."""
 
+import json
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompressedTensorsConfig
 
 from families import make_family
 from polymoe.engine.core import EngineCore
@@ -41,7 +42,7 @@ class ReferenceFamily:
         """A lossless bundle; `capacity` experts resident, the rest absent."""
         family = Family.open(self.paths)
         scan = scan_family(family)
-        return write_bundle(family, scan, separate_plan(scan.expert_version, capacity), out).path
+        return write_bundle(family, scan, separate_plan(scan.expert_same_as, capacity), out).path
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -49,9 +50,15 @@ class ReferenceFamily:
 
     @cached_property
     def models(self) -> dict[str, Any]:
+        return self.load_models()
+
+    def load_models(self) -> dict[str, Any]:
+        """Variant -> its stock model; others give it other weights."""
         auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         return {
-            name: auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            name: auto.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager", **dequantised(path)
+            ).eval()
             for name, path in self.paths.items()
         }
 
@@ -80,6 +87,14 @@ class ReferenceFamily:
         logits = torch.cat(output.logits).float()
         start = 1 if self.is_encoder_decoder else len(prompt)
         return Case(variant, prompt, max_tokens, output.sequences[0, start:].tolist(), logits)
+
+
+def dequantised(path: Path) -> dict[str, Any]:
+    """What `from_pretrained` has to be told where it would not dequantise by itself."""
+    found = json.loads((path / "config.json").read_text()).get("quantization_config", {})
+    if found.get("quant_method") != "compressed-tensors":
+        return {}
+    return {"quantization_config": CompressedTensorsConfig(**found, dequantize=True)}
 
 
 def served_logits(engine: EngineCore, cases: list[Case]) -> list[torch.Tensor]:

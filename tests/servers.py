@@ -14,6 +14,7 @@ import httpx
 
 from families import make_family
 from polymoe.client.client import AsyncEngineClient, Prompt
+from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.offline.api import make_plan
 from polymoe.protocol.info import EngineStats
@@ -26,13 +27,16 @@ from polymoe.server.state import ServerState
 T = TypeVar("T")
 
 CONTEXT = 1024  # tokens; long enough that a request surely runs when a test interferes
+# Seconds for what always happens, however busy the machine is: only a test that fails waits so long.
+START_LIMIT, LIMIT = 300.0, 120.0
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, all_bytes: bool = False) -> Path:
     """Variants `base` and `v1`, unrelated random models with tokenizers and chat templates of their own."""
     paths = make_family(
-        "mixtral", folder / "checkpoints", num_variants=2, perturb=None, tokenizer=True, max_position_embeddings=CONTEXT
-    )
+        "mixtral", folder / "checkpoints", num_variants=2, perturb=None, tokenizer=True, all_bytes=all_bytes,
+        max_position_embeddings=CONTEXT,
+    )  # fmt: skip
     make_plan(paths, "separate", None, folder / "bundle")
     return folder / "bundle"
 
@@ -42,41 +46,58 @@ def engine_config(bundle: Path, **options: Any) -> EngineConfig:
 
 
 class ThreadServer:
-    """The application and the engine's client in a thread of the test process, so that a test can look inside."""
+    """The application and the engine's client in a thread of the test process, so that a test can look inside.
 
-    def __init__(self, config: EngineConfig, **settings: Any) -> None:
+    Where the start fails nothing of it is left, no thread, no process; and no thread of it keeps Python from ending.
+    """
+
+    def __init__(self, config: EngineConfig, start_limit: float = START_LIMIT, **settings: Any) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.loop = asyncio.new_event_loop()
         self.client = AsyncEngineClient(config)
+        self._start_limit = start_limit
         self.settings = ServerSettings(port=self.port, **settings)
         app = create_app(self.client, self.settings)
         self.state: ServerState = app.state.server
         self._server = HttpServer(uvicorn_config(app, self.settings))
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, name=f"server {self.port}", daemon=True)
 
     def __enter__(self) -> "ThreadServer":
         self._thread.start()
-        self.wait_for(lambda: self._server.started)
-        self.call(self.client.start())
+        try:
+            self.wait_for(lambda: self._server.started or not self._thread.is_alive())
+            self.call(self.client.start(), self._start_limit)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), "the server does not end"
 
     def _run(self) -> None:
         async def main() -> None:
-            with bind("127.0.0.1", self.port) as sock:
-                await self._server.serve(sockets=[sock])
-            await self.client.shutdown()
-            await self.state.encoder.close()
+            try:
+                with bind("127.0.0.1", self.port) as sock:
+                    await self._server.serve(sockets=[sock])
+            finally:
+                await self.client.shutdown()
+                await self.state.encoder.close()
 
         self.loop.run_until_complete(main())
         self.loop.close()
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+    def call(self, coroutine: Coroutine[Any, Any, T], limit: float = LIMIT) -> T:
+        """What a coroutine returns that runs in the server's loop; it is cancelled where it takes longer."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(limit)
+        except TimeoutError:
+            future.cancel()
+            raise
 
     def stats(self) -> EngineStats:
         return self.call(self.client.stats())
@@ -90,7 +111,8 @@ class ThreadServer:
     @contextlib.contextmanager
     def full(self, variant: str) -> Iterator[None]:
         """Long requests for `variant` hold every place of a batch and fill the queue, so that one more is refused."""
-        config, streams = self.client.config, []
+        config = self.client.config
+        streams: list[RequestStream] = []
         long = SamplingParams(max_tokens=CONTEXT - 2, ignore_eos=True)
 
         async def close() -> None:
@@ -107,11 +129,11 @@ class ThreadServer:
             self.call(close())
             self.wait_for(self.is_idle)
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = LIMIT) -> None:
         wait_for(condition, timeout)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=LIMIT, **options)
 
 
 def free_port() -> int:
@@ -121,7 +143,7 @@ def free_port() -> int:
     return port
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = LIMIT) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

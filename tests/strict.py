@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from polymoe.native.library import cpu_kernels, processor_suits, why_no_kernels
+from polymoe.native.installed import processor_suits
+from polymoe.native.library import cpu_kernels, why_no_kernels
 
 # What a reason says (a regular expression) -> whether that can be true here.
 ALLOWED: dict[str, Callable[[], bool]] = {

@@ -163,7 +163,7 @@ def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) 
         auto_plan(family, scan_family(family), budget_bytes=one_model(family) // 20)
     scan = scan_family(family)
     cost = r"below the minimum of .*: .* non-experts and tables, and .*x of one model's\) of experts, .* cost .* nats"
-    for memory in ("1KiB", str(scan.nonexpert_bytes_total + 9 * scan.expert_version.size + one_model(family) // 20)):
+    for memory in ("1KiB", str(scan.nonexpert_bytes_total + 9 * scan.expert_same_as.size + one_model(family) // 20)):
         with pytest.raises(PlanError, match=cost):
             build_plan(scan, "auto", memory, None, family)
 
@@ -171,7 +171,7 @@ def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text: bool) -> None:
     scan, calibration = scan_family(family), Calibration(texts()) if with_text else None
-    traffic = np.full(scan.expert_version.shape[1:], 1 / scan.expert_version.shape[2])
+    traffic = np.full(scan.expert_same_as.shape[1:], 1 / scan.expert_same_as.shape[2])
     if calibration is not None:
         traffic = errors_on_text(family, scan, calibration).traffic
         assert traffic.sum(axis=1) == pytest.approx(1)
@@ -183,7 +183,7 @@ def test_what_is_hardly_used_may_stay_in_the_host_tier(family: Family, with_text
     assert 0 < traffic[absent].sum() / len(traffic) <= 0.7
     assert traffic[absent].max() <= traffic[~absent].min() + 1e-9
     assert sum(plan_bytes(lay_out(plan), ExpertSizes.of(family))) <= budget
-    assert (plan.serving == scan.expert_version)[:, absent].all()  # as the checkpoints have it
+    assert (plan.serving == scan.expert_same_as)[:, absent].all()  # as the checkpoints have it
 
 
 def test_a_target_of_agreement_costs_bytes(family: Family) -> None:
@@ -210,7 +210,8 @@ def test_two_variants_may_share_one_signed_delta(tmp_path: Path) -> None:
 def uniform(family: Family, base: str, delta: str) -> Plan:
     info = family.architecture
     shape = (len(family.names), info.num_layers, info.num_experts)
-    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), base=base, merge="regmean", delta=delta)
+    everywhere = [np.array(text, dtype=object) for text in (base, "regmean", delta)]
+    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), "", *everywhere)
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -254,6 +255,6 @@ def test_predicted_and_measured_error_rank_options_the_same(tmp_path: Path) -> N
             )
             for option in options
         ]
-        found = [measured(uniform(family, *option), with_text) for option in options]
-        spearman = np.corrcoef(ranks(predicted), ranks(found))[0, 1]
-        assert spearman >= 0.9, (with_text, list(zip(options, predicted, found, strict=True)))
+        errors = [measured(uniform(family, *option), with_text) for option in options]
+        spearman = np.corrcoef(ranks(predicted), ranks(errors))[0, 1]
+        assert spearman >= 0.9, (with_text, list(zip(options, predicted, errors, strict=True)))

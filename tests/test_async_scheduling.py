@@ -3,6 +3,7 @@
 That tokens and log-probabilities are transformers' own, with preemption, chunks and slots, is in test_exactness.py.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from families import make_family
 from polymoe import LLM, RequestOutput, SamplingParams
 from polymoe.engine.scheduling.step_record import PENDING
 from polymoe.offline.api import make_plan
-from polymoe.protocol.request import EngineRequest, TokenOutput
+from polymoe.protocol.request import EngineRequest, Logprob, SequenceId, TokenOutput
 from test_exactness import load
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 12], [20, 21], list(range(30, 50))]
@@ -40,7 +41,7 @@ def said(outputs: list[RequestOutput]) -> list[Any]:
 
 def logprobs(outputs: list[RequestOutput]) -> list[float]:
     """Batches of other sequences round otherwise: to be compared within a tolerance."""
-    reports = [output.prompt_logprobs or [] for output in outputs]
+    reports: list[Sequence[dict[int, Logprob] | None]] = [output.prompt_logprobs or [] for output in outputs]
     reports += [completion.logprobs or [] for output in outputs for completion in output.outputs]
     return [entry.logprob for report in reports for row in report if row is not None for entry in row.values()]
 
@@ -90,7 +91,7 @@ def test_what_was_drawn_after_the_end_is_dropped(bundle: Path, how: str) -> None
 
 def request(name: str, prompt: list[int], max_tokens: int = 6) -> EngineRequest:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return EngineRequest(request_id=name, variant=1, prompt_token_ids=prompt, sampling=sampling)
+    return EngineRequest(request_id=SequenceId(name), variant=1, prompt_token_ids=prompt, sampling=sampling)
 
 
 def drain(llm: LLM, outputs: list[TokenOutput] | None = None) -> list[int]:
@@ -117,7 +118,7 @@ def test_an_aborted_requests_name_can_be_used_again_at_once(bundle: Path) -> Non
     expected = drain(llm)
     llm.engine.add_request(request("a", PROMPTS[2]))
     llm.engine.step()
-    llm.engine.abort(["a"])
+    llm.engine.abort([SequenceId("a")])
     llm.engine.add_request(request("a", PROMPTS[0]))
     assert drain(llm) == expected
     llm.engine.check_integrity()
@@ -132,5 +133,5 @@ def test_an_engine_with_a_step_in_flight_has_work(bundle: Path) -> None:
     assert len(drain(llm)) == 1
     llm.engine.add_request(request("b", PROMPTS[0]))
     llm.engine.step()
-    llm.engine.abort(["b"])
+    llm.engine.abort([SequenceId("b")])
     assert drain(llm) == []

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from polymoe.bench.decoder_family import GRANITE_1B, QWEN3_128E
 from polymoe.bench.family import cached_family
+from polymoe.bench.written_family import GRANITE_1B, QWEN3_128E
 from polymoe.cli.main import app
 
 

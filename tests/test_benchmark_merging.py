@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def test_the_variant_itself_is_perfect(decoders: dict[str, Path], text: Path, tm
     alone = evaluation.alone(nothing)
     assert alone.fidelity.kl == 0
     own, other = family.checkpoints[1], family.checkpoints[2]
-    for weights in (iter([]), ((n, own.tensor(n)) for n in own.target_names)):
+    unchanged: Iterator[tuple[str, torch.Tensor]] = iter([])
+    for weights in (unchanged, ((n, own.tensor(n)) for n in own.target_names)):
         same = evaluation.of_weights(weights, nothing).fidelity
         assert same.kl < 1e-6
         assert same.perplexity_served == pytest.approx(alone.fidelity.perplexity_served)

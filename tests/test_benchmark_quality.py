@@ -87,7 +87,7 @@ def test_rounding_has_the_best_step_of_the_grid() -> None:
 
 
 def test_baselines_count_their_bytes_and_change_what_they_say(family: Family, scan: FamilyScan) -> None:
-    one_model = scan.expert_bytes * scan.expert_version[0].size
+    one_model = scan.expert_bytes * scan.expert_same_as[0].size
     average = make_baseline("average", family, scan)
     assert average.expert_bytes == one_model
     mean = dict(average.weights(1))

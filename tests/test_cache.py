@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from polymoe.console import Console
 from polymoe.errors import ConfigError
 from polymoe.offline.cache import plan_cached, planned_bundle
 from polymoe.offline.cache_items import cache_items
-from servers import free_port, wait_for
 
 DAY = 86400
 
@@ -110,28 +107,6 @@ def test_a_bundle_in_a_read_only_cache_is_served(trio: dict[str, Path], tmp_path
     mark.unlink()
     mark.symlink_to("/dev/null/nowhere")  # its use cannot be noted
     assert planned(trio, cache) == found
-
-
-def test_the_demo_in_a_container_without_a_home(tmp_path: Path) -> None:
-    """The whole command: nothing can be written but the temporary folder."""
-    port = free_port()
-    environment = {**os.environ, "XDG_CACHE_HOME": "/dev/null/cache", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "polymoe", "demo", "--port", str(port), "--threads", "1"],
-                                  stdout=log, stderr=subprocess.STDOUT, env=environment)  # fmt: skip
-
-    def served() -> bool:
-        assert server.poll() is None, (tmp_path / "log").read_text()
-        return "curl " in (tmp_path / "log").read_text()
-
-    try:
-        wait_for(served, timeout=120)
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
-    printed = " ".join((tmp_path / "log").read_text().split())
-    assert f"what is planned is kept in {tmp_path}/tmp/polymoe-{os.getuid()}" in printed
-    assert "Traceback" not in printed
 
 
 def test_list_and_prune(trio: dict[str, Path], tmp_path: Path) -> None:

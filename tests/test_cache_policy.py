@@ -2,9 +2,10 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import pytest
+import torch
 
 from polymoe import LLM, SamplingParams
 from polymoe.demo import family_paths, text_paths
@@ -81,14 +82,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int]]:
     cache, trace = llm.engine.model.pool.cache, list[tuple[int, int]]()
     fetch = cache.get
 
-    def recording(layer: int, index: int) -> object:
+    def recording(layer: int, index: int) -> Mapping[str, torch.Tensor]:
         trace.append((layer, index))
         return fetch(layer, index)
 
     cache.get = recording  # type: ignore[method-assign]
     texts, rng = {name: path.read_text() for name, path in text_paths().items()}, random.Random(0)
     variants = rng.choices(llm.variants, weights=[8, 4, 2, 1], k=32)
-    prompts = [(start := rng.randrange(5000)) and texts[variant][start : start + 200] for variant in variants]
+    starts = [rng.randrange(5000) for _ in variants]
+    prompts = [texts[variant][start : start + 200] for variant, start in zip(variants, starts, strict=True)]
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=48), variants=variants)
     return trace
 

@@ -37,9 +37,8 @@ def rows_of(texts: tuple[torch.Tensor, ...]) -> list[TokenRows]:
 def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> Plan:
     info = family.architecture
     shape = (len(family.names), info.num_layers, info.num_experts)
-    return Plan(
-        "test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), base=base, merge=merge, delta=delta
-    )
+    everywhere = [np.array(text, dtype=object) for text in (base, merge, delta)]
+    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", *everywhere)
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"])
@@ -164,7 +163,7 @@ def test_conversations_go_through_the_chat_template(tokenized: Family, tmp_path:
         ({}, "needs text"),
     ],
 )
-def test_unusable_text_is_refused(tokenized: Family, tmp_path: Path, files: dict, reason: str) -> None:
+def test_unusable_text_is_refused(tokenized: Family, tmp_path: Path, files: dict[str, Any], reason: str) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "short.txt").write_text("the quick brown fox jumps")
     (tmp_path / "bad.jsonl").write_text("{}\n")

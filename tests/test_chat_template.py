@@ -82,7 +82,7 @@ def test_variables_for_the_template(tmp_path: Path) -> None:
     assert tokenizer.render_chat(user) == "hi:"
     assert tokenizer.render_chat(user, {"thinking": True, "unread": [1]}) == "hi think:"
     assert tokenizer.render_chat(user, {"add_generation_prompt": False}) == "hi"
-    for name in ("messages", "chat_template", "tokenize", "tools", "conversation", "continue_final_message"):
+    for name in ("messages", "chat_template", "tokenize", "conversation"):
         with pytest.raises(RequestError, match=f"cannot set {name}") as refused:
             tokenizer.render_chat(user, {name: "x"})
         assert refused.value.param == "chat_template_kwargs"

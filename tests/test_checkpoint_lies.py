@@ -87,12 +87,15 @@ def test_names_of_transformers_own_attention_mean_nothing(copy: Path, value: str
     build_on_meta(read_config(copy))
 
 
+def link_of_links(path: Path, secret: Path) -> None:
+    (path.parent.parent / "hop").symlink_to(secret)
+    path.symlink_to("../hop")
+
+
 OUTSIDE: dict[str, Callable[[Path, Path], object]] = {
     "a link": lambda path, secret: path.symlink_to(secret),
     "a relative link": lambda path, secret: path.symlink_to(os.path.relpath(secret, path.parent)),
-    "a link of links": lambda path, secret: (
-        (path.parent.parent / "hop").symlink_to(secret) or path.symlink_to("../hop")
-    ),
+    "a link of links": link_of_links,
     "a device": lambda path, _: path.symlink_to("/dev/zero"),
     "a FIFO": lambda path, _: os.mkfifo(path),
     "a socket": lambda path, _: _socket(path),
@@ -208,7 +211,7 @@ def test_json_that_is_none(copy: Path, text: str) -> None:
         Checkpoint.open(copy, "x")
 
 
-WRONG = (-1, 0, 10**5, 10**18, 2.5, "text", None, [], {}, True, 1e300, float("inf"))
+WRONG: tuple[Any, ...] = (-1, 0, 10**5, 10**18, 2.5, "text", None, [], {}, True, 1e300, float("inf"))
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "switch_transformers"])

@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from polymoe import LLM
 from polymoe.cli.main import app
 from polymoe.config import EngineConfig
 from polymoe.demo import family_paths
 from polymoe.errors import PolymoeError
+from polymoe.native import installed
+from polymoe.native.library import cpu_kernels
 from polymoe.options import options_of, resolve
+from zygote import RUN_COMMAND, run_python
 
 SPECS = [f"{name}={path}" for name, path in family_paths().items()]
 
 
 def polymoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "polymoe", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
-    )
+    return run_python(RUN_COMMAND, *arguments, cwd=cwd)
 
 
 def test_inspect_plan_generate(tmp_path: Path) -> None:
@@ -63,6 +65,33 @@ def test_an_error_is_one_message_and_exit_status_1(arguments: list[str], message
     assert result.stderr.startswith("error:")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "b").exists()
+
+
+MISSING = "polymoe was installed without its compiled CPU kernels: the CPU computes with torch alone."
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "LLM"])
+def test_without_a_compiled_library_it_is_said_once_at_the_start(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anything is read, and not when a kernel is first asked for, which may be in another process, or never."""
+    monkeypatch.setattr(installed, "LIBRARY", tmp_path / "none.so")
+    installed.say_if_missing.cache_clear()
+    nowhere = str(tmp_path / "nowhere")
+    arguments = {"serve": ["serve", nowhere, "--port", "0"], "generate": ["generate", nowhere, "--prompt", "a"]}
+
+    def start() -> None:
+        if command == "LLM":
+            LLM(nowhere)
+        else:
+            CliRunner().invoke(app, arguments[command], catch_exceptions=False)
+
+    for _ in range(2):
+        with pytest.raises(PolymoeError, match="nowhere"):
+            start()
+    assert cpu_kernels.__wrapped__() is None  # as the engine's process asks, later
+    assert [record.getMessage() for record in caplog.records] == [MISSING]
+    installed.say_if_missing.cache_clear()
 
 
 def test_help_is_fast_and_complete() -> None:

@@ -50,6 +50,29 @@ def write(scanned: tuple[Family, FamilyScan], out: Path, plan: str) -> Path:
     return write_bundle(family, scan, made, out).path
 
 
+@pytest.fixture(scope="module")
+def absent(
+    family: ReferenceFamily, scanned: tuple[Family, FamilyScan], tmp_path_factory: pytest.TempPathFactory
+) -> DecodedFamily:
+    """Some experts are in the host tier."""
+    folder = tmp_path_factory.mktemp("absent")
+    return DecodedFamily(family, write(scanned, folder / "bundle", "fp8 + 3 bit, absent"))
+
+
+class SparseFamily(ReferenceFamily):
+    """Variants that differ from the base in one value in ten."""
+
+    def __init__(self, arch: str, folder: Path) -> None:
+        self.arch, self.folder, self.num_requests = arch, folder, 8
+        self.paths = make_family(arch, folder / "checkpoints", changed=0.1)
+        self.bundle = make_plan(self.paths, "exact-delta", None, folder / "bundle").path
+
+
+@pytest.fixture(scope="module")
+def sparse(family: ReferenceFamily, tmp_path_factory: pytest.TempPathFactory) -> SparseFamily:
+    return SparseFamily(family.arch, tmp_path_factory.mktemp("sparse"))
+
+
 def held_bytes(llm: LLM) -> dict[str, int]:
     """Bytes of the storages that the pool's experts and deltas really occupy, each storage once."""
     found: dict[str, dict[int, int]] = {"resident_experts": {}, "deltas": {}}
@@ -81,43 +104,27 @@ def test_served_as_the_decoded_experts(
     llm = load(bundle)
     for case, served in zip(decoded.cases, served_logits(llm.engine, decoded.cases), strict=True):
         torch.testing.assert_close(served, case.logits, atol=LOGITS_TOLERANCE, rtol=0)
-    promised = Bundle.open(bundle).resident_bytes
+    promised = Bundle.open(bundle).resident_bytes.by_kind
     assert held_bytes(llm) == {kind: promised[kind] for kind in ("resident_experts", "deltas")}
     assert {kind: llm.engine.model.resident_bytes[kind] for kind in promised} == promised
 
 
 @pytest.mark.parametrize("options", [{}, {"slots": 1}, {"max_num_batched_tokens": 5}, {"expert_cache_bytes": 0}])
-def test_generation_in_mixed_batches(
-    family: ReferenceFamily, scanned: tuple[Family, FamilyScan], options: dict[str, Any], tmp_path: Path
-) -> None:
-    bundle = write(scanned, tmp_path / "bundle", "fp8 + 3 bit, absent")
-    llm = load(bundle, **options)
-    check(llm, DecodedFamily(family, bundle))
+def test_generation_in_mixed_batches(absent: DecodedFamily, options: dict[str, Any]) -> None:
+    llm = load(absent.bundle, **options)
+    check(llm, absent)
     assert llm.engine.stats().expert_misses > 0
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_exact_deltas_are_each_variant(
-    family: ReferenceFamily, tmp_path_factory: pytest.TempPathFactory, slots: int
-) -> None:
+def test_exact_deltas_are_each_variant(sparse: SparseFamily, slots: int) -> None:
     """Fine-tunes that changed one value in ten: smaller than `separate`, and no token differs."""
-    folder = tmp_path_factory.mktemp("sparse")
-    sparse = SparseFamily(family.arch, folder)
     llm = load(sparse.bundle, slots=slots)
     check(llm, sparse)
     manifest = Bundle.open(sparse.bundle).manifest
     assert sum(pools.get("exact", 0) for pools in manifest.delta_pools) > 0
-    assert manifest.resident_bytes["deltas"] < manifest.resident_bytes["resident_experts"]
-    assert held_bytes(llm)["deltas"] == manifest.resident_bytes["deltas"]
-
-
-class SparseFamily(ReferenceFamily):
-    """Variants that differ from the base in one value in ten."""
-
-    def __init__(self, arch: str, folder: Path) -> None:
-        self.arch, self.folder, self.num_requests = arch, folder, 8
-        self.paths = make_family(arch, folder / "checkpoints", changed=0.1)
-        self.bundle = make_plan(self.paths, "exact-delta", None, folder / "bundle").path
+    assert manifest.resident_bytes.deltas < manifest.resident_bytes.resident_experts
+    assert held_bytes(llm)["deltas"] == manifest.resident_bytes.deltas
 
 
 def test_pairs_share_one_delta_with_two_signs(tmp_path: Path) -> None:

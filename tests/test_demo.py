@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -10,37 +11,80 @@ import pytest
 
 import polymoe
 from polymoe.demo import family_paths
-from servers import free_port
+from servers import LIMIT, free_port
 
 COMMAND = [sys.executable, "-m", "polymoe"]
 
 
+@dataclass(frozen=True)
+class Demo:
+    """What `polymoe demo` printed until it was ready, how many tokens each variant gave of 4, and what it left."""
+
+    printed: str
+    tokens: dict[str, int]
+    rest: str
+    exit_code: int
+
+    @staticmethod
+    def run(*options: str, **environment: str) -> "Demo":
+        port = free_port()
+        command = [*COMMAND, "demo", "--port", str(port), *options]
+        demo = subprocess.Popen(
+            command, env=os.environ | environment | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert demo.stdout is not None
+        tokens = {}
+        try:
+            printed: list[str] = []
+            while not printed or not printed[-1].startswith("curl "):
+                printed.append(demo.stdout.readline())
+                assert printed[-1], f"the demo ended: {''.join(printed)}"
+            for name in family_paths():
+                body = {"model": name, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
+                reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=LIMIT)
+                tokens[name] = reply.json()["usage"]["completion_tokens"]
+        finally:
+            demo.terminate()
+            rest, _ = demo.communicate(timeout=LIMIT)
+        return Demo("".join(printed), tokens, rest, demo.returncode)
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tmp")
+
+
+@pytest.fixture(scope="module")
+def auto(temporary: Path) -> Demo:
+    """In a container without a home: nothing can be written but the temporary folder."""
+    return Demo.run(XDG_CACHE_HOME="/dev/null/cache", TMPDIR=str(temporary))
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    return Demo.run("--policy", "paper", XDG_CACHE_HOME=str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.mark.parametrize("policy", ["auto", "paper"])
-def test_the_demo_serves_the_default_policy_and_names_the_papers(policy: str, tmp_path: Path) -> None:
+def test_the_demo_serves_the_default_policy_and_names_the_papers(policy: str, request: pytest.FixtureRequest) -> None:
     """It served `paper` while the tables beside it praised `auto`, and said of packed experts that none is resident."""
-    port = free_port()
-    options = ["--port", str(port), *(["--policy", "paper"] if policy == "paper" else [])]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    demo = subprocess.Popen([*COMMAND, "demo", *options], env=environment, stdout=subprocess.PIPE, text=True)
-    assert demo.stdout is not None
-    try:
-        printed = []
-        while not printed or not printed[-1].startswith("URL"):
-            printed.append(demo.stdout.readline())
-            assert printed[-1], f"the demo ended: {''.join(printed)}"
-        said = "".join(printed)
-        assert f"4 variants, policy {policy}, " in said
-        assert ("polymoe demo --policy paper" in said) == (policy == "auto")
-        assert "experts   32 resident, 0 absent" in said
-        assert "1.00x one model's" in said
-        for name in family_paths():
-            body = {"model": name, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
-            reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-            assert reply.json()["usage"]["completion_tokens"] == 4, reply.text
-    finally:
-        demo.terminate()
-        demo.communicate(timeout=60)
-    assert demo.returncode == 0
+    demo: Demo = request.getfixturevalue(policy)
+    assert f"4 variants, policy {policy}, " in demo.printed
+    assert ("polymoe demo --policy paper" in demo.printed) == (policy == "auto")
+    assert "experts   32 resident, 0 absent" in demo.printed
+    assert "1.00x one model's" in demo.printed
+    assert demo.tokens == dict.fromkeys(family_paths(), 4)
+    assert demo.exit_code == 0
+
+
+def test_the_demo_in_a_container_without_a_home(auto: Demo, temporary: Path) -> None:
+    """The whole command: nothing can be written but the temporary folder."""
+    printed = " ".join((auto.printed + auto.rest).split())
+    assert f"what is planned is kept in {temporary}/polymoe-{os.getuid()}" in printed
+    assert "curl " in printed
+    assert "Traceback" not in printed
+    assert auto.exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])

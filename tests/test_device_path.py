@@ -19,7 +19,7 @@ from polymoe.engine.core import EngineCore
 from polymoe.model.backends.cuda import CudaBackend
 from polymoe.model.experts.tier_cost import TierCosts
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
-from polymoe.protocol.request import EngineRequest
+from polymoe.protocol.request import EngineRequest, SequenceId
 from recorded_graph import NoWaiting, RecordedGraph
 from references import ReferenceFamily, served_logits
 from test_exactness import LOGITS_TOLERANCE, check
@@ -88,7 +88,7 @@ def test_a_captured_step_is_valid_for_every_mix(family: ReferenceFamily, slots: 
 
 @pytest.mark.parametrize(("slots", "prefetch", "asynchronous"), [(1, True, False), (1, True, True), (2, False, False)])
 def test_fewer_slots_than_variants(family: ReferenceFamily, slots: int, prefetch: bool, asynchronous: bool) -> None:
-    options = {"num_kv_blocks": 20, "max_model_len": 48, "async_scheduling": asynchronous}
+    options: dict[str, Any] = {"num_kv_blocks": 20, "max_model_len": 48, "async_scheduling": asynchronous}
     llm = DeviceLLM(family.bundle, slots=slots, prefetch=prefetch, **options)
     assert llm.engine.model.slots.groups is not None  # pipelined: layers wait for their own tensors
     check(llm, family)
@@ -213,7 +213,11 @@ def test_the_host_waits_for_nothing_but_tokens(tmp_path: Path) -> None:
         sampling = SamplingParams(max_tokens=12, **options)
         engine.add_request(
             EngineRequest(
-                request_id=str(index), variant=index, prompt_token_ids=[4, 5, 6], sampling=sampling, stop_token_ids=[1]
+                request_id=SequenceId(str(index)),
+                variant=index,
+                prompt_token_ids=[4, 5, 6],
+                sampling=sampling,
+                stop_token_ids=[1],
             )
         )
     counts = [len(engine.step()) for _ in range(4)]

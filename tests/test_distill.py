@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from decoded import decoded_experts
 from families import make_family
 from polymoe.bundle.reader import Bundle
+from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family

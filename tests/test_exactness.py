@@ -1,6 +1,7 @@
 """The backbone: a lossless plan gives every variant exactly its own model, in any mixture and on any path.
 
-Each architecture is a tiny random family; the reference is each variant alone in transformers' `generate`.
+Each architecture is a tiny random family, some stored in few bits; the reference is each variant alone in
+transformers' `generate`.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import ARCHITECTURES
+from families import ARCHITECTURES, STORED
 from polymoe import LLM, RequestOutput, SamplingParams
 from references import ReferenceFamily, served_logits
 
@@ -20,9 +21,9 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every family on every device that serves it: encoder–decoder models are served on a CPU only."""
     if "device" not in metafunc.fixturenames:
-        metafunc.parametrize("family", [*ARCHITECTURES, "switch_transformers"], indirect=True)
+        metafunc.parametrize("family", [*ARCHITECTURES, *STORED, "switch_transformers"], indirect=True)
         return
-    pairs: list[Any] = [(arch, "cpu") for arch in [*ARCHITECTURES, "switch_transformers"]]
+    pairs: list[Any] = [(arch, "cpu") for arch in [*ARCHITECTURES, *STORED, "switch_transformers"]]
     pairs += [pytest.param(arch, "cuda", marks=[pytest.mark.gpu, NO_GPU]) for arch in ARCHITECTURES]
     metafunc.parametrize(("family", "device"), pairs, indirect=["family"], scope="module")
 

@@ -211,8 +211,8 @@ def test_every_refusal_names_variant_and_path(families: dict[str, dict[str, Path
     paths = edited(families["mixtral"], tmp_path, {"model_type": "hyper_moe_9000"})
     with pytest.raises(CheckpointError, match=f"^v1: {paths['v1'] / 'config.json'}: transformers cannot read it"):
         Family.open(paths)
-    paths = edited(families["mixtral"], tmp_path / "again", {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(CheckpointError, match=f"^v1: {paths['v1']}: .*quantised \\(awq\\).*Give the original"):
+    paths = edited(families["mixtral"], tmp_path / "again", {"quantization_config": {"quant_method": "hqq"}})
+    with pytest.raises(CheckpointError, match=f"^v1: {paths['v1']}: .*quantised \\(hqq\\).*Give the original"):
         Family.open(paths)
     with pytest.raises(CheckpointError, match=r"^v1: nowhere is not a directory"):
         Family.open({"v1": "nowhere"})

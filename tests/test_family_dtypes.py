@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from families import make_family
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.engine.core import EngineCore
 from polymoe.errors import CheckpointError
 from polymoe.offline.api import make_plan
@@ -78,8 +78,8 @@ def test_a_float32_copy_of_bfloat16_weights_loses_nothing(tmp_path: Path) -> Non
     family = Family.open({"base": base, "copy": tmp_path / "copy"})
     scan = scan_family(family)
     assert family.rounding_notes == ["copy: the cast lost nothing."]
-    assert not scan.expert_version.any()
-    assert set(scan.nonexpert_version.values()) == {(0, 0)}
+    assert not scan.expert_same_as.any()
+    assert set(scan.nonexpert_same_as.values()) == {(0, 0)}
 
 
 def test_wider_first_loses_nothing(tmp_path: Path) -> None:

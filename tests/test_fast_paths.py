@@ -1,8 +1,6 @@
 """What a model's operations run on is decided when it is loaded, said, and true: no fast path says no in silence."""
 
 import os
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from rich.console import Console
 
 from families import ARCHITECTURES, make_family
+from polymoe.console import Console
 from polymoe.engine.core import EngineCore
 from polymoe.model.backends.reference import ReferenceBackend
 from polymoe.model.backends.routed_experts import StoredExperts
@@ -23,6 +21,7 @@ from polymoe.protocol.fast_path import FastPath, merged
 from polymoe.server.settings import ServerSettings
 from polymoe.server.summary import print_summary
 from servers import ThreadServer, engine_config, make_bundle
+from zygote import run_python
 
 NEEDS_KERNELS = pytest.mark.skipif(cpu_kernels() is None, reason="the CPU kernels are not built or not for this CPU")
 VARIANTS = 2
@@ -134,10 +133,7 @@ def test_without_kernels_it_says_so(tmp_path: Path) -> None:
         "import sys; from polymoe import LLM; llm = LLM(sys.argv[1], dtype='bfloat16', device='cpu', "
         "kv_cache_bytes=1 << 24); print(*(p for p in llm.engine.info.fast_paths if p.part == 'experts'))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(bundle)], env={**os.environ, "POLYMOE_NO_KERNELS": "1"}, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
+    done = run_python(code, str(bundle), env={**os.environ, "POLYMOE_NO_KERNELS": "1"})
     assert done.stdout.strip() == "2 on torch packed (POLYMOE_NO_KERNELS turns the CPU kernels off)"
     assert "the experts of 2 layers run on torch packed, more than twice as slow: POLYMOE_NO_KERNELS" in done.stderr
 

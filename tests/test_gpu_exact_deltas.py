@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="the GPU kernels need triton, here for its 
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool
-from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
+from polymoe.kernels.gpu.experts import expert_matrices
 from polymoe.quant.exact import encode_exact
-from test_gpu_experts import DEVICE, Case, Dense, E, K, V, expected, make_case
+from test_gpu_experts import DEVICE, Case, Dense, E, K, V, expected, experts_gpu, experts_torch, make_case
 
 TOKENS = 19
 
@@ -76,7 +76,7 @@ def test_lossless_deltas(bases: list[str], deltas: list[str], exact_first: bool,
     inputs = traffic(case, first)
     assert ((inputs[4] >= first) & (inputs[4] < first + 4)).any()
     x = torch.randn(TOKENS, case.width, generator=torch.Generator().manual_seed(2))
-    on_device = [t.to(DEVICE) for t in inputs]
+    on_device: Any = [t.to(DEVICE) for t in inputs]
     matrices = expert_matrices(case.layer, x.dtype)
     found = experts_gpu(x.to(DEVICE), *on_device, matrices, num_absent=0)
     torch.testing.assert_close(found.cpu(), expected(case, x, inputs), atol=1e-4, rtol=1e-4)

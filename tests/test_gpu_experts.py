@@ -14,17 +14,13 @@ from transformers.integrations.moe import _default_apply_gate
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool
-from polymoe.kernels.gpu.experts import (
-    ExpertMatrices,
-    expert_matrices,
-    experts_gpu,
-    experts_torch,
-    supported,
-    warm_up,
-)
+from polymoe.kernels.gpu import experts as kernels
+from polymoe.kernels.gpu.experts import ExpertMatrices, expert_matrices, supported, warm_up
 from polymoe.quant.codec import decode, encode
 from polymoe.quant.formats import BASE_FORMATS, get_format
 
+experts_gpu: Any = kernels.experts_gpu  # their inputs are handed on with *, of a length that mypy does not know
+experts_torch: Any = kernels.experts_torch
 V, E, K = 3, 4, 2
 Dense = dict[str, torch.Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -81,7 +81,7 @@ DECODE = ([1, 1, 1, 1], [1, 256, 700, 0])
 @pytest.mark.parametrize("window", [None, 1, 20, 300])
 @pytest.mark.parametrize("lengths", [MIXED, DECODE])
 def test_arguments_say_what_ours_do(lengths: Any, window: int | None, heads: tuple[int, int]) -> None:
-    args = batch(*lengths, heads)
+    args = batch(lengths[0], lengths[1], heads)
     options = {"max_query_len": max(lengths[0]), "scaling": 0.3, "window": window}
     found = varlen_attention(documented, *args, **options)
     torch.testing.assert_close(found, paged_attention_torch(*args, **options), atol=2e-2, rtol=2e-2)
@@ -122,7 +122,8 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_right_and_faster_library_is_used(lengths: Any, fastest: list[Any]) -> None:
     library = Library()
     attend = ChosenAttention(library, DEVICE)
-    args, options = batch(*lengths), {"max_query_len": max(lengths[0]), "scaling": 0.3, "window": 30}
+    args: Any = batch(*lengths)
+    options: dict[str, Any] = {"max_query_len": max(lengths[0]), "scaling": 0.3, "window": 30}
     for calls in (3, 5):  # tried, timed and used; later timed and used: the real choice remembers
         found = attend(*args, **options)
         assert library.calls == calls
@@ -135,7 +136,8 @@ def test_a_right_and_faster_library_is_used(lengths: Any, fastest: list[Any]) ->
 def test_a_wrong_library_is_not_asked_again(mistake: str, calls: int, caplog: pytest.LogCaptureFixture) -> None:
     library = Library(mistake)
     attend = ChosenAttention(library, DEVICE)
-    args, options = batch(*MIXED), {"max_query_len": 40, "scaling": 0.3}
+    args: Any = batch(*MIXED)
+    options: dict[str, Any] = {"max_query_len": 40, "scaling": 0.3}
     caplog.set_level("INFO")
     for _ in range(3):
         found = attend(*args, **options)
@@ -162,9 +164,9 @@ def test_what_it_cannot_say_is_not_tried() -> None:
     attend(query, key, value, *rest, **options, sinks=torch.zeros(4, device=DEVICE))
     attend(query.float(), key.float(), value.float(), *rest, **options)
     attend(query, key, value[..., :8].contiguous(), *rest, **options)
-    small = (t.unflatten(1, (-1, 16)).flatten(0, 1) for t in (key, value))
+    small_key, small_value = (t.unflatten(1, (-1, 16)).flatten(0, 1) for t in (key, value))
     table = (rest[0][:, :, None] * (PAGE // 16) + torch.arange(PAGE // 16, device=DEVICE)).flatten(1)
-    attend(query, *small, table, *rest[1:], **options)
+    attend(query, small_key, small_value, table, *rest[1:], **options)
     ChosenAttention(library, "somewhere else")(query, key, value, *rest, **options)
     assert library.calls == 0
 

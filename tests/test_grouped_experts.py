@@ -1,5 +1,7 @@
 """Both implementations of the routed experts against a plain sum over tokens, over skewed routing."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,9 +72,11 @@ def test_against_one_token_at_a_time(layout: tuple[bool, bool, bool], routing: s
 
     rounded = {n: w.to(torch.bfloat16) for n, w in pool.items()}
     exact = one_by_one(module, hidden.to(torch.bfloat16), physical, gate, rounded)
-    functions = [lambda *a: experts_by_loop(*a, lambda p: {n: w[p] for n, w in rounded.items()})]
+    functions: list[Callable[..., torch.Tensor]] = [
+        partial(experts_by_loop, weights_of=lambda p: {n: w[p] for n, w in rounded.items()})
+    ]
     if not module.is_transposed:
-        functions.append(lambda *a: experts_by_group(*a, rounded))
+        functions.append(partial(experts_by_group, pool=rounded))
     for function in functions:  # in bfloat16 each step of the chain rounds: compared by the size of the whole
         out = function(module, hidden.to(torch.bfloat16), physical, gate)
         assert out.dtype == torch.bfloat16

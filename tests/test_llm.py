@@ -1,5 +1,6 @@
 """The offline door, on a tiny family with real tokenizers and on the family that comes with the package."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def llm(bundle: Path) -> LLM:
 def test_the_public_names_are_these() -> None:
     assert polymoe.__all__ == [
         "LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "Logprob", "PolymoeError", "RequestOutput",
-        "SamplingParams", "__version__",
+        "SamplingParams", "StructuredOutputsParams", "__version__",
     ]  # fmt: skip
     assert all(getattr(polymoe, name) is not None for name in polymoe.__all__)
 
@@ -84,8 +85,9 @@ def test_a_worked_answer_ends_by_itself(llm: LLM) -> None:
 def test_one_bad_request_of_many_generates_nothing(llm: LLM) -> None:
     with pytest.raises(UnknownVariantError, match="base, math, drama, code"):
         llm.generate(["a", "b"], variants=["math", "poet"])
+    prompts: list[str | Sequence[int]] = ["a", [5] * 4000]
     with pytest.raises(ContextLengthError):
-        llm.generate(["a", [5] * 4000], variants="math")
+        llm.generate(prompts, variants="math")
     with pytest.raises(RequestError, match="2048"):
         llm.generate([[5, 2048]], variants="math")
     with pytest.raises(RequestError, match="variants"):
@@ -140,11 +142,11 @@ def test_the_bytes_promised_are_the_bytes_held(bundle: Path, llm: LLM) -> None:
     original = AutoModelForCausalLM.from_pretrained(family_paths()["base"], dtype=torch.bfloat16)
     experts = sum(p.numel() * p.element_size() for n, p in original.named_parameters() if ".experts." in n)
     held = storage_bytes(llm)
-    assert held["experts"] == one_model == experts == opened.resident_bytes["resident_experts"]
-    promised = sum(opened.resident_bytes.values())
+    assert held["experts"] == one_model == experts == opened.resident_bytes.resident_experts
+    promised = opened.resident_bytes.total
     assert sum(held.values()) == pytest.approx(promised, rel=0.02)
-    reported = {k: v for k, v in llm.engine.model.resident_bytes.items() if k in opened.resident_bytes}
-    assert reported == opened.resident_bytes
+    reported = {k: v for k, v in llm.engine.model.resident_bytes.items() if k in opened.resident_bytes.by_kind}
+    assert reported == opened.resident_bytes.by_kind
 
 
 @pytest.mark.parametrize(

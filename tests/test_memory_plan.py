@@ -2,22 +2,24 @@
 
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from polymoe.bundle.manifest import WeightBytes
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.backends.device_facts import DeviceFacts, choose_device
-from polymoe.model.memory_plan import MemoryRequest, WeightBytes, plan_memory, workspace_bytes
+from polymoe.model.memory_plan import MemoryRequest, plan_memory, workspace_bytes
 from polymoe.model.transfer.staging import Staging
 from references import ReferenceFamily
 
 GIB = 1 << 30
 H100 = DeviceFacts("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
 # int4 base and two sets of 3-bit deltas of Mixtral-8x7B, non-experts twice
-WEIGHTS = WeightBytes(experts=23 * GIB, deltas=34 * GIB, nonexperts_shared=0, nonexperts_own=6 * GIB)
+WEIGHTS = WeightBytes(resident_experts=23 * GIB, deltas=34 * GIB, nonexperts_shared=0, nonexperts_own=6 * GIB, tables=0)
 REQUEST = MemoryRequest(
     facts=H100, kv_bytes=None, kv_minimum=4 * GIB, kv_maximum=256 * GIB, expert_cache_bytes=0, workspace_bytes=GIB
 )
@@ -57,7 +59,7 @@ def test_planned_for_a_larger_device() -> None:
         ({"expert_cache_bytes": 30 * GIB}, "smaller --memory or a quantised base"),
     ],
 )
-def test_too_small_says_what_to_change(change: dict[str, int], advice: str) -> None:
+def test_too_small_says_what_to_change(change: dict[str, Any], advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         plan_memory(WEIGHTS, replace(REQUEST, **change))
 
@@ -127,7 +129,7 @@ def test_engine_asks_the_plan(family: ReferenceFamily) -> None:
     plan = core.memory_plan
     assert plan is not None
     held = core.model.resident_bytes
-    assert plan.weights.experts == held["resident_experts"] + held["tables"]
+    assert (plan.weights.resident_experts, plan.weights.tables) == (held["resident_experts"], held["tables"])
     assert plan.weights.nonexperts_own == held["nonexperts_own"]
     assert plan.weights.nonexperts_shared == held["nonexperts_shared"]
     assert plan.kv_cache == held["kv_cache"]  # two sequences of full length are all that is of use

@@ -1,23 +1,22 @@
 """Bundles hold what the plan says, are found whole or not at all, and need nothing outside themselves."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import ARCHITECTURES, make_family
 from polymoe.bundle import atomic
 from polymoe.bundle import tensor_file as tensorfile
 from polymoe.bundle.reader import Bundle
+from polymoe.console import Console
 from polymoe.errors import BundleError, PlanError
 from polymoe.offline.api import inspect, make_plan
 from polymoe.offline.checkpoint.family import Family
@@ -26,6 +25,7 @@ from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.offline.write import bundle_writer
 from polymoe.offline.write.bundle_writer import write_bundle
 from test_offline_family import grown
+from zygote import zygote
 
 
 def write(family: Family, scan: FamilyScan, out: Path, policy: str = "separate", memory: str | None = None) -> Bundle:
@@ -64,7 +64,7 @@ def stored_bytes(bundle: Bundle) -> dict[str, int]:
 @pytest.mark.parametrize("memory", [None, "0.5x", "0x"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_separate_is_lossless(arch: str, memory: str | None, tmp_path: Path) -> None:
-    overrides = {"tie_word_embeddings": True} if arch == "granitemoe" else {}
+    overrides: dict[str, Any] = {"tie_word_embeddings": True} if arch == "granitemoe" else {}
     paths = make_family(arch, tmp_path / "checkpoints", num_variants=2, frozen_experts=[0], **overrides)
     bundle = make_plan(paths, "separate", memory, tmp_path / "bundle")
     for index, path in enumerate(paths.values()):
@@ -72,7 +72,7 @@ def test_separate_is_lossless(arch: str, memory: str | None, tmp_path: Path) -> 
         state = served_state(bundle, index)
         assert set(state) == set(want)
         assert all(torch.equal(state[name], want[name]) for name in want)
-    assert stored_bytes(bundle) == bundle.resident_bytes
+    assert stored_bytes(bundle) == bundle.resident_bytes.by_kind
     assert sum(bundle.manifest.positions.values()) == bundle.table[0].numel()
 
 
@@ -82,7 +82,7 @@ def test_paper_at_one_model(family: Family, scan: FamilyScan, tmp_path: Path) ->
     one_model = sum(
         family.checkpoints[0].num_bytes(info.expert_tensor(layer, t)) for layer in range(2) for t in info.expert_shapes
     )
-    assert bundle.resident_bytes["resident_experts"] == one_model == stored_bytes(bundle)["resident_experts"]
+    assert bundle.resident_bytes.resident_experts == one_model == stored_bytes(bundle)["resident_experts"]
     assert bundle.manifest.bytes_per_expert_parameter == 4.0  # float32
     assert [bundle.host_experts(layer) for layer in range(2)] == [0, 0]
     assert bundle.table.tolist() == [[[0, 1, 2, 3]] * 2] * 3
@@ -109,7 +109,7 @@ def test_identical_tensors_are_stored_once(family: Family, scan: FamilyScan, tmp
     assert bundle.manifest.resident_experts == [3 * 3 + 1] * 2  # expert 2 is the same in all
     assert bundle.nonexpert_sources("model.layers.0.self_attn.q_proj.weight") == (0, 0, 0)
     assert bundle.nonexpert_sources("model.layers.0.self_attn.k_proj.weight") == (0, 1, 2)
-    assert bundle.resident_bytes["nonexperts_shared"] == 2 * 32 * 32 * 4
+    assert bundle.resident_bytes.nonexperts_shared == 2 * 32 * 32 * 4
 
 
 def test_shared_by_some(trio: dict[str, Path], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_shared_by_some(trio: dict[str, Path], tmp_path: Path) -> None:
     assert bundle.nonexpert_sources(name) == (0, 1, 2, 1)
     assert torch.equal(bundle.nonexpert(3, name), bundle.nonexpert(1, name))
     assert torch.equal(bundle.table[3], bundle.table[1])
-    assert bundle.resident_bytes == stored_bytes(bundle)
+    assert bundle.resident_bytes.by_kind == stored_bytes(bundle)
 
 
 def test_relocatable_and_self_contained(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_added_vocabulary_rows(trio: dict[str, Path], tmp_path: Path) -> None:
     assert [v.vocab_size for v in bundle.variants] == [112, 115]
     assert [bundle.variant_config(v).vocab_size for v in range(2)] == [112, 115]
     assert [tuple(bundle.nonexpert(v, "lm_head.weight").shape) for v in range(2)] == [(112, 32), (115, 32)]
-    assert bundle.resident_bytes == stored_bytes(bundle)
+    assert bundle.resident_bytes.by_kind == stored_bytes(bundle)
 
 
 def test_longest_context_of_the_family(trio: dict[str, Path], tmp_path: Path) -> None:
@@ -351,13 +351,13 @@ class TestWriting:
         assert not self.leftovers(tmp_path)
 
     KILL = """
-import sys, time
+import os, sys, time
 from polymoe.bundle import atomic
 from polymoe.offline.write import bundle_writer
 from polymoe.offline.api import make_plan
 
 def stop(*_, **__):
-    print("now", flush=True)
+    os.write(3, b"now")
     time.sleep(600)
 
 moment, out, *specs = sys.argv[1:]
@@ -390,14 +390,14 @@ make_plan(specs, "separate", None, out, overwrite=True)
             folder = tmp_path / moment
             folder.mkdir()
             write(family, scan, folder / "b", "paper")
-            command = [sys.executable, "-c", self.KILL, moment, str(folder / "b"), *specs]
-            running[moment] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for moment, process in running.items():
-            assert process.stdout is not None
-            assert process.stdout.readline() == "now\n"
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+            told, tells = os.pipe()
+            running[moment] = zygote.fork(self.KILL, moment, str(folder / "b"), *specs, fd=tells), told
+            os.close(tells)
+        for moment, (process, told) in running.items():
+            assert os.read(told, 3) == b"now"
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            os.close(told)
             folder = tmp_path / moment
             assert Bundle.open(folder / "b", verify=True).manifest.policy == moments[moment]
             (left,) = self.leftovers(folder)

@@ -82,13 +82,13 @@ def test_scan_is_the_definition(arch: str, tmp_path: Path) -> None:
             distance = sum(float((a - b).norm()) for a, b in combinations(vectors, 2))
             assert scan.distance[layer, expert] == pytest.approx(distance, rel=1e-5)
             assert scan.norm[layer, expert] == pytest.approx(np.mean([float(v.norm()) for v in vectors]), rel=1e-5)
-            assert scan.expert_version[:, layer, expert].tolist() == ([0, 0, 0] if expert == 1 else [0, 1, 2])
+            assert scan.expert_same_as[:, layer, expert].tolist() == ([0, 0, 0] if expert == 1 else [0, 1, 2])
     assert scan.relative_distance == pytest.approx(scan.distance / (3 * scan.norm))
     assert (scan.distance[:, 1] == 0).all()
-    assert set(scan.nonexpert_version) == set(info.nonexperts)
-    frozen = {name for name, sources in scan.nonexpert_version.items() if sources == (0, 0, 0)}
+    assert set(scan.nonexpert_same_as) == set(info.nonexperts)
+    frozen = {name for name, sources in scan.nonexpert_same_as.items() if sources == (0, 0, 0)}
     assert frozen == {n for n in info.nonexperts if any(part in n for part in ("embed_tokens", "q_proj", "q_a_proj"))}
-    assert set(scan.nonexpert_version.values()) == {(0, 0, 0), (0, 1, 2)}
+    assert set(scan.nonexpert_same_as.values()) == {(0, 0, 0), (0, 1, 2)}
     assert scan.layer_names == (["1", "2"] if arch == "deepseek_v3" else [str(i) for i in range(info.num_layers)])
 
 
@@ -103,8 +103,8 @@ def test_identical_between_some(tmp_path: Path) -> None:
     paths = make_family("mixtral", tmp_path, num_variants=3)
     shutil.copytree(paths["v1"], tmp_path / "again")
     scan = scan_family(Family.open(paths | {"again": tmp_path / "again"}))
-    assert (scan.expert_version.reshape(4, -1) == np.array([[0], [1], [2], [1]])).all()
-    assert set(scan.nonexpert_version.values()) == {(0, 1, 2, 1)}
+    assert (scan.expert_same_as.reshape(4, -1) == np.array([[0], [1], [2], [1]])).all()
+    assert set(scan.nonexpert_same_as.values()) == {(0, 1, 2, 1)}
     assert scan.nonexpert_bytes_total == 3 * sum(sizes[0] for sizes in scan.nonexpert_bytes.values())
     assert scan.weights_hash(3) == scan.weights_hash(1) != scan.weights_hash(0)
 
@@ -114,7 +114,7 @@ def test_names_do_not_matter_for_identity(tmp_path: Path) -> None:
     old = make_family("mixtral", tmp_path / "old", num_variants=1)["base"]
     new = make_family("mixtral", tmp_path / "new", num_variants=1, save_v5_names=True)["base"]
     scan = scan_family(Family.open({"old": old, "new": new}))
-    assert not scan.expert_version.any()
+    assert not scan.expert_same_as.any()
     assert not scan.distance.any()
     assert scan.weights_hash(0) == scan.weights_hash(1)
 
@@ -195,7 +195,7 @@ def test_added_vocabulary_rows(trio: dict[str, Path], tmp_path: Path) -> None:
     family = Family.open({"base": trio["base"], "grown": grown(trio["base"], tmp_path / "grown", 3)})
     assert (family.vocab_size, family.vocab_sizes) == (115, (112, 115))
     scan = scan_family(family)
-    assert scan.nonexpert_version["lm_head.weight"] == (0, 1)
+    assert scan.nonexpert_same_as["lm_head.weight"] == (0, 1)
     assert scan.nonexpert_bytes["lm_head.weight"] == (112 * 32 * 4, 115 * 32 * 4)
 
 

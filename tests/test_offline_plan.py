@@ -99,7 +99,7 @@ def test_plans_hold_together(seed: int) -> None:
         for v, layer, e in np.ndindex(*version.shape):
             index = layout.table[v, layer, e]
             stored = layout.resident[layer][index] if index >= 0 else layout.host[layer][-1 - index]
-            assert stored == (plan.serving[v, layer, e], e)
+            assert stored == (int(plan.serving[v, layer, e]), e)
             assert (index >= 0) == plan.resident[v, layer, e]
         for layer in range(layers):
             assert len(set(layout.resident[layer] + layout.host[layer])) == len(
@@ -150,10 +150,10 @@ def scan() -> FamilyScan:
         pair_distance=np.zeros((2, 2)),
         pair_square=np.zeros((2, 5, 2, 2)),
         changed_bytes=np.zeros((2, 2, 5), dtype=np.int64),
-        expert_version=version,
+        expert_same_as=version,
         expert_hash=np.zeros((2, 2, 5, 32), dtype=np.uint8),
         expert_bytes=100,
-        nonexpert_version={"embed": (0, 1), "norm": (0, 0)},
+        nonexpert_same_as={"embed": (0, 1), "norm": (0, 0)},
         nonexpert_hash={"embed": (b"1", b"2"), "norm": (b"3", b"3")},
         nonexpert_bytes={"embed": (300, 310), "norm": (30, 30)},
     )
@@ -187,7 +187,7 @@ def test_policies(scan: FamilyScan) -> None:
 
 
 def test_bit_identical_experts_are_shared_in_every_policy(scan: FamilyScan) -> None:
-    same = replace(scan, expert_version=np.zeros_like(scan.expert_version))
+    same = replace(scan, expert_same_as=np.zeros_like(scan.expert_same_as))
     for plan in (build_plan(same, "separate"), build_plan(same, "paper", "2x")):
         assert plan.position_counts() == {"shared": 10, "separate": 0, "absent": 0}
         assert num_resident(plan) == 10

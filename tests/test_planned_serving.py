@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from families import make_family, make_tokenizer
 from polymoe import LLM, SamplingParams
 from polymoe.bundle.generation_defaults import GENERATION_CONFIG
+from polymoe.console import Console
 from polymoe.errors import CheckpointError
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.serving_check import check_serving
@@ -46,8 +46,8 @@ def test_a_sound_family_is_not_warned_of(pair: dict[str, Path]) -> None:
     assert warnings_of(pair) == []
 
 
-def write(file: str, text: str | bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+def write(file: str, text: str | bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def generation(**values: Any) -> Callable[[Path], None]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.progress import Progress
@@ -27,6 +28,7 @@ from polymoe.errors import ConfigError, PlanError, PolymoeError, RequestError, e
 from polymoe.offline.api import check_picture, make_plan
 from polymoe.offline.plan.budget import parse_memory
 from servers import free_port
+from zygote import run_python
 
 SPECS = [f"{name}={path}" for name, path in family_paths().items()]
 HOSTILE = "[INST] hi [/INST] [red]y[/red] :smile: \x1b[2J\x07 \udcff [/] [@click=x]z[/]"
@@ -226,7 +228,7 @@ def test_options_of_the_engine_that_do_not_exist(options: dict[str, object], mes
         ({"n": 2.0}, "n must be a whole number"),
     ],
 )
-def test_sampling_parameters_of_a_wrong_type(options: dict[str, object], message: str) -> None:
+def test_sampling_parameters_of_a_wrong_type(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         polymoe.SamplingParams(**options)
     assert caught.value.param == next(iter(options))
@@ -318,7 +320,7 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
         f"from polymoe.cli.main import main; sys.argv = {arguments!r}; main()"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    result = run_python(script)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "choose another folder" in result.stderr

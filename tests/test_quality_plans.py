@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from rich.console import Console
 
 from damage import Liar
 from families import make_family
 from polymoe.bundle.manifest import Fidelity, VariantRecord
 from polymoe.bundle.reader import Bundle, record_fidelity
+from polymoe.console import Console
 from polymoe.errors import BundleError, PlanError, PolymoeError
 from polymoe.evaluate.target import meet_target
 from polymoe.offline.api import inspect_bundle, make_plan
@@ -48,14 +48,14 @@ def test_budgets_are_kept(
     for v, layer, e in np.ndindex(*plan.serving.shape):
         base, delta = int(layout.table[v, layer, e]), int(layout.delta[v, layer, e])
         owner = layout.resident[layer][base] if base >= 0 else layout.host[layer][-1 - base]
-        assert owner == (plan.serving[v, layer, e], e)
+        assert owner == (int(plan.serving[v, layer, e]), e)
         assert (base >= 0) == plan.resident[v, layer, e]
         if base < 0:  # absent: its own expert, as it is
-            assert plan.serving[v, layer, e] == scan.expert_version[v, layer, e]
+            assert plan.serving[v, layer, e] == scan.expert_same_as[v, layer, e]
             assert delta == -1
         if delta >= 0:
             owners = [owner for pool in layout.deltas[layer].values() for owner in pool]
-            assert owners[delta] == (plan.delta_owner[v, layer, e], e)
+            assert owners[delta] == (int(plan.delta_owner[v, layer, e]), e)
     # Expert 2 is identical everywhere: one base, and a delta only against a rounded one, the same for all.
     assert (layout.table[:, :, 2] == layout.table[0, :, 2]).all()
     assert (layout.delta[:, :, 2] == layout.delta[0, :, 2]).all()
@@ -63,7 +63,7 @@ def test_budgets_are_kept(
 
 def test_spare_memory_makes_positions_lossless_the_farthest_first(family: Family, scan: FamilyScan) -> None:
     plan = build_plan(scan, "mean", "1.5x", None, family)
-    own = (plan.serving == scan.expert_version).all(axis=0) & (plan.merge == "own")
+    own = (plan.serving == scan.expert_same_as).all(axis=0) & (plan.merge == "own")
     far = np.argsort(-scan.distance.reshape(-1), kind="stable")
     assert own.reshape(-1)[far[:2]].all()  # two more experts each, four are spare
     assert own.sum() == 2 + 2  # and the identical ones
@@ -116,8 +116,8 @@ def test_calibrated_plans(trio: dict[str, Path], tmp_path: Path) -> None:
     text.write_text("the quick brown fox jumps over the lazy dog; " * 100)
     calibrate = {name: [text] for name in trio}
     bundles = [
-        make_plan(trio, policy, None, tmp_path / policy, options=PlanOptions(calibrate=calibrate, **more))
-        for policy, more in (("regmean", {}), ("delta", {"base": "int4"}))
+        make_plan(trio, policy, None, tmp_path / policy, options=PlanOptions(calibrate=calibrate, base=base))
+        for policy, base in (("regmean", "stored"), ("delta", "int4"))
     ]
     plain = make_plan(trio, "delta", None, tmp_path / "plain", options=PlanOptions(base="int4"))
     assert bundles[1].resident_bytes == plain.resident_bytes
@@ -166,10 +166,10 @@ class TestBundle:
             for pools in (bundle.packed_bases, bundle.packed_deltas)
         ]
         stored = [t for layer in layers for t in bundle.resident_experts(layer).values()]
-        assert bundle.resident_bytes["resident_experts"] == sum(t.nbytes for t in (*stored, *tensors[0]))
-        assert bundle.resident_bytes["deltas"] == sum(t.nbytes for t in tensors[1])
+        assert bundle.resident_bytes.resident_experts == sum(t.nbytes for t in (*stored, *tensors[0]))
+        assert bundle.resident_bytes.deltas == sum(t.nbytes for t in tensors[1])
         assert bundle.delta is not None
-        assert bundle.resident_bytes["tables"] == bundle.table.nbytes + bundle.delta.nbytes
+        assert bundle.resident_bytes.tables == bundle.table.nbytes + bundle.delta.nbytes
         assert Bundle.open(bundle.path, verify=True).manifest == bundle.manifest
 
     def test_versions_name_the_content(self, family: Family, scan: FamilyScan, bundle: Bundle, tmp_path: Path) -> None:

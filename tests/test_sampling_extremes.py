@@ -69,7 +69,7 @@ def test_extreme_repetition_penalties_keep_the_order(logits: torch.Tensor, penal
     others[repeated] = float("-inf")
     want = 9 if penalty < 1 else int(others.argmax())
     for temperature in (0.0, 1e-6, 1e-3):
-        sampling = {"repetition_penalty": penalty, "temperature": temperature}
+        sampling: dict[str, Any] = {"repetition_penalty": penalty, "temperature": temperature}
         assert draw(logits[None], sequence(prompt=repeated, **sampling)) == [want]
 
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_record import SampledToken, ScheduledSequence, StepResult
 from polymoe.errors import OverloadedError
-from polymoe.protocol.request import EngineRequest, SamplingParams, TokenOutput
+from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId, TokenOutput
 
 
 def make(num_blocks: int = 64, *, slots: int = 3, **limits: int) -> Scheduler:
-    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_waiting": 100} | limits
+    settings: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_waiting": 100} | limits
     policies = Policies.of(
         [1.0] * 3,
         num_slots=slots,
@@ -29,7 +30,7 @@ def sequence(name: str, variant: int = 0, prompt: int = 6, stop: tuple[int, ...]
     params = SamplingParams(temperature=0, **({"max_tokens": 5} | sampling))  # type: ignore[arg-type]
     ids = [hash((name, i)) % 1000 for i in range(prompt)]
     request = EngineRequest(
-        request_id=name, variant=variant, prompt_token_ids=ids, sampling=params, stop_token_ids=list(stop)
+        request_id=SequenceId(name), variant=variant, prompt_token_ids=ids, sampling=params, stop_token_ids=list(stop)
     )
     return Sequence(request, f"{variant}".encode())
 
@@ -53,7 +54,8 @@ def run_dry(scheduler: Scheduler, limit: int = 500) -> dict[str, int]:
         if not scheduler.has_work():
             return counts
         for output in step(scheduler)[1]:
-            counts[output.request_id] = counts.get(output.request_id, 0) + len(output.new_token_ids)
+            name = output.request_id.request
+            counts[name] = counts.get(name, 0) + len(output.new_token_ids)
     raise AssertionError("the scheduler makes no progress")
 
 
@@ -65,8 +67,8 @@ def test_a_long_prompt_is_split_over_steps_and_decodes_go_on_beside_it() -> None
     sizes = []
     for _ in range(3):
         scheduled, outputs = step(scheduler)
-        sizes.append({s.request.request_id: s.num_tokens for s in scheduled})
-        assert any(o.request_id == "short" for o in outputs)
+        sizes.append({s.request.request_id.request: s.num_tokens for s in scheduled})
+        assert any(o.request_id.request == "short" for o in outputs)
     assert sizes == [{"short": 1, "long": 15}, {"short": 1, "long": 15}, {"short": 1, "long": 10}]
 
 
@@ -79,7 +81,7 @@ def test_finish_reasons() -> None:
     while scheduler.has_work():
         for o in step(scheduler)[1]:
             if o.finish_reason:
-                ends[o.request_id] = (o.finish_reason, o.stop_reason)
+                ends[o.request_id.request] = (o.finish_reason, o.stop_reason)
     assert ends == {"length": ("length", None), "stop": ("stop", 7)}
     assert stop.num_output_tokens == 3  # not before min_tokens
 
@@ -99,10 +101,10 @@ def test_abort_frees_everything_and_unknown_ids_are_fine() -> None:
     for name in "abc":
         scheduler.add(sequence(name))
     step(scheduler)
-    scheduler.abort({"a", "c", "gone"})
+    scheduler.abort({SequenceId(name) for name in ("a", "c", "gone")})
     scheduler.check_integrity()
-    assert [s.request_id for s in scheduler.sequences] == ["b"]
-    scheduler.abort({"b"})
+    assert [s.request_id for s in scheduler.sequences] == [SequenceId("b")]
+    scheduler.abort({SequenceId("b")})
     assert not scheduler.has_work()
     assert scheduler.batch.blocks.usage == 0
 

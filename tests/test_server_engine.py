@@ -5,8 +5,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +32,7 @@ from polymoe.protocol.messages import (
 )
 from polymoe.protocol.request import EngineRequest, RequestOutput, SamplingParams, SequenceId
 from servers import engine_config, make_bundle
+from zygote import RUN_ENGINE, zygote
 
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
 
@@ -198,17 +197,16 @@ def test_a_killed_engine_ends_every_wait(config: EngineConfig) -> None:
 def test_the_engine_ends_with_its_server(config: EngineConfig) -> None:
     """A killed server says nothing: the kernel closes its end of the socket. No engine may stay behind, busy or not."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "polymoe.engine.process", "--fd", str(theirs.fileno())]
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
-        theirs.close()
-        with ours, ours.makefile("rb") as stream:
-            ours.sendall(frame(Start(config)))
-            while not isinstance(read(stream), Ready):
-                pass
-            request = EngineRequest(request_id=SequenceId("r"), variant=0, prompt_token_ids=[5], sampling=LONG)
-            ours.sendall(frame(Add(1, [request])))
-            assert isinstance(read(stream), Accepted)
-        assert process.wait(10) == 0
+    with theirs:
+        process = zygote.fork(RUN_ENGINE, "--fd", "3", fd=theirs.fileno())
+    with ours, ours.makefile("rb") as stream:
+        ours.sendall(frame(Start(config)))
+        while not isinstance(read(stream), Ready):
+            pass
+        request = EngineRequest(request_id=SequenceId("r"), variant=0, prompt_token_ids=[5], sampling=LONG)
+        ours.sendall(frame(Add(1, [request])))
+        assert isinstance(read(stream), Accepted)
+    assert process.wait(60) == 0
 
 
 def read(stream: BinaryIO) -> Event:

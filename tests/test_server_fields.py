@@ -38,7 +38,10 @@ CHAT_DEFAULTS: dict[str, Any] = {
     "media_io_kwargs": None, "mm_processor_kwargs": None,
 }  # fmt: skip
 COMPLETION_DEFAULTS: dict[str, Any] = {"logprobs": None, "suffix": None, "add_special_tokens": True}
-CLASSES = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+CLASSES: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 FIELDS = {
     "/v1/completions": {**DEFAULTS, **COMPLETION_DEFAULTS},
     "/v1/chat/completions": {**DEFAULTS, **CHAT_DEFAULTS},
@@ -47,13 +50,11 @@ FIELDS = {
 # The same fields, asking for something that this server does not do.
 ACTIVE: dict[str, Any] = {
     "use_beam_search": True, "length_penalty": 0.9, "spaces_between_special_tokens": False,
-    "truncate_prompt_tokens": -1, "allowed_token_ids": [5], "prompt_logprobs": 0, "bad_words": ["fox"],
-    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}, "guided_json": {},
+    "guided_json": {},
     "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "logits_processors": ["m.f"],
-    "request_id": "mine", "return_tokens_as_token_ids": True, "return_token_ids": True, "kv_transfer_params": {},
-    "vllm_xargs": {"a": 1}, "stream_interval": 2, "verbosity": "low", "reasoning_effort": "low", "watermarking": True,
-    "tool_choice": "auto", "tools": [{"type": "function", "function": {"name": "f"}}], "modalities": ["audio"],
-    "include_reasoning": False, "thinking_token_budget": 5, "functions": [{"name": "f"}], "echo": True,
+    "request_id": "mine", "return_tokens_as_token_ids": True, "kv_transfer_params": {},
+    "vllm_xargs": {"a": 1}, "stream_interval": 2, "verbosity": "low", "watermarking": True, "modalities": ["audio"],
+    "thinking_token_budget": 5, "functions": [{"name": "f"}], "echo": True,
 }  # fmt: skip
 
 

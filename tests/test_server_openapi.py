@@ -159,7 +159,7 @@ def test_answers_are_as_documented(server: ThreadServer) -> None:
     is_all_of(server.post("/tokenize", {"model": "base", "prompt": "fox", "return_token_strs": True}).json(), Tokenized)
     is_all_of(server.post("/tokenize", {"model": "base", "messages": messages}).json(), Tokenized)
     is_all_of(server.post("/detokenize", {"model": "base", "tokens": [5, 6]}).json(), Detokenized)
-    for path, model in (
+    answers: list[tuple[str, type[BaseModel]]] = [
         ("/v1/models", ModelList),
         ("/v1/models/base", ModelCard),
         ("/health", Health),
@@ -167,8 +167,9 @@ def test_answers_are_as_documented(server: ThreadServer) -> None:
         ("/version", Version),
         ("/v1/models/none", ErrorResponse),
         ("/nothing", ErrorResponse),
-    ):
-        is_all_of(httpx.get(server.url + path).json(), model)
+    ]
+    for path, answer in answers:
+        is_all_of(httpx.get(server.url + path).json(), answer)
 
 
 def test_the_card_of_a_measured_variant() -> None:

@@ -1,12 +1,13 @@
 """The switch that turns skips into failures."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from zygote import run_python
+
+PYTEST = "import sys, pytest; sys.path.insert(0, sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
 SKIPS = """
 import pytest, torch
 
@@ -27,9 +28,8 @@ def test_expected():
 
 def run(folder: Path, strict: bool, **settings: str) -> tuple[int, str]:
     environment = os.environ | {"POLYMOE_STRICT_TESTS": str(int(strict)), **settings}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "-m", "pytest", "-p", "strict", "-p", "no:cacheprovider", "-p", "no:xdist", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    options = ["-p", "strict", "-p", "no:cacheprovider", "-p", "no:xdist", str(folder)]
+    done = run_python(PYTEST, str(Path(__file__).parent), *options, cwd=folder, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -49,7 +49,7 @@ def test_a_skip_needs_a_reason_that_holds(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_is_a_failure_where_it_could_run(tmp_path: Path) -> None:
-    from polymoe.native.library import processor_suits
+    from polymoe.native.installed import processor_suits
 
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
     code, output = run(tmp_path, strict=True, POLYMOE_KERNELS=str(tmp_path / "none.so"))

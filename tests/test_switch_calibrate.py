@@ -74,9 +74,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> Plan:
     shape = (len(family.names), family.architecture.num_layers, 4)
-    return Plan(
-        "test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), base=base, merge=merge, delta=delta
-    )
+    everywhere = [np.array(text, dtype=object) for text in (base, merge, delta)]
+    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", *everywhere)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from decoded import decoded_experts
 from families import make_family, make_switch_family, write_pairs
 from polymoe.bundle.reader import Bundle
 from polymoe.cli.main import app
+from polymoe.console import Console
 from polymoe.errors import CheckpointError, FamilyError, PolymoeError
 from polymoe.evaluate.fidelity import OriginalModel
 from polymoe.evaluate.texts import encode_texts
@@ -138,8 +138,8 @@ def test_inspect_tells_encoder_layers_from_decoder_layers(paths: dict[str, Path]
     console = Console(record=True, width=120)
     scan = inspect(paths, tmp_path / "map.png", console)
     assert scan.layer_names == ["encoder 1", "decoder 1"]
-    assert (scan.expert_version[:, :, 2] == 0).all()
-    assert (scan.expert_version[:, :, 0] == torch.arange(3)[:, None].numpy()).all()
+    assert (scan.expert_same_as[:, :, 2] == 0).all()
+    assert (scan.expert_same_as[:, :, 0] == torch.arange(3)[:, None].numpy()).all()
     shown = console.export_text()
     assert "encoder 1" in shown
     assert "decoder 1" in shown
@@ -176,7 +176,7 @@ def test_what_the_manifest_tells(bundle: Bundle) -> None:
     assert bundle.manifest.tied["lm_head.weight"] == "shared.weight"
     assert (bundle.table[:, :, 2] == bundle.table[:1, :, 2]).all(), "identical experts are stored once"
     assert set(bundle.nonexpert_sources("encoder.block.0.layer.0.SelfAttention.q.weight")) == {0}
-    assert bundle.resident_bytes["resident_experts"] == (3 * 3 + 1) * 2 * 2 * 64 * 32 * 4
+    assert bundle.resident_bytes.resident_experts == (3 * 3 + 1) * 2 * 2 * 64 * 32 * 4
 
 
 def test_families_that_do_not_belong_together(paths: dict[str, Path], tmp_path: Path) -> None:

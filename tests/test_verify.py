@@ -2,26 +2,28 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from families import TEXT, make_family
 from polymoe import LLM
 from polymoe.bundle import verify
+from polymoe.bundle.bundle_checks import file_sha256
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside, verify_bundle
 from polymoe.cli.main import app
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.errors import BundleError
 from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.report import run_eval
 from polymoe.offline.api import make_plan
+from zygote import run_python
 
 WEIGHTS = ["experts/layer-000.safetensors", "host/layer-001.safetensors", "nonexperts/variant.v1.safetensors"]
 
@@ -84,10 +86,9 @@ def test_large_bundles_are_hashed_beside_loading(bundle: Path, monkeypatch: pyte
     opened = Bundle.open(bundle)
     flip(bundle / WEIGHTS[0])
     hashed: list[str] = []
-    original = verify.file_sha256
 
     def seen(path: Path, stopped: object) -> str | None:
-        found = original(path, stopped)  # type: ignore[arg-type]
+        found = file_sha256(path, stopped)  # type: ignore[arg-type]
         hashed.append(path.relative_to(bundle).as_posix())
         return found
 
@@ -169,7 +170,7 @@ class TestOriginals:
 TWICE = """
 import sys
 from pathlib import Path
-from rich.console import Console
+from polymoe.console import Console
 from polymoe.offline.cache import plan_cached
 print(plan_cached(sys.argv[2:], "paper", "1.0x", Path(sys.argv[1]), Console(stderr=True, width=300)))
 """
@@ -178,12 +179,12 @@ print(plan_cached(sys.argv[2:], "paper", "1.0x", Path(sys.argv[1]), Console(stde
 def test_two_starts_at_once_with_an_empty_cache(trio: dict[str, Path], tmp_path: Path) -> None:
     """Of two `polymoe demo` one ended with an error; it opens the bundle that the other made."""
     specs = [f"{name}={path}" for name, path in trio.items()]
-    command = [sys.executable, "-c", TWICE, str(tmp_path / "cache"), *specs]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0, 0], outputs
-    (folder,) = {out.strip() for out, _ in outputs}
-    said = [error for _, error in outputs]
+    with ThreadPoolExecutor(2) as pool:
+        start = partial(run_python, TWICE, str(tmp_path / "cache"), *specs)
+        done = [future.result() for future in [pool.submit(start), pool.submit(start)]]
+    assert [process.returncode for process in done] == [0, 0], done
+    (folder,) = {process.stdout.strip() for process in done}
+    said = [process.stderr for process in done]
     assert sum("Planned meanwhile by another polymoe" in text or "Planned before" in text for text in said) == 1
     Bundle.open(folder, verify=True)
     assert not list((tmp_path / "cache").glob(".*.tmp-*")), "nothing unfinished is left"

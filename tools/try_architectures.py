@@ -240,7 +240,7 @@ def try_one(name: str, model_type: str) -> Outcome:
         try:
             family = Family.open(paths)
             scan = scan_family(family, Console(quiet=True))
-            write_bundle(family, scan, separate_plan(scan.expert_version), root / "bundle", console=Console(quiet=True))
+            write_bundle(family, scan, separate_plan(scan.expert_same_as), root / "bundle", console=Console(quiet=True))
         except UnsupportedModelError as error:
             return Outcome(name, model_type, "refused", str(error))
         requests = make_requests(config.vocab_size)

@@ -25,7 +25,8 @@ USE = """
 import sys
 from polymoe import LLM, SamplingParams
 from polymoe.demo import family_paths
-from polymoe.native.library import cpu_kernels, processor_suits
+from polymoe.native.installed import processor_suits
+from polymoe.native.library import cpu_kernels
 llm = LLM(family_paths(), dtype="bfloat16", device="cpu", kv_cache_bytes=1 << 24)
 (output,) = llm.generate(["ROMEO:"], SamplingParams(max_tokens=4, temperature=0), variants=["drama"])
 assert len(output.outputs[0].token_ids) == 4

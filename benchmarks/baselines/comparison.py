@@ -63,7 +63,7 @@ class Comparison:
         self.family, self.evaluations, self.scratch = family, evaluations, scratch
         self.scan = scan_family(family, progress)
         check_related(self.scan, "auto", False, console)
-        self.one_model = self.scan.expert_bytes * self.scan.expert_version[0].size
+        self.one_model = self.scan.expert_bytes * self.scan.expert_same_as[0].size
         self.calibration = Calibration.from_files(family, calibrate, folder=kept) if calibrate else None
 
     def measure(self, method: Method, say: Say, most: float | None = None) -> Measured:
@@ -92,7 +92,7 @@ class Comparison:
         sizes = bundle.resident_bytes
         del llm
         gc.collect()
-        return self._measured(marks, sizes["resident_experts"] + sizes.get("deltas", 0), sum(sizes.values()), plan)
+        return self._measured(marks, sizes.resident_experts + sizes.deltas, sizes.total, plan)
 
     def _baseline(self, method: Method, say: Say, most: float | None) -> Measured:
         """In stock transformers, with other weights."""

@@ -63,7 +63,7 @@ def _expert_names(family: Family) -> list[tuple[int, str]]:
 
 def _one_model(scan: FamilyScan) -> tuple[int, int]:
     """(expert bytes, non-expert bytes) of the first variant alone."""
-    experts = scan.expert_bytes * scan.expert_version[0].size
+    experts = scan.expert_bytes * scan.expert_same_as[0].size
     return experts, sum(sizes[0] for sizes in scan.nonexpert_bytes.values())
 
 
@@ -88,8 +88,8 @@ def _average(family: Family, scan: FamilyScan) -> Baseline:
 def _one_nonexperts(family: Family, scan: FamilyScan) -> Baseline:
     """The paper without its reconfiguration: round-robin experts, and the first variant's non-experts for all."""
     _check_one_vocabulary(family)
-    version = scan.expert_version
-    owner = paper_plan(scan.distance, version, version[0].size).serving[0]
+    same_as = scan.expert_same_as
+    owner = paper_plan(scan.distance, same_as, same_as[0].size).serving[0]
 
     def weights(_: int) -> Weights:
         first = family.checkpoints[0]
@@ -115,7 +115,7 @@ def _copies(bits: int, family: Family, scan: FamilyScan) -> Baseline:
             yield name, stack
 
     expert = sum(_copy_bytes(tuple(shape), bits, transposed) for shape in info.expert_shapes.values())
-    return Baseline(expert * scan.expert_version.size, scan.nonexpert_bytes_total, weights)
+    return Baseline(expert * scan.expert_same_as.size, scan.nonexpert_bytes_total, weights)
 
 
 def _copy_bytes(shape: tuple[int, ...], bits: int, transposed: bool) -> int:

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,11 +128,11 @@ def _patch_torch(gpu: NoGpu) -> None:
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for name in ("Stream", "CUDAGraph", "current_stream"):
         setattr(torch.cuda, name, mock.MagicMock())
-    torch.cuda.Event = _Event
-    torch.cuda.graph = graph
-    torch.cuda.is_current_stream_capturing = lambda: gpu.capturing
-    torch.Generator = Generator
-    fake.init_gpu_context = lambda _device: None
+    mock.patch.object(torch.cuda, "Event", _Event).start()
+    mock.patch.object(torch.cuda, "graph", graph).start()
+    mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=lambda: gpu.capturing).start()
+    mock.patch.object(torch, "Generator", Generator).start()
+    mock.patch.object(fake, "init_gpu_context", return_value=None).start()
 
 
 class Launches:
@@ -186,10 +187,9 @@ def _patch_polymoe() -> None:
         launch(candidate)
         return 1.0
 
-    Download.wait = zeros
-    ExpertPool.check_integrity = lambda _pool: None
-    autotune._time = timed
-    autotune._save = lambda _device, _known: None
+    mock.patch.object(Download, "wait", zeros).start()
+    mock.patch.object(ExpertPool, "check_integrity", return_value=None).start()
+    mock.patch.multiple(autotune, _time=timed, _save=lambda _device, _known: None).start()
 
 
 def _with_stub() -> int:
@@ -224,11 +224,10 @@ def main() -> int:
     import model_parts
     from measure import Limits
 
-    model_parts.measure_limits = lambda _device, _dtype: Limits(3e12, 5.5e10, 8e14)
+    mock.patch.object(model_parts, "measure_limits", return_value=Limits(3e12, 5.5e10, 8e14)).start()
     setting = model_parts.Setting("cuda", "real")
     if arguments.layers:
-        layout = setting.layout
-        setting.layout = lambda *args, **options: layout(*args, layers=arguments.layers, **options)
+        mock.patch.object(setting, "layout", partial(setting.layout, layers=arguments.layers)).start()
     with gpu:
         figures = model_parts.PARTS[arguments.part](setting)
     kept = {name: figures[name] for name in ("experts_absent", "resident_bytes", "kv_tokens", "graphs")}

@@ -18,7 +18,7 @@ _ids = itertools.count()
 
 def load_engine(layout: Layout, **options: Any) -> EngineCore:
     """As `polymoe serve` would, but for where the weights come from."""
-    settings = {
+    settings: dict[str, Any] = {
         "device": layout.device, "dtype": layout.dtype, "enable_prefix_caching": False, "admission_factor": None,
         "max_num_batched_tokens": 4096, "max_model_len": 8192, "expert_cache_bytes": 0,
     }  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from polymoe.kernels.gpu.experts import expert_matrices, experts_gpu, experts_torch
+from polymoe.kernels.gpu import experts as kernels
+from polymoe.kernels.gpu.experts import expert_matrices
 from polymoe.kernels.gpu.paged_attention import paged_attention, paged_attention_torch
 from polymoe.kernels.gpu.rms_norm import rms_norm_gpu, rms_norm_torch
 from polymoe.kernels.gpu.segmented_linear import segmented_linear, segmented_linear_torch
@@ -25,6 +26,8 @@ from polymoe.model.stock.skeleton import build_skeleton, expert_modules
 from polymoe.model.transfer.staging import Staging
 from synthetic_bundle import Layout, SyntheticBundle
 
+experts_gpu: Any = kernels.experts_gpu  # their inputs are handed on with *, of a length that mypy does not know
+experts_torch: Any = kernels.experts_torch
 LIMIT = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 Check = tuple[str, float]
 
@@ -76,9 +79,9 @@ def experts(place: Place) -> Iterator[Check]:
         tables = layer.table, layer.delta, layer.sign
         for tokens in lengths:
             for routing in ("random", "skewed"):
-                inputs = _routed(place, bundle, tokens, routing)
+                inputs: Any = _routed(place, bundle, tokens, routing)
                 found = experts_gpu(*inputs, *tables, matrices)
-                wide = inputs[0].float(), *inputs[1:]
+                wide: Any = inputs[0].float(), *inputs[1:]
                 wanted = experts_torch(*wide, *tables, wide_matrices)
                 yield f"experts {shape} {base} {delta} T={tokens} {routing}", error(found, wanted)
 

@@ -138,6 +138,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=("real", "tiny"), default="real")
     parser.add_argument("--parts", help="names, separated by commas; default all")
     parser.add_argument("--seconds", type=float, default=530.0, help="of all parts together")
+    parser.add_argument("--least", type=float, default=10.0, help="seconds; with fewer left no part is started")
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def main() -> int:
             left = end - time.monotonic()
             limit = min(part.seconds if arguments.device == "cuda" else 600.0, left)
             too_late = {"error": "not started: out of time"}
-            report["parts"][part.name] = run_part(part, work, limit) if left >= 10 else too_late
+            report["parts"][part.name] = run_part(part, work, limit) if left >= arguments.least else too_late
             figures = report["parts"][part.name]
             print(f"{part.name}: {figures.get('error', 'done')}, {figures.get('wall_s', 0):.0f} s", flush=True)
             found = rows(report["parts"])

@@ -18,12 +18,12 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
 
 from polymoe.bench.load import run_open
 from polymoe.bench.metrics import DEFAULT_SLO
@@ -33,6 +33,7 @@ from polymoe.bench.swap import SwapSystem
 from polymoe.bench.systems import EngineSystem, System
 from polymoe.bench.workload import Arrival, Lengths, poisson_arrivals, random_prompts
 from polymoe.config import EngineConfig
+from polymoe.console import Console
 from polymoe.machine import available_cores
 from synthetic_bundle import Layout
 
@@ -138,10 +139,10 @@ async def _measure(scenario: Scenario, name: str, system: System) -> dict[str, A
     for rate, duration in scenario.rates.items():
         arrivals = scenario.arrivals(rate)
         prompts = random_prompts(arrivals, 100, seed=0)
-        done, summary = await session.measure(
-            name,
-            lambda system, a=arrivals, p=prompts, d=duration: run_open(system, a, p, d, scenario.drain, lambda: None),
+        load = partial(
+            run_open, arrivals=arrivals, prompts=prompts, duration=duration, drain=scenario.drain, on_done=lambda: None
         )
+        done, summary = await session.measure(name, load)
         found[f"{rate:g}"] = {**msgspec.to_builtins(summary), "run_s": done.ended}
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polymoe.bundle.manifest import FORMAT_VERSION, Manifest, VariantRecord
+from polymoe.bundle.manifest import FORMAT_VERSION, Manifest, VariantRecord, WeightBytes
 from polymoe.bundle.reader import Bundle, PackedTensors
 from polymoe.model.stock.skeleton import build_skeleton, expert_modules, expert_tensor_names
 from polymoe.quant.formats import GRID_LEVELS, Format, get_format, num_bytes, parts
@@ -146,13 +146,13 @@ class SyntheticBundle(Bundle):
             delta_pools=[{self.layout.delta: deltas} if deltas else {} for _ in range(self.num_layers)],
             host_experts=[self.num_experts - count for count in self._resident],
             positions={},
-            resident_bytes={
-                "resident_experts": base_bytes,
-                "deltas": delta_bytes,
-                "nonexperts_shared": 0 if own else self.nonexpert_bytes,
-                "nonexperts_own": count * self.nonexpert_bytes if own else 0,
-                "tables": count * self.num_layers * self.num_experts * (9 if deltas else 4),
-            },
+            resident_bytes=WeightBytes(
+                resident_experts=base_bytes,
+                deltas=delta_bytes,
+                nonexperts_shared=0 if own else self.nonexpert_bytes,
+                nonexperts_own=count * self.nonexpert_bytes if own else 0,
+                tables=count * self.num_layers * self.num_experts * (9 if deltas else 4),
+            ),
             host_bytes=0,
             bytes_per_expert_parameter=0.0,
             files=[],

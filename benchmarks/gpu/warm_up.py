@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from unittest import mock
 
 _DECODE = ((1, 2), (4, 8), (16, 24), (32,), (48, 64))
 # What the first layout's engine process compiles at its start, and of the others what is timed.
@@ -47,7 +48,7 @@ def run_job(layout: int, what: str, device: str, tiny: bool) -> None:
     from synthetic_bundle import Layout
 
     # Else every process would begin with what a single sequence needs.
-    DecodeGraphs.capture = lambda _graphs, _progress: None  # type: ignore[method-assign]
+    mock.patch.object(DecodeGraphs, "capture", return_value=None).start()
     shape, variants, fields = _LAYOUTS[layout]
     described = Layout(
         {"mixtral-8x7b": "tiny-mixtral"}[shape] if tiny else shape, variants, device=device,
@@ -77,7 +78,9 @@ def main() -> int:
         layout, what = arguments.job.split()
         run_job(int(layout), what, arguments.device, tiny)
         return 0
-    waiting, running, failed = jobs(tiny), {}, {}
+    waiting = jobs(tiny)
+    running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+    failed: dict[str, str] = {}
     started = time.monotonic()
     count = len(waiting)
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +91,7 @@ def main() -> int:
                 job = "{} {}".format(*waiting.pop(0))
                 options = ["--device", arguments.device, "--shape", arguments.shape, "--out", str(arguments.out)]
                 command = [sys.executable, __file__, *options, "--job", job]
-                log = (Path(scratch) / job.replace(" ", "-").replace(":", "-")).open("w+b")
+                log: IO[bytes] = (Path(scratch) / job.replace(" ", "-").replace(":", "-")).open("w+b")
                 running[job] = subprocess.Popen(command, env=environment, stdout=log, stderr=log), log
             for job, (process, log) in list(running.items()):
                 if process.poll() is not None:

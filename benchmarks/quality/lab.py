@@ -100,7 +100,7 @@ class Lab:
         error = plan.predicted_error
         if error is None:
             errors = self._errors_on_text if on_text else self._errors_of_weights
-            error = predicted_error(plan.with_shared_deltas(self.comparison.scan.expert_version), errors)
+            error = predicted_error(plan.with_shared_deltas(self.comparison.scan.expert_same_as), errors)
         return None if error is None else dict(zip(self.comparison.family.names, error.tolist(), strict=True))
 
     def settings(self) -> dict[str, Any]:

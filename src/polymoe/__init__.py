@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polymoe.llm.async_llm import AsyncLLM
     from polymoe.llm.llm import LLM
     from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from polymoe.protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -25,6 +26,7 @@ __all__ = [
     "PolymoeError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "PolymoeError": "polymoe.errors",
     "RequestOutput": "polymoe.protocol.request",
     "SamplingParams": "polymoe.protocol.request",
+    "StructuredOutputsParams": "polymoe.protocol.structured_outputs",
 }
 
 

@@ -104,7 +104,8 @@ class VariantUnusableError(RequestError):
 
 
 class NoProbabilitiesError(RequestError):
-    """The model's output was NaN, so that no token can be chosen: the fault of its weights or of the dtype."""
+    """No token can be chosen: the model's output was NaN, the fault of its weights or of the dtype, or what the request
+    asks for leaves none."""
 
     status = 500
     type = "internal_server_error"
@@ -112,7 +113,8 @@ class NoProbabilitiesError(RequestError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"The model `{name}` computed no probabilities (NaN) for this prompt, so there is no answer. "
-            "Its weights are damaged, or the server's --dtype is too narrow for them.",
+            "Its weights are damaged, or the server's --dtype is too narrow for them; or the request's structured "
+            "output, allowed_token_ids or bad_words left no token that may come next.",
             param="model",
             code="no_probabilities",
         )

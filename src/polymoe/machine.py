@@ -1,8 +1,10 @@
 """What the machine tells of itself, and a process's share of it. Linux; elsewhere the answers are None."""
 
 import contextlib
+import ctypes
 import importlib.metadata
 import itertools
+import mmap
 import os
 import platform
 import re
@@ -44,6 +46,21 @@ def peak_rss(pid: int) -> int | None:
     """Most resident bytes that a process ever had; pages of mapped files count."""
     found = _field(Path(f"/proc/{pid}/status"), r"VmHWM:\s*(\d+) kB")
     return None if found is None else int(found) * 1024
+
+
+def drop_mapped_pages(folder: Path) -> None:
+    """Let go of this process's pages of memory-mapped files below `folder`, which must be mapped to be read only. They
+    stay in the page cache, and who looks at one again has it again."""
+    try:
+        mappings = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for line in mappings:
+        span, *_, path = line.split(maxsplit=5)
+        if path.startswith(f"{folder}/"):
+            start, end = (int(address, 16) for address in span.split("-"))
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def split_cores(cores: Sequence[int], parts: int) -> list[list[int]]:

@@ -55,7 +55,7 @@ class Builder:
         name, _, plan = name.partition(":")
         if name == "swap":
             bundles = {v: self._bundle([v], "separate", None) for v in self.variants}
-            sizes = {v: sum(b.resident_bytes.values()) for v, b in bundles.items()}
+            sizes = {v: b.resident_bytes.total for v, b in bundles.items()}
             return SwapSystem({v: self._config(b) for v, b in bundles.items()}, sizes)
         if name == "partition":
             return self._partition()
@@ -85,24 +85,24 @@ class Builder:
 
     def _bytes_of(self, name: str) -> int:
         if name == "partition":
-            share = sum(self.shared_bundle().resident_bytes.values())
+            share = self.shared_bundle().resident_bytes.total
             return share + self.kv_cache_bytes + len(self.variants) * _PROCESS_BYTES
         if name == "transformers":
             return sum(file.stat().st_size for path in self.checkpoints.values() for file in path.glob("*.safetensors"))
         plan = name.partition(":")[2]
         bundle = self._bundle(self.variants[:1], "separate", None) if name == "swap" else self.shared_bundle(plan)
-        return sum(bundle.resident_bytes.values()) + self.kv_cache_bytes + _PROCESS_BYTES
+        return bundle.resident_bytes.total + self.kv_cache_bytes + _PROCESS_BYTES
 
     def _partition(self) -> PartitionSystem:
         count = len(self.variants)
-        share = sum(self.shared_bundle().resident_bytes.values()) // count
+        share = self.shared_bundle().resident_bytes.total // count
         configs = {}
         for variant in self.variants:
             bundle = self._bundle([variant], "separate", str(share))
             configs[variant] = msgspec.structs.replace(
                 self._config(bundle),
                 kv_cache_bytes=self.kv_cache_bytes // count,
-                expert_cache_bytes=share - sum(bundle.resident_bytes.values()),
+                expert_cache_bytes=share - bundle.resident_bytes.total,
             )
         return PartitionSystem(configs, split_cores(available_cores()[: self.threads], count))
 

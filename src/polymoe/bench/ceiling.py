@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from polymoe.bundle.reader import Bundle
+from polymoe.model.stock.kind import kind_of
 
 _BUFFER_BYTES = 512 << 20  # far beyond any cache
 _ROUNDS = 6
@@ -57,11 +58,9 @@ def step_bytes(bundle: Bundle, rows: Mapping[int, int], context: float, kv_bytes
     """
     text_config = bundle.config.get_text_config()
     num_experts = bundle.manifest.num_experts
-    top_k = getattr(text_config, "num_experts_per_tok", None) or num_experts
-    layers = list(range(len(bundle.expert_modules)))
-    if text_config.is_encoder_decoder:  # Switch Transformers: top-1, and the encoder does not decode
-        top_k = 1
-        layers = [i for i in layers if not bundle.expert_modules[i].startswith(_ENCODER)]
+    kind = kind_of(text_config)
+    top_k = kind.experts_per_token(text_config, num_experts)
+    layers = [i for i, path in enumerate(bundle.expert_modules) if not kind.in_encoder(path)]  # it does not decode
     touched = expected_touched(bundle.table[:, layers].tolist(), rows, top_k / num_experts)
     return StepBytes(
         experts=touched * bundle.manifest.expert_bytes,

@@ -10,8 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polymoe.bench.decoder_family import GRANITE_1B, QWEN3_128E, TINY_GRANITE, TINY_QWEN3, write_decoder
-from polymoe.bench.switch_family import SWITCH_BASE_8, TINY_SWITCH, write_switch
+from polymoe.bench.written_family import (
+    GRANITE_1B,
+    QWEN3_128E,
+    SWITCH_BASE_8,
+    TINY_GRANITE,
+    TINY_QWEN3,
+    TINY_SWITCH,
+    write_variant,
+)
 from polymoe.bundle.atomic import new_folder
 from polymoe.errors import PlanError
 
@@ -50,35 +57,33 @@ TINY_MIXTRAL: dict[str, Any] = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }
-_SWITCHES = {"switch-base-8": SWITCH_BASE_8, "switch-tiny": TINY_SWITCH}
-_DECODERS = {
+_WRITTEN = {
     "granite-1b-a400m": GRANITE_1B,
     "qwen3-128e": QWEN3_128E,
     "granite-tiny": TINY_GRANITE,
     "qwen3-tiny": TINY_QWEN3,
+    "switch-base-8": SWITCH_BASE_8,
+    "switch-tiny": TINY_SWITCH,
 }
-SHAPES = {"430m": SMALL_MIXTRAL, "110m": MANY_MIXTRAL, "tiny": TINY_MIXTRAL, **_DECODERS, **_SWITCHES}
+SHAPES = {"430m": SMALL_MIXTRAL, "110m": MANY_MIXTRAL, "tiny": TINY_MIXTRAL, **_WRITTEN}
 
 
 def cached_family(root: Path, num_variants: int, shape: str) -> dict[str, Path]:
     """Variant name -> checkpoint of a shape in `SHAPES`, made below `root` once and found again later."""
     digest = hashlib.sha256(json.dumps(SHAPES[shape], sort_keys=True).encode()).hexdigest()[:8]
-    written = {**dict.fromkeys(_SWITCHES, write_switch), **dict.fromkeys(_DECODERS, write_decoder)}
-    folder = root / (f"{shape}-{digest}" if shape in written else f"mixtral-{shape}-{digest}")
+    folder = root / (f"{shape}-{digest}" if shape in _WRITTEN else f"mixtral-{shape}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
-    if shape in written:
-        return make_written_family(folder, num_variants, SHAPES[shape], written[shape])
+    if shape in _WRITTEN:
+        return make_written_family(folder, num_variants, SHAPES[shape])
     return make_random_family(folder, num_variants, SHAPES[shape])
 
 
-def make_written_family(
-    folder: Path, num_variants: int, shape: dict[str, Any], write: Callable[..., None]
-) -> dict[str, Path]:
-    """Variant name -> checkpoint that `write(folder, index=…, shape=…)` made; those that are there already are kept."""
+def make_written_family(folder: Path, num_variants: int, shape: dict[str, Any]) -> dict[str, Path]:
+    """Variant name -> checkpoint that `write_variant` made; those that are there already are kept."""
     paths = {f"v{i}": folder / f"v{i}" for i in range(num_variants)}
     for index, path in enumerate(paths.values()):
         if not (path / "config.json").exists():
-            _make_whole(path, partial(write, index=index, shape=shape))
+            _make_whole(path, partial(write_variant, index=index, shape=shape))
     return paths
 
 

@@ -91,7 +91,7 @@ def _plan_bundles(growth: Growth, console: Console) -> tuple[dict[Key, float | N
                 bundle = builder.shared_bundle(name.partition(":")[2])
             found = bundle.path.stat().st_mtime < began
             planning[count, name] = None if found else time.monotonic() - now
-            device_bytes[count, name] = sum(bundle.resident_bytes.values())
+            device_bytes[count, name] = bundle.resident_bytes.total
             check_context(arrivals, min(v.max_model_len for v in bundle.variants))
             builder.check_memory([name])
     return planning, device_bytes

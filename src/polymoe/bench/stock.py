@@ -15,6 +15,7 @@ import torch
 
 from polymoe.bench.systems import Counters
 from polymoe.machine import peak_rss
+from polymoe.model.stock.kind import kind_of
 
 
 @dataclass(eq=False)
@@ -77,15 +78,12 @@ class StockSystem:
             await asyncio.sleep(0)  # those whose answers came may ask again before the next batch is made
 
     def _load(self) -> dict[str, Any]:
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
         from polymoe.offline.checkpoint.checkpoint import read_config
 
         models = {}
         for name, path in self._checkpoints.items():
             config = read_config(path)
-            auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = auto.from_pretrained(path, config=config, dtype=self._dtype, local_files_only=True)
+            model = kind_of(config).auto.from_pretrained(path, config=config, dtype=self._dtype, local_files_only=True)
             models[name] = model.to(self._device).eval()
         return models
 
@@ -98,8 +96,7 @@ class StockSystem:
         ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.int64)
         for row, request in enumerate(batch):
             count = len(request.prompt)
-            # A decoder goes on from the end of its prompt, so its padding comes first.
-            place = slice(0, count) if model.config.is_encoder_decoder else slice(longest - count, longest)
+            place = slice(longest - count, longest) if kind_of(model.config).pads_left else slice(0, count)
             ids[row, place], mask[row, place] = torch.tensor(request.prompt), 1
         model.generate(
             input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, num_beams=1,

@@ -13,6 +13,7 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # With another value transformers takes it for a repository of the Hub (`org/name[@revision]`) and loads its code.
 _IMPLEMENTATION = re.compile(r"_*(attn|attention|experts)_implementation(_internal)?")
 _STOCK = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", *(f"flash_attention_{i}" for i in (2, 3, 4)))
+OTHER_INPUTS = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "talker_config")
 _AT_LEAST_1 = ("max_position_embeddings", "n_positions", "num_experts_per_tok")
 _MOST = 1 << 31
 _TOKEN_ID = re.compile(r"\w*_token_id")
@@ -20,13 +21,34 @@ _TOKEN_ID = re.compile(r"\w*_token_id")
 
 def load_config(folder: Path) -> Any:
     """The transformers config in `folder`, which says nothing of an attention or experts implementation: polymoe has
-    its own. Raises `CheckpointError` for what `check_config` refuses, and anything that transformers raises."""
+    its own. Of a multimodal model it is that of its language model, where transformers has a text model for it.
+
+    Raises `CheckpointError` for what `check_config` refuses, and anything that transformers raises.
+    """
     from transformers import AutoConfig  # here: it takes seconds
 
     check_config(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = text_part(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     config._attn_implementation = config._experts_implementation = None  # of its sub-configs too
     return config
+
+
+def text_part(config: Any) -> Any:
+    """The config of the text model inside a multimodal one; any other `config` as it is.
+
+    `left_out_inputs` of the result names the configs of the parts that are left out (`vision_config`, …).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
+    text = config.get_text_config()
+    if not other or text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    for name in ("dtype", "quantization_config", "architectures"):
+        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    text.left_out_inputs = other
+    return text
 
 
 def check_config(folder: Path) -> None:

@@ -76,7 +76,9 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     version: str  # over all that defines its answers: the weights that serve it, its configs and its tokenizer
     source: str  # as given: a folder or org/model[@revision]
-    source_path: str  # absolute; only `polymoe eval` reads it, the bundle does not need it
+    source_path: (
+        str  # absolute, BASE+CHANGE where it has changes; only `polymoe eval` reads it, the bundle does not need it
+    )
     source_hash: str  # over the original's tensors
     max_model_len: int  # tokens
     vocab_size: int  # rows of its embeddings
@@ -93,6 +95,24 @@ class FileRecord(msgspec.Struct, frozen=True):
     path: str
     size: int  # bytes
     sha256: str
+
+
+class WeightBytes(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights on the device, by kind."""
+
+    resident_experts: int  # bases, packed or not
+    deltas: int
+    nonexperts_shared: int
+    nonexperts_own: int  # once for every variant, or slot, that has its own
+    tables: int
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        return msgspec.structs.asdict(self)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_kind.values())
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +138,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     delta_pools: list[dict[str, int]]  # per layer: format -> deltas, in the order of their ids
     host_experts: list[int]  # of each layer's host list
     positions: dict[str, int]  # shared, separate, absent
-    resident_bytes: dict[str, int]  # on the device, by kind
+    resident_bytes: WeightBytes  # in the dtypes as stored
     host_bytes: int  # experts in the host tier
     bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one

@@ -18,7 +18,6 @@ from polymoe.bundle.manifest import (
 from polymoe.errors import BundleError
 from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, Format
 
-_KINDS = ("resident_experts", "deltas", "nonexperts_shared", "nonexperts_own", "tables")
 _POSITIONS = ("shared", "separate", "absent")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -67,11 +66,8 @@ def check_manifest(path: str, manifest: Manifest) -> None:
             0 <= source <= v and sources[source] == source for v, source in enumerate(sources)
         )
         check(right, "nonexperts", f"of {name} is {sources}, which are not the variants with the same tensor")
-    for field, found, keys in (
-        ("resident_bytes", m.resident_bytes, _KINDS),
-        ("positions", m.positions, _POSITIONS),
-    ):
-        check(set(keys) <= set(found), field, f"lacks one of {', '.join(keys)}")
+    check(set(_POSITIONS) <= set(m.positions), "positions", f"lacks one of {', '.join(_POSITIONS)}")
+    for field, found in (("resident_bytes", m.resident_bytes.by_kind), ("positions", m.positions)):
         check(all(0 <= count < _MOST for count in found.values()), field, "has a number below 0")
     for count_field in ("expert_bytes", "expert_parameters"):
         check(0 < getattr(m, count_field) < _MOST, count_field, f"is {getattr(m, count_field)}")

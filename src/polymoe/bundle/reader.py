@@ -3,6 +3,7 @@
 `polymoe.offline.write.bundle_writer.write_bundle` makes one; `polymoe.bundle.manifest` draws the folder.
 """
 
+import copy
 import fcntl
 import logging
 import os
@@ -24,6 +25,7 @@ from polymoe.bundle.manifest import (
     Fidelity,
     Manifest,
     VariantRecord,
+    WeightBytes,
     delta_file,
     encode_manifest,
     host_file,
@@ -35,6 +37,7 @@ from polymoe.bundle.manifest import (
 )
 from polymoe.bundle.manifest_checks import check_manifest
 from polymoe.errors import BundleError
+from polymoe.machine import drop_mapped_pages
 from polymoe.quant.formats import get_format
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest, faults: Mapping[str, str] | None = None) -> None:
         self.path, self.manifest = path, manifest
         self.faults = dict(faults or {})
+        self._configs: dict[int, Any] = {}  # reading one takes milliseconds, and each is asked for several times
         # All at once: a file opened later could belong to a bundle that has replaced this one meanwhile.
         self._handles = {r.path: self._map(r.path) for r in manifest.files if r.path.endswith(".safetensors")}
         tables = self._handles[TABLES].keys()
@@ -122,14 +126,16 @@ class Bundle:
         return self.variant_folder(variant) if self.manifest.variants[variant].has_tokenizer else None
 
     def variant_config(self, variant: int) -> Any:
-        """The transformers config of one variant. Raises `BundleError` when it cannot be read."""
+        """The transformers config of one variant, the caller's own. Raises `BundleError` when it cannot be read."""
         from polymoe.bundle.config_checks import load_config
 
         folder = self.variant_folder(variant)
         try:
-            return load_config(folder)
+            if variant not in self._configs:
+                self._configs[variant] = load_config(folder)
         except Exception as error:  # transformers raises many kinds
             raise BundleError(f"{folder / 'config.json'} cannot be read: {error}; plan the bundle again.") from error
+        return copy.deepcopy(self._configs[variant])
 
     @cached_property
     def config(self) -> Any:
@@ -156,9 +162,9 @@ class Bundle:
         return list(self.manifest.expert_shapes)
 
     @property
-    def resident_bytes(self) -> dict[str, int]:
-        """Bytes that the plan promises to hold on the device, by kind, in the dtypes as stored."""
-        return dict(self.manifest.resident_bytes)
+    def resident_bytes(self) -> WeightBytes:
+        """What the plan promises to hold on the device, in the dtypes as stored."""
+        return self.manifest.resident_bytes
 
     def resident_experts(self, layer: int) -> dict[str, Tensor]:
         """{tensor name: [P, *shape]}: one layer's bases in format "stored", which have the lowest ids; P may be 0."""
@@ -219,6 +225,10 @@ class Bundle:
         if not any(sources):  # all variants have variant 0's
             return self._tensor(SHARED, name)
         return self._tensor(own_file(self.manifest.variants[sources[variant]].name), name)
+
+    def drop_pages(self) -> None:
+        """Let go of what was read: tensors stay valid, and are read again where they are looked at again."""
+        drop_mapped_pages(self.path)
 
     def _map(self, file: str) -> Any:
         try:

@@ -102,15 +102,15 @@ def read_header(path: Path, fix: str = "download it again or save the model agai
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise broken(f"damaged safetensors header ({error})") from error
 
-    position = 0
+    offset = 0
     for name, (entry, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
-        if start != position or stop - start != entry.num_bytes:
+        if start != offset or stop - start != entry.num_bytes:
             raise broken(
-                f"inconsistent: tensor {name} of shape {list(entry.shape)} {entry.dtype_name} needs bytes {position} "
-                f"to {position + entry.num_bytes}, its header says {start} to {stop}"
+                f"inconsistent: tensor {name} of shape {list(entry.shape)} {entry.dtype_name} needs bytes {offset} "
+                f"to {offset + entry.num_bytes}, its header says {start} to {stop}"
             )
-        position = stop
-    promised = 8 + length + position
+        offset = stop
+    promised = 8 + length + offset
     if size < promised:
         raise broken(f"truncated: the header promises {promised} bytes, the file has {size}")
     if size > promised:
@@ -145,15 +145,15 @@ class TensorFileWriter:
         # Widest first, as the official writer does it: every tensor then starts at a multiple of its item size.
         self.names = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
+        offset = 0
         self._missing: dict[str, int] = {}
         self._current = 0  # index of the tensor being written
         for name in self.names:
             dtype, shape = tensors[name]
-            stop = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [position, stop]}
-            self._missing[name] = stop - position
-            position = stop
+            stop = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [offset, stop]}
+            self._missing[name] = stop - offset
+            offset = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._sha256 = hashlib.sha256()

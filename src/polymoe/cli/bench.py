@@ -1,7 +1,10 @@
 """`polymoe bench …`: options of the benchmarks. Heavy imports wait until a command runs."""
 
 import asyncio
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,65 +24,114 @@ app = typer.Typer(
 )  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for the tables
 
-Specs = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: a random family, made once and kept"),
-]
-Shape = Annotated[
-    str,
-    typer.Option(
-        help="the random family: 430m or 110m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; tiny, "
-        "granite-tiny, qwen3-tiny and switch-tiny: to try the command"
-    ),
-]
-Variants = Annotated[int, typer.Option(min=1, help="variants of the random family")]
-Systems = Annotated[
-    str | None,
-    typer.Option(
-        help="comma-separated, of: mixed, single, per-variant, reconfigure, paper, swap, partition (default: all "
-        "these), transformers; mixed:auto or mixed:auto@0.55x has a bundle with that policy (and --memory)"
-    ),
-]
-Memory = Annotated[str, typer.Option(help="expert bytes of the bundle of all variants, as for `polymoe plan`")]
 Repeats = Annotated[int, typer.Option(help="runs of each system, interleaved; figures are medians")]
-InFlight = Annotated[int, typer.Option("--requests", help="requests in flight when saturated")]
-Seed = Annotated[int, typer.Option(help="of prompts and arrivals")]
-SloTtft = Annotated[float, typer.Option(help="a good request has its first token within this many seconds …")]
-SloItl = Annotated[float, typer.Option(help="… and the others this many seconds apart on average")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-DType = Annotated[DTypeName, typer.Option(help="what is computed in")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (`partition` splits them); default torch's")]
-KVCache = Annotated[str, typer.Option(help="memory for keys and values of an engine (`partition` splits it)")]
-Cache = Annotated[
-    Path | None, typer.Option(envvar=VARIABLE, help="where families and bundles are kept; default ~/.cache/polymoe")
-]
-Out = Annotated[Path, typer.Option(help="folder for the JSON, Markdown and PNG files")]
 
 
-@app.command()
+@dataclass(frozen=True)
+class Common:
+    """Options of every benchmark."""
+
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=PATH…]", help="checkpoints; default: a random family, made once and kept"),
+    ] = None
+    systems: Annotated[
+        str | None,
+        typer.Option(
+            help="comma-separated, of: mixed, single, per-variant, reconfigure, paper, swap, partition (default: all "
+            "these), transformers; mixed:auto or mixed:auto@0.55x has a bundle with that policy (and --memory)"
+        ),
+    ] = None
+    requests: Annotated[int, typer.Option(help="requests in flight when saturated")] = 32
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="the random family: 430m or 110m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; "
+            "tiny, granite-tiny, qwen3-tiny and switch-tiny: to try the command"
+        ),
+    ] = "430m"
+    memory: Annotated[str, typer.Option(help="expert bytes of the bundle of all variants, as for `polymoe plan`")] = (
+        "1.0x"
+    )
+    slo_ttft: Annotated[float, typer.Option(help="a good request has its first token within this many seconds …")] = 2.0
+    slo_itl: Annotated[float, typer.Option(help="… and the others this many seconds apart on average")] = 0.25
+    seed: Annotated[int, typer.Option(help="of prompts and arrivals")] = 0
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto"
+    dtype: Annotated[DTypeName, typer.Option(help="what is computed in")] = "auto"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads (`partition` splits them); default torch's")
+    ] = None
+    kv_cache: Annotated[str, typer.Option(help="memory for keys and values of an engine (`partition` splits it)")] = (
+        "256MiB"
+    )
+    cache: Annotated[
+        Path | None, typer.Option(envvar=VARIABLE, help="where families and bundles are kept; default ~/.cache/polymoe")
+    ] = None
+    out: Annotated[Path, typer.Option(help="folder for the JSON, Markdown and PNG files")] = Path()
+
+    def chosen_systems(self) -> list[str]:
+        from polymoe.bench.build import check_systems
+        from polymoe.bench.systems import DEFAULT_SYSTEMS
+
+        if self.systems is None:
+            return list(DEFAULT_SYSTEMS)
+        return check_systems([name.strip() for name in self.systems.split(",")])
+
+    def slo(self) -> Any:
+        from polymoe.bench.metrics import SLO
+
+        if not (self.slo_ttft > 0 and self.slo_itl > 0):
+            raise PolymoeError(
+                f"--slo-ttft and --slo-itl must be positive, got {self.slo_ttft:g} and {self.slo_itl:g}."
+            )
+        return SLO(ttft=self.slo_ttft, itl=self.slo_itl)
+
+    def builder(self, variants: int) -> "Builder":
+        """`variants`: how many the random family has."""
+        from polymoe.bench.build import Builder
+        from polymoe.bench.family import SHAPES, cached_family
+        from polymoe.offline.checkpoint.family import parse_variant_specs
+        from polymoe.offline.checkpoint.source import resolve
+
+        root = writable_cache(self.cache, console)
+        if self.specs:
+            checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(self.specs).items()}
+        else:
+            if self.shape not in SHAPES:
+                raise PolymoeError(f"unknown shape {self.shape!r}; there are {', '.join(SHAPES)}.")
+            with console.status(f"making {variants} random variants of the shape {self.shape}"):
+                checkpoints = cached_family(root / "families", variants, self.shape)
+        return Builder(
+            checkpoints, root / "bundles", memory=self.memory, device=self.device, dtype=self.dtype,
+            threads=self.threads, kv_cache_bytes=parse_bytes(self.kv_cache),
+        )  # fmt: skip
+
+
+def _benchmark(run: Callable[..., None]) -> None:
+    """Make a command of `run`, which has options of its own and is given the `Common` ones in one record."""
+    own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.name != "common"]
+    shared = list(inspect.signature(Common, eval_str=True).parameters.values())
+
+    def command(**given: Any) -> None:
+        run(Common(**{p.name: given.pop(p.name) for p in shared}), **given)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared[:2], *own, *shared[2:])]
+    command.__name__, command.__doc__, command.__annotations__ = run.__name__, run.__doc__, {}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app.command()(command)
+
+
+@_benchmark
 def throughput(
-    specs: Specs = None,
-    systems: Systems = None,
-    requests: InFlight = 32,
+    common: Common,
     total: Annotated[int | None, typer.Option(help="requests of a run; default: as many as are in flight")] = None,
     input_tokens: Annotated[int, typer.Option()] = 64,
     output_tokens: Annotated[int, typer.Option()] = 64,
     repeats: Repeats = 5,
-    shape: Shape = "430m",
     variants: Annotated[
         str, typer.Option(help="variants of the random family; several numbers (1,4,16,64) measure how speed grows")
     ] = "4",
-    memory: Memory = "1.0x",
-    slo_ttft: SloTtft = 2.0,
-    slo_itl: SloItl = 0.25,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    threads: Threads = None,
-    kv_cache: KVCache = "256MiB",
-    cache: Cache = None,
-    out: Out = Path(),
 ) -> None:
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
     from polymoe.bench.growth import Growth, run_growth
@@ -90,18 +142,16 @@ def throughput(
     from polymoe.bench.workload import Lengths
 
     counts = _counts(variants)
-    if len(counts) > 1 and specs:
+    if len(counts) > 1 and common.specs:
         raise PolymoeError("--variants with several numbers makes random families; leave out NAME=PATH.")
-    if len(counts) > 1 and systems is None:
-        systems = "mixed:auto"
+    if len(counts) > 1 and common.systems is None:
+        common = replace(common, systems="mixed:auto")
     plan = ThroughputPlan(
-        systems=_systems(systems), lengths=Lengths(input_tokens, output_tokens), in_flight=requests,
-        total=requests if total is None else total, repeats=repeats, seed=seed, slo=_slo(slo_ttft, slo_itl),
+        systems=common.chosen_systems(), lengths=Lengths(input_tokens, output_tokens), in_flight=common.requests,
+        total=common.requests if total is None else total, repeats=repeats, seed=common.seed, slo=common.slo(),
     )  # fmt: skip
-    folder = output_folder(out)  # before hours of work
-    builders = {
-        count: _builder(specs, shape, count, cache, memory, device, dtype, threads, kv_cache) for count in counts
-    }
+    folder = output_folder(common.out)  # before hours of work
+    builders = {count: common.builder(count) for count in counts}
     if len(counts) > 1:
         results = asyncio.run(run_growth(Growth(plan, builders), console))
         growth_plot(results["points"], folder / "growth.png")
@@ -113,10 +163,9 @@ def throughput(
     finish(throughput_report(results), results, folder / "throughput", console)
 
 
-@app.command()
+@_benchmark
 def qos(
-    specs: Specs = None,
-    systems: Systems = None,
+    common: Common,
     rates: Annotated[
         str | None,
         typer.Option(help="requests a second of each variant, comma-separated; default: 1/4 to 1 of what single can"),
@@ -130,20 +179,8 @@ def qos(
     flood: Annotated[
         str | None, typer.Option(metavar="VARIANT=FACTOR", help="again with one variant's rate times FACTOR")
     ] = None,
-    requests: InFlight = 32,
     repeats: Repeats = 3,
-    shape: Shape = "430m",
-    variants: Variants = 4,
-    memory: Memory = "1.0x",
-    slo_ttft: SloTtft = 2.0,
-    slo_itl: SloItl = 0.25,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    threads: Threads = None,
-    kv_cache: KVCache = "256MiB",
-    cache: Cache = None,
-    out: Out = Path(),
+    variants: Annotated[int, typer.Option(min=1, help="variants of the random family")] = 4,
 ) -> None:
     """Open loop: Poisson arrivals for each variant, or a trace; latencies and goodput at each rate."""
     from polymoe.bench.plots import latency_plot, rate_plot
@@ -152,13 +189,13 @@ def qos(
     from polymoe.bench.session import output_folder
 
     plan = QosPlan(
-        systems=_systems(systems), lengths=[_lengths(text) for text in lengths.split(",")],
+        systems=common.chosen_systems(), lengths=[_lengths(text) for text in lengths.split(",")],
         rates=None if rates is None else [_number(text, "--rates") for text in rates.split(",")],
-        duration=duration, drain=drain, repeats=repeats, in_flight=requests, seed=seed, slo=_slo(slo_ttft, slo_itl),
+        duration=duration, drain=drain, repeats=repeats, in_flight=common.requests, seed=common.seed, slo=common.slo(),
         trace=trace, flood=None if flood is None else _flood(flood),
     )  # fmt: skip
-    folder = output_folder(out)  # before hours of work
-    builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
+    folder = output_folder(common.out)  # before hours of work
+    builder = common.builder(variants)
     results = asyncio.run(run_qos(plan, builder, console))
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")
@@ -166,49 +203,11 @@ def qos(
     finish(qos_report(results), results, folder / "qos", console)
 
 
-def _builder(
-    specs: list[str] | None, shape: str, variants: int, cache: Path | None, memory: str,
-    device: str, dtype: DTypeName, threads: int | None, kv_cache: str,
-) -> "Builder":  # fmt: skip
-    from polymoe.bench.build import Builder
-    from polymoe.bench.family import SHAPES, cached_family
-    from polymoe.offline.checkpoint.family import parse_variant_specs
-    from polymoe.offline.checkpoint.source import resolve
-
-    root = writable_cache(cache, console)
-    if specs:
-        checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
-    else:
-        if shape not in SHAPES:
-            raise PolymoeError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}.")
-        with console.status(f"making {variants} random variants of the shape {shape}"):
-            checkpoints = cached_family(root / "families", variants, shape)
-    return Builder(
-        checkpoints, root / "bundles", memory=memory, device=device, dtype=dtype, threads=threads,
-        kv_cache_bytes=parse_bytes(kv_cache),
-    )  # fmt: skip
-
-
 def _counts(text: str) -> list[int]:
     counts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in counts):
         raise PolymoeError(f"--variants {text!r}: write a positive number, or several: 1,4,16,64.")
     return list(dict.fromkeys(int(part) for part in counts))
-
-
-def _systems(text: str | None) -> list[str]:
-    from polymoe.bench.build import check_systems
-    from polymoe.bench.systems import DEFAULT_SYSTEMS
-
-    return list(DEFAULT_SYSTEMS) if text is None else check_systems([name.strip() for name in text.split(",")])
-
-
-def _slo(ttft: float, itl: float) -> Any:
-    from polymoe.bench.metrics import SLO
-
-    if not (ttft > 0 and itl > 0):
-        raise PolymoeError(f"--slo-ttft and --slo-itl must be positive, got {ttft:g} and {itl:g}.")
-    return SLO(ttft=ttft, itl=itl)
 
 
 def _number(text: str, option: str) -> float:

@@ -12,6 +12,7 @@ import msgspec
 import typer
 from rich.table import Table
 
+from polymoe.bundle.manifest import read_manifest
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
 from polymoe.cli.keys import app as keys_app
@@ -19,6 +20,7 @@ from polymoe.cli.options import PLAN, SERVE, some, takes
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
+from polymoe.native.installed import say_if_missing
 from polymoe.offline.plan.options import PlanOptions, pairs
 from polymoe.options import Settings
 from polymoe.server.settings import ServerSettings
@@ -138,6 +140,8 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Complete prompts with several variants in one batch, without a server."""
+    say_if_missing()
+    read_manifest(bundle.expanduser())  # what is no bundle is said before seconds are spent on loading torch
     from polymoe import LLM, SamplingParams
 
     llm = LLM(bundle, **settings.of(EngineConfig))
@@ -200,8 +204,10 @@ def _serve(sources: Sequence[str], settings: Settings, policy: str, memory: str 
     config = EngineConfig(bundle="", **settings.of(EngineConfig))  # before minutes are spent on planning
     server = ServerSettings(**settings.of(ServerSettings))
     check_address(server)
+    say_if_missing()
     if len(sources) == 1 and "=" not in sources[0]:
         bundle = Path(sources[0])
+        read_manifest(bundle.expanduser())
     else:
         from polymoe.offline.cache import planned_bundle
 
@@ -232,6 +238,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="windows or pairs a pass")] = 8,
 ) -> None:
     """Measure how close each served variant is to its original: KL, top-1 agreement, perplexities, bytes."""
+    say_if_missing()
+    read_manifest(bundle.expanduser())
     from polymoe.evaluate.report import run_eval
 
     config = EngineConfig(
@@ -258,16 +266,17 @@ def version() -> None:
     print(__version__)
 
 
-def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, Path], dict[str, Samples]]":
-    """(variant -> checkpoint folder, variant -> what it is measured on); nothing is read without texts."""
+def _samples(specs: list[str], texts: dict[str, Path]) -> "tuple[dict[str, str], dict[str, Samples]]":
+    """(variant -> checkpoint, variant -> what it is measured on); nothing is read without texts."""
     if not texts:
         return {}, {}
     from polymoe.evaluate.texts import samples_of
     from polymoe.offline.checkpoint.family import parse_variant_specs
-    from polymoe.offline.checkpoint.source import resolve
+    from polymoe.offline.checkpoint.place import Place
 
-    checkpoints = {name: resolve(spec) for name, spec in parse_variant_specs(specs).items()}
-    return checkpoints, samples_of(checkpoints, texts)
+    places = {name: Place.find(spec) for name, spec in parse_variant_specs(specs).items()}
+    samples = samples_of({name: place.folder for name, place in places.items()}, texts)
+    return {name: str(place) for name, place in places.items()}, samples
 
 
 def main(commands: typer.Typer = app) -> None:

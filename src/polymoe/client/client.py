@@ -77,13 +77,7 @@ class AsyncEngineClient:
         self._on_progress = on_progress
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: a module in the working directory must not stand in for one of ours.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", self.module, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name not in _SECRETS},
-            )
+            self._process = start_process(self.module, theirs.fileno())
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._ready = asyncio.get_running_loop().create_future()
         self._send(Start(self.config))
@@ -339,6 +333,14 @@ class AsyncEngineClient:
     def _check_alive(self) -> None:
         if not self.is_alive:
             raise EngineDeadError("The engine has stopped.")
+
+
+def start_process(module: str, fd: int) -> subprocess.Popen[bytes]:
+    """A new Python that runs `module`, with the socket `fd`."""
+    # -P: a module in the working directory must not stand in for one of ours.
+    command = [sys.executable, "-P", "-m", module, "--fd", str(fd)]
+    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=environment)
 
 
 def _check_count(prompts: int, n: int, limit: int) -> None:

@@ -5,16 +5,16 @@ Synchronous, so that the offline `LLM` class and the server's asyncio client sha
 
 import contextlib
 import itertools
-from collections.abc import KeysView, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from polymoe.client.grammars import GrammarChecks, GrammarSource
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
 from polymoe.errors import (
     BundleError,
-    ContextLengthError,
     RequestError,
     UnknownVariantError,
     VariantUnusableError,
@@ -28,6 +28,7 @@ from polymoe.protocol.request import (
     TokenOutput,
     TokenSampling,
 )
+from polymoe.protocol.structured_outputs import StructuredOutputsParams
 from polymoe.text.tokenizer import VariantTokenizer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class OutputProcessor:
             if variant.fault is not None
         }
         self._index = {variant.name: index for index, variant in enumerate(info.variants)}
+        self.grammars = GrammarChecks()
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
         self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part
         self._sequences: dict[SequenceId, OutputSequence] = {}
@@ -123,12 +125,28 @@ class OutputProcessor:
         return self._tokenizers[directory]
 
     def end_token_ids(self, variant: str) -> list[int]:
-        """What ends an answer: the end tokens of the variant's configs and its tokenizer's own, as in vLLM. A chat
-        fine-tune often says its new end token only in one of them."""
+        """What ends an answer, as `VariantTokenizer.end_token_ids`."""
         info, tokenizer = self.variant(variant), self.tokenizer(variant)
-        own = None if tokenizer is None else tokenizer.eos_token_id
-        known = [] if own is None or own >= info.vocab_size else [own]
-        return list(dict.fromkeys([*info.eos_token_ids, *known]))
+        return info.eos_token_ids if tokenizer is None else tokenizer.end_token_ids(info)
+
+    def grammar_source(self, variant: str, wanted: StructuredOutputsParams) -> GrammarSource:
+        """`wanted` with what it takes to check it. Raises `RequestError` for a variant that cannot be constrained."""
+        tokenizer = self.require_tokenizer(variant, "a structured output", "structured_outputs")
+        info = self.variant(variant)
+        ends = self.end_token_ids(variant)
+        if not ends:
+            raise RequestError(
+                f"`{variant}` knows no end token, so that a structured output could not end.",
+                param="structured_outputs",
+            )
+        if tokenizer.largest_token_id >= info.vocab_size:
+            raise RequestError(
+                f"The tokenizer of `{variant}` knows tokens that the model does not have; structured outputs are not "
+                "possible with it.",
+                param="structured_outputs",
+            )
+        assert info.tokenizer_dir is not None
+        return GrammarSource(wanted, info.tokenizer_dir, tokenizer, info.vocab_size, tuple(ends))
 
     def require_tokenizer(self, variant: str, purpose: str, param: str = "prompt") -> VariantTokenizer:
         """Like `tokenizer`, but raises `RequestError` when there is none."""
@@ -177,6 +195,10 @@ class OutputProcessor:
         _check_tokens(info, token_ids, sampling)
         start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
         tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
+        grammar = None
+        if sampling.structured_outputs is not None:
+            grammar = self.grammars.grammar(self.grammar_source(variant, sampling.structured_outputs))
+        banned = self._banned(variant, sampling.bad_words) if sampling.bad_words else []
 
         stop_ids = [] if sampling.ignore_eos else self.end_token_ids(variant)
         stop_ids = list(dict.fromkeys([*stop_ids, *sampling.stop_token_ids]))
@@ -196,6 +218,8 @@ class OutputProcessor:
                     num_encoder_tokens=len(token_ids) if start else 0,
                     sampling=_token_sampling(sampling, k),
                     stop_token_ids=stop_ids,
+                    banned=banned,
+                    grammar=grammar,
                     cache_salt=cache_salt,
                     qos=qos,
                     arrival_time=arrival_time,
@@ -203,6 +227,14 @@ class OutputProcessor:
             )
         self._requests.setdefault(request_id, {})[prompt_index] = request
         return engine_requests
+
+    def _banned(self, variant: str, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word, as its text begins with them and as they follow a space (vLLM's rule)."""
+        tokenizer = self.require_tokenizer(variant, "bad_words", "bad_words")
+        texts = (text for word in words for text in (word, " " + word.lstrip()))
+        rows = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        size = self.variant(variant).vocab_size
+        return [list(row) for row in dict.fromkeys(rows) if row and max(row) < size]
 
     def process(self, outputs: Sequence[TokenOutput]) -> StepOutput:
         """Turn what the engine computed into text. Outputs of sequences that have ended are dropped."""
@@ -263,20 +295,13 @@ def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingP
     """Raises `RequestError` unless the engine can run this prompt on this variant. Nobody checks it again."""
     if not token_ids:
         raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
-    if info.is_encoder_decoder and sampling.prompt_logprobs is not None:
-        raise RequestError(
-            f"`{info.name}` is an encoder–decoder model: its prompt has no log-probabilities (echo, prompt_logprobs).",
-            param="echo",
-        )
-    if info.is_encoder_decoder and len(token_ids) > info.max_prompt_len:
-        raise RequestError(
-            f"The prompt has {len(token_ids)} tokens; the encoder of `{info.name}` reads at most "
-            f"{info.max_prompt_len}.",
-            param="prompt",
-        )
-    if sampling.max_tokens > info.max_new_tokens(len(token_ids)):
-        raise ContextLengthError(info.max_model_len, len(token_ids), sampling.max_tokens)
-    named = {"prompt": token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+    info.check_room(len(token_ids), sampling.max_tokens, sampling.prompt_logprobs is not None)
+    named: dict[str, Iterable[int]] = {
+        "prompt": token_ids,
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": sampling.logit_bias,
+    }
+    named["allowed_token_ids"] = sampling.allowed_token_ids or []
     for param, ids in named.items():
         for token_id in itertools.filterfalse(range(info.vocab_size).__contains__, ids):
             raise RequestError(

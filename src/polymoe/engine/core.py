@@ -1,5 +1,6 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
+import concurrent.futures
 import time
 from collections.abc import Callable
 
@@ -8,9 +9,10 @@ import torch
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
-from polymoe.engine.encoder_decoder_runner import EncoderDecoderRunner
+from polymoe.engine.grammars import GrammarCompiler
+from polymoe.engine.kind import engine_kind
 from polymoe.engine.memory_request import memory_request
-from polymoe.engine.model_runner import ModelRunner, StepInFlight
+from polymoe.engine.model_runner import StepInFlight
 from polymoe.engine.policies.policies import Policies
 from polymoe.engine.scheduling.block_manager import BlockManager, salt_of
 from polymoe.engine.scheduling.scheduler import Scheduler
@@ -22,11 +24,9 @@ from polymoe.errors import ConfigError, RequestError
 from polymoe.model.backends.base import Backend
 from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
-from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
 from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
-from polymoe.model.served_model import ServedModel
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.variants.slots import slot_rows
@@ -35,6 +35,7 @@ from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceI
 
 # Below this the threads of one operation wait for each other longer than they compute.
 _SMALL_MODEL_BYTES = 64 << 20
+_LOOK_AGAIN = 0.02  # seconds that an idle engine waits for a grammar before it looks for commands
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,7 +76,7 @@ class EngineCore:
         bundle = bundle or Bundle.open(config.bundle, tolerant=True)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        elif self.device.type == "cpu" and sum(bundle.resident_bytes.values()) < _SMALL_MODEL_BYTES:
+        elif self.device.type == "cpu" and bundle.resident_bytes.total < _SMALL_MODEL_BYTES:
             torch.set_num_threads(1)
         self.bundle = bundle
         shares = config.weights_of([variant.name for variant in bundle.variants])
@@ -85,9 +86,8 @@ class EngineCore:
         dtype = _DTYPES[name]
         activations = choose_activations(config.activations, bundle.manifest.bytes_per_expert_parameter)
         backend = backend or choose_backend(self.device, dtype, activations)
-        encoder_decoder = bundle.config.is_encoder_decoder
-        if encoder_decoder and backend.pads_steps:
-            raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
+        kind = engine_kind(bundle.config)
+        kind.check(backend)
         stock = StockModel.of(bundle.config)
         self.kv_bytes_per_block = stock.kv_bytes_per_block(config.block_size, dtype)
         self.memory_plan: MemoryPlan | None = None  # of a GPU
@@ -98,7 +98,7 @@ class EngineCore:
             self.memory_plan = plan_memory(weights, request)
         try:
             with hashed_beside(bundle, config.verify, progress):
-                self.model = (EncoderDecoderModel if encoder_decoder else ServedModel)(
+                self.model = kind.model(
                     stock, bundle, self.device, dtype, slots, config.expert_cache_bytes, progress, config.prefetch,
                     backend,
                 )  # fmt: skip
@@ -109,9 +109,7 @@ class EngineCore:
             ) from error
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
-        # What an encoder makes of a prompt depends on all of it.
-        prefix_caching = config.enable_prefix_caching and not encoder_decoder
-        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
+        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching and kind.keeps_prefixes)
         policies = Policies.of(
             shares,
             num_slots=self.model.slots.num_slots,
@@ -132,8 +130,7 @@ class EngineCore:
         )
         sizes = [v.vocab_size for v in bundle.variants]
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
-        runner = EncoderDecoderRunner if encoder_decoder else ModelRunner
-        self.runner = runner(self.model, config.block_size, sizes, config.seed, graphs)
+        self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
         # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
         automatic = graphs is not None and graphs.num_captured > 0
@@ -153,6 +150,7 @@ class EngineCore:
             dtype=name,
             fast_paths=self.model.fast_paths,
         )
+        self.grammars = GrammarCompiler(self.info.variants, max(sizes))
 
     def _max_model_len(self, variant: int) -> int:
         record = self.bundle.variants[variant]
@@ -186,7 +184,7 @@ class EngineCore:
     ) -> DecodeGraphs | None:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
         resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
-        if not self.model.context.backend.pads_steps or not resident or self.bundle.config.is_encoder_decoder:
+        if not self.model.context.backend.pads_steps or not resident:
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
@@ -204,7 +202,9 @@ class EngineCore:
         """Queue a request. Raises `RequestError` for an SLO class that does not exist, and `OverloadedError` where the
         queue is full or the first token would come too late."""
         salt = salt_of(self.info.variants[request.variant].version, request.cache_salt)
-        self.scheduler.add(Sequence(request, salt, self._ttft_target(request.qos.slo_class)))
+        target = self._ttft_target(request.qos.slo_class)
+        grammar = None if request.grammar is None else self.grammars.compile(request.variant, request.grammar)
+        self.scheduler.add(Sequence(request, salt, target, grammar))
 
     def _ttft_target(self, slo_class: str) -> float | None:
         if slo_class != DEFAULT_SLO_CLASS and slo_class not in self.config.slo:
@@ -235,6 +235,9 @@ class EngineCore:
         outputs = self._collect()
         if launched is not None:
             self._in_flight = self.scheduler.launched(scheduled), launched
+        elif not outputs and self.scheduler.held:  # there may be nothing to do until a grammar is compiled
+            futures = [s.grammar for s in self.scheduler.held if s.grammar is not None]
+            concurrent.futures.wait(futures, _LOOK_AGAIN, concurrent.futures.FIRST_COMPLETED)
         return outputs if self.asynchronous else outputs + self._collect()
 
     def _collect(self) -> list[TokenOutput]:
@@ -279,10 +282,11 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         num = len(self.info.variants)
+        waiting = [*self.scheduler.waiting, *self.scheduler.held]
         reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
         return EngineStats(
             running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
-            waiting=[sum(s.variant == v for s in self.scheduler.waiting) for v in range(num)],
+            waiting=[sum(s.variant == v for s in waiting) for v in range(num)],
             kv_usage=self.blocks.usage,
             prefix_cache_queries=list(self.scheduler.batch.prefix_queries),
             prefix_cache_hits=list(self.scheduler.batch.prefix_hits),

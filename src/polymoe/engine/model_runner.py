@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymoe.engine.grammar_masks import GrammarMasks, StepMasks
 from polymoe.engine.sampler import Generators, SampleOutput, sample, top_logprobs
 from polymoe.engine.scheduling.step_record import PENDING, SampledToken, ScheduledSequence, SequenceKey, StepResult
 from polymoe.model.batch.batch import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
@@ -64,6 +66,11 @@ class StepInFlight:
         sampled = map(SampledToken, *self.output.wait())
         return StepResult(dict(zip(self.sequences, sampled, strict=True)), self.prompt_logprobs)
 
+    @cached_property
+    def tokens(self) -> dict[SequenceKey, int]:
+        """What was drawn. Waits for the device."""
+        return dict(zip(self.sequences, self.output.wait()[0], strict=True))
+
     def tokens_of(self, sequences: list[SequenceKey]) -> torch.Tensor:
         """`[n]` int64 on the device."""
         rows = [self.sequences.index(sequence) for sequence in sequences]
@@ -89,6 +96,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.block_size, self.vocab_sizes, self.graphs = model, block_size, vocab_sizes, graphs
         self.generators = Generators(model.device, seed)
+        self.masks = GrammarMasks(max(vocab_sizes))
 
     @torch.inference_mode()
     def launch(
@@ -105,6 +113,9 @@ class ModelRunner:
             upcoming: variants that wait for a slot, the next one first; it is loaded beside the computation.
         """
         step = self.gather(scheduled)
+        masks = self.masks.start(
+            [item for item in step.order if item.samples], lambda: {} if previous is None else previous.tokens
+        )
         pending = None
         if step.pending_sequences:
             assert previous is not None
@@ -119,7 +130,8 @@ class ModelRunner:
             logits = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows, upcoming)
         self.model.pool.after_step()
         last = {} if pending is None else dict(zip(step.pending_sequences, pending.tokens, strict=True))
-        return self._sample(step, self.mask_missing_tokens(logits, step), last)
+        logits = self.mask_missing_tokens(logits, step)
+        return self._sample(step, logits, last, None if masks is None else masks.result())
 
     @torch.inference_mode()
     def logits(self, scheduled: list[ScheduledSequence]) -> list[torch.Tensor]:
@@ -217,7 +229,11 @@ class ModelRunner:
         return logits
 
     def _sample(
-        self, step: GatheredStep, logits: torch.Tensor, pending: dict[SequenceKey, torch.Tensor]
+        self,
+        step: GatheredStep,
+        logits: torch.Tensor,
+        pending: dict[SequenceKey, torch.Tensor],
+        masks: StepMasks | None,
     ) -> StepInFlight:
         rows: list[int] = []
         drawn: list[ScheduledSequence] = []
@@ -232,7 +248,8 @@ class ModelRunner:
                 drawn.append(item)
         if len(rows) < len(logits):
             logits = logits[upload(np.array(rows, dtype=np.int64), logits.device)]
-        return StepInFlight([item.key for item in drawn], sample(logits, drawn, self.generators, pending), scored)
+        output = sample(logits, drawn, self.generators, pending, masks)
+        return StepInFlight([item.key for item in drawn], output, scored)
 
     @staticmethod
     def _prompt_logprobs(item: ScheduledSequence, logits: torch.Tensor) -> list[TokenLogprobs]:

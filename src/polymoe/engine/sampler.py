@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step at once.
 
-Order of the steps (vLLM's): bias and penalties and minimum length on the raw logits, then temperature, then min-p,
-top-k and top-p, then the draw. Reported log-probabilities are those of the raw logits, in float32.
+Order of the steps (vLLM's): bias, penalties, minimum length and what is allowed on the raw logits, then temperature,
+then min-p, top-k and top-p, then the draw. Reported log-probabilities are those of the raw logits, in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from polymoe.engine.grammar_masks import StepMasks
 from polymoe.engine.scheduling.step_record import NO_TOKEN, ScheduledSequence, SequenceKey
 from polymoe.model.transfer.download import Download
 from polymoe.model.transfer.upload import upload
@@ -65,6 +66,7 @@ def sample(
     sequences: list[ScheduledSequence],
     generators: Generators,
     pending: Mapping[SequenceKey, torch.Tensor] | None = None,
+    masks: StepMasks | None = None,
 ) -> SampleOutput:
     """Draw one token a row, without waiting for the device.
 
@@ -72,12 +74,15 @@ def sample(
         logits: `[R, vocabulary]`; row i belongs to `sequences[i]`. Changed in place.
         generators: on the logits' device.
         pending: the last token, `[]` on the device, of sequences whose host does not know it yet.
+        masks: what the grammars of some sequences allow.
     """
     logits = logits.float()
     wanted = [s.request.sampling.logprobs for s in sequences]
     asking = [i for i, w in enumerate(wanted) if w is not None]
     raw = torch.log_softmax(logits[upload(asking, logits.device)], dim=-1) if asking else None
-    _edit(logits, sequences, pending or {})
+    _edit(logits, sequences, pending or {}, frozenset() if masks is None else masks.complete)
+    if masks is not None:
+        masks.apply(logits)
     tokens = logits.argmax(dim=-1)
     best = logits.gather(1, tokens[:, None])  # [R, 1]; argmax takes NaN for the largest
     rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
@@ -113,9 +118,15 @@ def _reports(top: Sequence[torch.Tensor], counts: list[int]) -> list[TokenLogpro
 
 
 def _edit(
-    logits: torch.Tensor, sequences: list[ScheduledSequence], pending: Mapping[SequenceKey, torch.Tensor]
+    logits: torch.Tensor,
+    sequences: list[ScheduledSequence],
+    pending: Mapping[SequenceKey, torch.Tensor],
+    complete: frozenset[int],
 ) -> None:
-    """Logit bias, penalties, and stop tokens held back until the minimum length. In place."""
+    """Logit bias, penalties, tokens that are not allowed, and stop tokens held back until the minimum length. In place.
+
+    Args: `complete`: rows that must end now, however short they are.
+    """
     device = logits.device
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
@@ -132,8 +143,38 @@ def _edit(
         if sampling.logit_bias:
             ids = upload(list(sampling.logit_bias), device)
             logits[row, ids] += upload(list(sampling.logit_bias.values()), device)
-        if sequence.num_output_tokens < sampling.min_tokens and sequence.request.stop_token_ids:
+        if sampling.allowed_token_ids is not None:
+            ids = upload(sampling.allowed_token_ids, device)
+            allowed = logits[row, ids]
+            logits[row] = NEG_INF
+            logits[row, ids] = allowed
+        if sequence.request.banned:
+            _ban(logits[row], sequence, last)
+        short = sequence.num_output_tokens < sampling.min_tokens and row not in complete
+        if short and sequence.request.stop_token_ids:
             logits[row, upload(sequence.request.stop_token_ids, device)] = NEG_INF
+
+
+def _ban(logits: torch.Tensor, sequence: ScheduledSequence, last: torch.Tensor | None) -> None:
+    """Minus infinity in `logits [vocabulary]` for what would complete one of the sequence's banned rows of tokens."""
+    output = list(sequence.token_ids[len(sequence.request.prompt_token_ids) :])
+    known = output if last is None else output[:-1]
+    ends: list[int] = []
+    if_last: list[tuple[int, int]] = []  # (end, the token before it), where only the device knows that one
+    for *before, end in sequence.request.banned:
+        if not before:
+            ends.append(end)
+        elif last is None:
+            if known[-len(before) :] == before:
+                ends.append(end)
+        elif known[len(known) - len(before) + 1 :] == before[:-1] and len(output) >= len(before):
+            if_last.append((end, before[-1]))
+    if ends:
+        logits[upload(ends, logits.device)] = NEG_INF
+    if if_last and last is not None:
+        pairs = upload(if_last, logits.device)  # [n, 2]
+        hit = torch.where(pairs[:, 1] == last, NEG_INF, 0.0)
+        logits.scatter_add_(0, pairs[:, 0], hit.to(logits.dtype))
 
 
 def _tokens(sequence: ScheduledSequence, start: int, last: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -34,7 +34,7 @@ def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:
         tokenizer_dir=None if folder is None else str(folder),
         eos_token_ids=defaults.eos_token_ids,
         generation=defaults.sampling,
-        predicted_damage=record.predicted_error,
+        predicted_error=record.predicted_error,
         fidelity=record.fidelity,
         decoder_start_token_id=defaults.decoder_start_token_id,
         fault=fault,

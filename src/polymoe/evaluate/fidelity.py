@@ -7,8 +7,7 @@ encoder–decoder model the decoder's tokens are measured, each after the target
 
 import gc
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from polymoe.bundle.manifest import Fidelity
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError
+from polymoe.model.stock.kind import kind_of
+from polymoe.offline.checkpoint.place import Place
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,13 @@ def windows_of(token_ids: list[int], length: int, limit: int | None) -> list[lis
 
 
 class OriginalModel:
-    """A checkpoint in stock transformers."""
+    """A checkpoint in stock transformers. `spec`: its folder, or BASE+CHANGE."""
 
-    def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-        from polymoe.offline.checkpoint.checkpoint import read_config
-
-        config = read_config(Path(path))
-        seq2seq = config.is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+    def __init__(self, spec: str | Path, dtype: torch.dtype, device: torch.device) -> None:
+        model = _stock_model(Place.find(spec), dtype)
         self.model: Any = model.to(device).eval()
         self.device = device
-        for module in self.model.get_decoder().modules() if seq2seq else ():
-            if hasattr(module, "expert_capacity"):
-                # It counts the tokens of one call, and `generate`, which is what is served, feeds the decoder one.
-                module.expert_capacity = sys.maxsize
+        kind_of(model.config).as_generated(self.model)
 
     @torch.inference_mode()
     def logits(self, windows: list[list[int]], inputs: list[list[int]] | None = None) -> list[torch.Tensor]:
@@ -87,6 +78,17 @@ class OriginalModel:
     def numbered_logits(self, inputs: list[list[int]] | None = None) -> "Logits":
         """The same as `compare` wants it. `inputs` as in `Samples`."""
         return lambda first, windows: self.logits(windows, _slice(inputs, first, windows))
+
+
+def _stock_model(place: Place, dtype: torch.dtype) -> Any:
+    from polymoe.offline.checkpoint.checkpoint import Checkpoint, read_config
+    from polymoe.offline.checkpoint.formats.formats import take_quantization
+    from polymoe.offline.checkpoint.loaded_model import loaded_model
+
+    config = read_config(place.folder)
+    if place.changes or take_quantization(config) is not None or getattr(config, "left_out_inputs", None):
+        return loaded_model(Checkpoint.open(str(place), "original"), dtype)
+    return kind_of(config).auto.from_pretrained(place.folder, config=config, dtype=dtype, local_files_only=True)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
@@ -172,7 +174,7 @@ def _slice(inputs: list[list[int]] | None, first: int, windows: list[list[int]])
 
 def measure(
     engine: EngineCore,
-    originals: dict[str, Path],
+    originals: Mapping[str, str | Path],
     texts: dict[str, Samples],
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
@@ -181,7 +183,7 @@ def measure(
     """Compare every variant in `texts` with its original.
 
     Args:
-        originals: variant -> its checkpoint.
+        originals: variant -> its checkpoint, as `OriginalModel` takes it.
         texts: variant -> what it is measured on.
         dtype: of the originals; the engine has its own.
         batch: windows a pass.

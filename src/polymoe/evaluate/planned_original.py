@@ -9,16 +9,17 @@ from polymoe.offline.checkpoint.source import side_files
 from polymoe.offline.similarity.scan import scan_family
 
 
-def changes_since_plan(bundle: Bundle, variant: int, checkpoint: Path) -> list[str]:
+def changes_since_plan(bundle: Bundle, variant: int, spec: str | Path) -> list[str]:
     """What is not as it was when `variant` (its index) was planned: "weights", or a file of its config or tokenizer.
 
-    Reads all weights of `checkpoint`. Raises `CheckpointError` when it cannot be read.
+    Reads all weights of the checkpoint `spec`. Raises `CheckpointError` when it cannot be read.
     """
     record, kept = bundle.variants[variant], bundle.variant_folder(variant)
-    scan = scan_family(Family([_as_planned(bundle, variant, Checkpoint.open(checkpoint, record.name))]))
+    original = Checkpoint.open(spec, record.name)
+    scan = scan_family(Family([_as_planned(bundle, variant, original)]))
     changed = [] if scan.weights_hash(0) == record.source_hash else ["weights"]
-    files = {path for folder in (kept, checkpoint) for path in side_files(folder)}
-    return changed + [str(file) for file in sorted(files) if _bytes(kept / file) != _bytes(checkpoint / file)]
+    files = {path for folder in (kept, original.path) for path in side_files(folder)}
+    return changed + [str(file) for file in sorted(files) if _bytes(kept / file) != _bytes(original.path / file)]
 
 
 def _as_planned(bundle: Bundle, variant: int, checkpoint: Checkpoint) -> Checkpoint:

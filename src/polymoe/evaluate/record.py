@@ -20,7 +20,7 @@ _BATCH = 8  # windows a pass
 
 def measure_and_record(
     bundle: Bundle,
-    checkpoints: Mapping[str, Path],
+    checkpoints: Mapping[str, str | Path],
     texts: Mapping[str, Path],
     samples: Mapping[str, Samples],
     console: Console,
@@ -28,7 +28,7 @@ def measure_and_record(
     """Measure a bundle in float32 on the CPU against its checkpoints, print a table and keep the figures in it.
 
     Args:
-        checkpoints: variant -> folder of its original.
+        checkpoints: variant -> its original, as `OriginalModel` takes it.
         texts: variant -> the file that its samples come from; its name is kept with the figures.
         samples: variant -> what it is measured on.
     """

@@ -10,25 +10,27 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from polymoe.bundle.manifest import Fidelity
+from polymoe.bundle.manifest import Fidelity, WeightBytes
 from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig, format_bytes
 from polymoe.console import Console, DescriptionColumn, warn
 from polymoe.engine.core import EngineCore
-from polymoe.errors import PolymoeError, UnknownVariantError
+from polymoe.errors import CheckpointError, PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples, measure, windows_of
 from polymoe.evaluate.pairs import encode_pairs
 from polymoe.evaluate.planned_original import changes_since_plan
 from polymoe.evaluate.texts import WINDOW
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.text_files import is_sampled
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
+from polymoe.offline.checkpoint.place import Place
 
 
 def run_eval(
     config: EngineConfig,
     texts: dict[str, Path],
-    originals: dict[str, Path],
+    originals: Mapping[str, str | Path],
     window: int | None,
     limit: int | None,
     batch: int,
@@ -53,11 +55,11 @@ def run_eval(
             raise UnknownVariantError(name, names)
     checkpoints = {name: _checkpoint(bundle, names.index(name), originals.get(name)) for name in texts}
     samples = {name: _samples(bundle, names.index(name), path, window, limit) for name, path in texts.items()}
-    for name, path in checkpoints.items():
-        if changed := changes_since_plan(bundle, names.index(name), path):
+    for name, spec in checkpoints.items():
+        if changed := changes_since_plan(bundle, names.index(name), spec):
             warn(
                 console,
-                f"the original of {name} at {path} is not the one that was planned ({', '.join(changed)} "
+                f"the original of {name} at {spec} is not the one that was planned ({', '.join(changed)} "
                 f"changed): its figures compare with another model. Plan again, or give the one that was planned with "
                 f"--original {name}=PATH.",
             )
@@ -74,7 +76,7 @@ def run_eval(
     console.print(_bytes_table(bundle.resident_bytes))
     return {
         "variants": {name: vars_of(result) for name, result in results.items()},
-        "resident_bytes": bundle.resident_bytes,
+        "resident_bytes": bundle.resident_bytes.by_kind,
         "bytes_per_expert_parameter": bundle.manifest.bytes_per_expert_parameter,
     }
 
@@ -84,11 +86,11 @@ def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: 
     record, folder = bundle.variants[index], bundle.tokenizer_dir(index)
     if folder is None:
         raise PolymoeError(f"{record.name} has no tokenizer, which a text needs; add its files and plan again.")
-    if bundle.config.is_encoder_decoder:
+    if (kind := kind_of(bundle.config)).reads_pairs:
         if window is not None:
             raise PolymoeError("--window cuts plain text; pairs of an encoder–decoder family are taken whole.")
         where, config = f"--text {record.name}", bundle.variant_config(index)
-        return encode_pairs(where, read_pairs(where, path)[:limit], folder, config, record.max_model_len // 2)
+        return encode_pairs(where, read_pairs(where, path)[:limit], folder, config, record.max_model_len // kind.parts)
     window = WINDOW if window is None else window
     if window > record.max_model_len:
         raise PolymoeError(
@@ -127,14 +129,15 @@ def _original_dtype(config: EngineConfig) -> torch.dtype:
     return torch.float32 if config.dtype in ("auto", "float32") else getattr(torch, config.dtype)
 
 
-def _checkpoint(bundle: Bundle, index: int, override: Path | None) -> Path:
+def _checkpoint(bundle: Bundle, index: int, override: str | Path | None) -> str:
     record = bundle.variants[index]
-    path = override or Path(record.source_path)
-    if not path.is_dir():
+    spec = str(override or record.source_path)
+    try:
+        return str(Place.find(spec))
+    except CheckpointError as error:
         raise PolymoeError(
-            f"the original of {record.name} is not at {path} any more; say where with --original {record.name}=PATH."
-        )
-    return path
+            f"the original of {record.name} is not at {spec} any more; say where with --original {record.name}=PATH."
+        ) from error
 
 
 def fidelity_table(results: dict[str, Fidelity]) -> Table:
@@ -154,10 +157,10 @@ def fidelity_table(results: dict[str, Fidelity]) -> Table:
     return table
 
 
-def _bytes_table(resident: dict[str, int]) -> Table:
+def _bytes_table(resident: WeightBytes) -> Table:
     table = Table("on the device, as stored")
     table.add_column("bytes", justify="right")
-    for kind, size in resident.items():
+    for kind, size in resident.by_kind.items():
         table.add_row(kind.replace("_", " "), format_bytes(size))
-    table.add_row("total", format_bytes(sum(resident.values())))
+    table.add_row("total", format_bytes(resident.total))
     return table

@@ -7,6 +7,7 @@ from typing import Any
 from polymoe.errors import PolymoeError, UnknownVariantError
 from polymoe.evaluate.fidelity import Samples
 from polymoe.evaluate.pairs import encode_pairs
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.spread import spread
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
@@ -39,7 +40,7 @@ def samples_of(
     window = min(WINDOW, *(max_model_len(config) for config in configs.values()))
     found = {}
     for name, path in texts.items():
-        if configs[name].is_encoder_decoder:
+        if kind_of(configs[name]).reads_pairs:
             found[name] = _pair_samples(f"{option} {name}", path, checkpoints[name], configs[name])
         else:
             ids = encode_texts(checkpoints, {name: path}, option)[name]
@@ -49,7 +50,7 @@ def samples_of(
 
 def _pair_samples(option: str, path: Path, checkpoint: Path, config: Any) -> Samples:
     pairs = spread(read_pairs(option, path), MAX_PAIRS)
-    samples = encode_pairs(option, pairs, checkpoint, config, max_model_len(config) // 2)
+    samples = encode_pairs(option, pairs, checkpoint, config, max_model_len(config) // kind_of(config).parts)
     count = sum(len(window) - 1 for window in samples.windows)
     if count < MIN_TOKENS:
         raise PolymoeError(f"{option}: the targets of {path} have {count} tokens; at least {MIN_TOKENS} are needed.")
@@ -72,7 +73,7 @@ def encode_texts(
     _check_known(checkpoints, texts)
     found = {}
     for name, path in texts.items():
-        if read_config(checkpoints[name]).is_encoder_decoder:
+        if kind_of(read_config(checkpoints[name])).reads_pairs:
             raise PolymoeError(
                 f"{option} {name}: plain text measures decoder-only models; {checkpoints[name]} is an encoder–decoder, "
                 "which polymoe eval measures on pairs of input and target."

@@ -106,6 +106,9 @@ class AsyncLLM:
         if sampling is None:  # as `LLM` does
             room = self._processor.variant(name).max_new_tokens(len(token_ids))
             sampling = fitted(self.default_sampling_params(name), room)
+        if sampling.structured_outputs is not None:
+            processor = self._processor
+            await processor.grammars.prepare(processor.grammar_source(name, sampling.structured_outputs))
         output = RunningOutput(request_id or f"llm-{next(self._ids)}", name, text, token_ids, sampling.n, delta)
         try:
             with await self._submit(name, (text, token_ids), sampling) as stream:

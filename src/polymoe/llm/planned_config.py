@@ -9,17 +9,20 @@ import msgspec
 from polymoe.config import EngineConfig
 from polymoe.console import Console
 from polymoe.errors import ConfigError
+from polymoe.native.installed import say_if_missing
 
 Source = str | Path | Mapping[str, str | Path]  # a bundle, or {variant name: checkpoint}
 
 
 def planned_config(bundle: Source, policy: str, memory: str | None, options: Mapping[str, Any]) -> EngineConfig:
-    """Checkpoints are planned now, or were before; progress is shown on standard error.
+    """Checkpoints are planned now, or were before; progress is shown on standard error. A package without compiled
+    kernels says so.
 
     Args: `options`: fields of `EngineConfig`.
 
     Raises `ConfigError` for options that do not exist or do not go together, and what planning raises.
     """
+    say_if_missing()
     if memory is not None and not isinstance(memory, str):
         raise ConfigError(f'memory must be a text such as "1.0x" or "24GiB", got {memory!r}.')
     if isinstance(bundle, Mapping):

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
+from polymoe.bundle.manifest import WeightBytes
 from polymoe.config import format_bytes
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability
@@ -25,20 +27,6 @@ if TYPE_CHECKING:
 _RESERVE_BYTES = 1 << 30
 _RESERVE_SHARE = 0.01
 _OTHERS_SHARE = 0.1  # of the device, held by others: more than a context and a desktop
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Weights on the device, by kind, in the dtypes that they are computed in."""
-
-    experts: int  # resident bases, packed or not, and tables
-    deltas: int
-    nonexperts_shared: int
-    nonexperts_own: int  # a row for each slot (or version)
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.deltas + self.nonexperts_shared + self.nonexperts_own
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         parts: Mapping[str, int] = {
-            "experts": self.weights.experts,
+            "experts": self.weights.resident_experts + self.weights.tables,
             "deltas": self.weights.deltas,
             "non-experts": self.weights.nonexperts_shared + self.weights.nonexperts_own,
             "expert cache": self.expert_cache,
@@ -87,17 +75,21 @@ def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: i
     manifest = bundle.manifest
     stored = sum(pools.get(STORED.name, 0) for pools in manifest.base_pools)
     # Packed pools stay as they are; stored experts are converted to the dtype of the computation.
-    packed = manifest.resident_bytes["resident_experts"] - stored * manifest.expert_bytes
-    experts = packed + stored * manifest.expert_parameters * itemsize
+    packed = manifest.resident_bytes.resident_experts - stored * manifest.expert_bytes
     shared = own = 0
     for name in bundle.nonexpert_names:
-        versions = len(set(bundle.nonexpert_sources(name)))
+        distinct = len(set(bundle.nonexpert_sources(name)))
         size = math.prod(shapes[name]) * itemsize
-        if versions == 1:
+        if distinct == 1:
             shared += size
         else:
-            own += min(versions, num_rows) * size
-    return WeightBytes(experts + manifest.resident_bytes["tables"], manifest.resident_bytes["deltas"], shared, own)
+            own += min(distinct, num_rows) * size
+    return msgspec.structs.replace(
+        manifest.resident_bytes,
+        resident_experts=packed + stored * manifest.expert_parameters * itemsize,
+        nonexperts_shared=shared,
+        nonexperts_own=own,
+    )
 
 
 def workspace_bytes(

@@ -159,32 +159,32 @@ class ServedModel:
                 f"{self.bundle.path}: the model has no place for {name}; plan it again with this version."
             )
         sources = self.bundle.nonexpert_sources(name)
-        versions = sorted(set(sources))
-        shape = self._read(versions[0], name).shape
-        lengths = (*meta.shape[:1], self.bundle.variants[versions[0]].vocab_size)  # embeddings may have fewer
+        distinct = sorted(set(sources))
+        shape = self._read(distinct[0], name).shape
+        lengths = (*meta.shape[:1], self.bundle.variants[distinct[0]].vocab_size)  # embeddings may have fewer
         if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in lengths):
             raise BundleError(
                 f"{self.bundle.path}: {name} has shape {list(shape)}, config.json asks for {list(meta.shape)}; plan it "
                 "again or copy it again."
             )
         dtype = self._weight_dtype(name)
-        if len(versions) == 1:
+        if len(distinct) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)
-            self._staging.copy(value, self._read(versions[0], name))
+            self._staging.copy(value, self._read(distinct[0], name))
             self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
             set_weight(self.model, name, value)
             return
-        in_slots = len(versions) > self.slots.num_rows
-        num_rows = self.slots.num_rows if in_slots else len(versions)
+        in_slots = len(distinct) > self.slots.num_rows
+        num_rows = self.slots.num_rows if in_slots else len(distinct)
         rows = torch.empty(num_rows, *meta.shape, device=self.device, dtype=dtype)
         self._bytes["nonexperts_own"] += rows.numel() * rows.element_size()
         if in_slots:
             self.slots.stacks[name] = rows
             row_map = self.slots.row_map
         else:
-            for row, version in enumerate(versions):
-                self._staging.copy(rows[row], self._read(version, name))
-            assignment = tuple(versions.index(s) for s in sources)
+            for row, source in enumerate(distinct):
+                self._staging.copy(rows[row], self._read(source, name))
+            assignment = tuple(distinct.index(s) for s in sources)
             row_map = self._row_maps.setdefault(assignment, self._row_map(list(assignment)))
         set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes.get(name)))
 

@@ -8,8 +8,6 @@ another build of them (`make sanitize`).
 import ctypes
 import functools
 import hashlib
-import logging
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,12 +17,9 @@ from pathlib import Path
 import torch
 
 from polymoe.native import quiet_torch
+from polymoe.native.installed import LIBRARY, obstacle
 
-logger = logging.getLogger(__name__)
-
-LIBRARY = Path(os.environ.get("POLYMOE_KERNELS") or Path(__file__).with_name("libpolymoe_cpu.so"))
 SOURCES = Path(__file__).with_name("csrc")
-INSTRUCTIONS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}  # as Linux spells what hatch_build.py compiles for
 # Microseconds that idle helpers look for the next job: the longest gap within a step, or what torch's threads, which
 # spin as well, leave room for.
 _SPIN, _SPIN_BESIDE_TORCH = 2000, 50
@@ -59,33 +54,13 @@ def why_no_kernels() -> str:
     """What keeps the compiled kernels from being used here; empty where they are."""
     if cpu_kernels() is not None:
         return ""
-    return _obstacle() or "the CPU kernels were built from other sources; build them again: pip install -e ."
-
-
-def processor_suits() -> bool:
-    """Whether this processor has the instructions that the kernels are compiled for."""
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split()) >= INSTRUCTIONS
-    except OSError:  # not Linux
-        return False
-
-
-def _obstacle() -> str:
-    if os.environ.get("POLYMOE_NO_KERNELS"):
-        return "POLYMOE_NO_KERNELS turns the CPU kernels off"
-    if not processor_suits():
-        return "this processor has no AVX512-BF16, which the CPU kernels need"
-    if not LIBRARY.exists():
-        return "the CPU kernels are not built; with a C++ compiler (g++) installed: pip install -e ."
-    return ""
+    return obstacle() or "the CPU kernels were built from other sources; build them again: pip install -e ."
 
 
 @functools.cache
 def cpu_kernels() -> ctypes.CDLL | None:
     """The library, or None: not built, not for this processor, or turned off (`why_no_kernels`)."""
-    if _obstacle():
-        if not LIBRARY.exists():
-            logger.warning("polymoe was installed without its compiled CPU kernels: the CPU computes with torch alone.")
+    if obstacle():
         return None
     library = ctypes.CDLL(str(LIBRARY))
     if not _is_current(library):

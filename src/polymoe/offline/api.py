@@ -108,7 +108,7 @@ def inspect(
     _say(family.notes, console)
     scan = scan_family(family, console)
     _say(family.rounding_notes, console)
-    relative, same = scan.relative_distance, (scan.expert_version == 0).all(axis=0)
+    relative, same = scan.relative_distance, (scan.expert_same_as == 0).all(axis=0)
     grid = Table(title=f"{family.architecture.class_name}: {', '.join(scan.variant_names)}", title_justify="left")
     grid.add_column("layer", justify="right")
     for column in ("min", "mean", "max"):

@@ -15,7 +15,7 @@ from polymoe.cache_folder import cache_root, writable_cache
 from polymoe.console import Console
 from polymoe.errors import BundleError, PlanError
 from polymoe.offline.checkpoint.family import parse_variant_specs
-from polymoe.offline.checkpoint.source import resolve
+from polymoe.offline.checkpoint.place import Place
 from polymoe.version import __version__
 
 Specs = Mapping[str, str | Path] | Sequence[str]  # {name: checkpoint} or ["NAME=CHECKPOINT", …]
@@ -145,8 +145,8 @@ def _folder_name(specs: Specs, policy: str, memory: str | None) -> str:
     named = dict(specs) if isinstance(specs, Mapping) else parse_variant_specs(specs)
     variants = []
     for name, spec in named.items():
-        folder = resolve(spec).resolve()
-        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
-        variants.append((name, str(folder), files))
+        place = Place.find(spec)
+        files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in place.files)
+        variants.append((name, str(place), files))
     facts = (FORMAT_VERSION, __version__, policy, memory, variants)
     return f"{'-'.join(named)[:80]}-{hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]}"

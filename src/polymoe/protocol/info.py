@@ -3,6 +3,7 @@
 import msgspec
 
 from polymoe.bundle.manifest import Fidelity
+from polymoe.errors import ContextLengthError, RequestError
 from polymoe.protocol.fast_path import FastPath
 
 
@@ -18,23 +19,45 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_dir: str | None
     eos_token_ids: list[int]  # of its configs; its tokenizer may know one more
     generation: dict[str, int | float | list[str]]  # field of `SamplingParams` -> its own default
-    predicted_damage: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
+    predicted_error: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
     decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
     fault: str | None = None  # why it cannot be served although others can; with paths, for the operator
 
     @property
-    def is_encoder_decoder(self) -> bool:
+    def encodes_prompts(self) -> bool:
+        """Whether an encoder reads them; it and its decoder have half of `max_model_len` each."""
         return self.decoder_start_token_id is not None
-
-    @property
-    def max_prompt_len(self) -> int:
-        """Most tokens of a prompt. An encoder and its decoder have half of `max_model_len` each."""
-        return self.max_model_len // 2 if self.is_encoder_decoder else self.max_model_len - 1
 
     def max_new_tokens(self, num_prompt_tokens: int) -> int:
         """Most tokens that can follow a prompt."""
-        return self.max_model_len // 2 - 1 if self.is_encoder_decoder else self.max_model_len - num_prompt_tokens
+        return self.max_model_len // 2 - 1 if self.encodes_prompts else self.max_model_len - num_prompt_tokens
+
+    def most_prompt_tokens(self, max_tokens: int) -> int:
+        """Longest prompt that leaves room for `max_tokens` more; at least 1."""
+        return self.max_model_len // 2 if self.encodes_prompts else max(1, self.max_model_len - max_tokens)
+
+    def check_room(self, num_prompt_tokens: int, max_tokens: int, scores_prompt: bool) -> None:
+        """Raises `RequestError` for a prompt whose log-probabilities nobody computes, and for too many tokens."""
+        if self.encodes_prompts:
+            if scores_prompt:
+                raise RequestError(
+                    f"`{self.name}` is an encoder–decoder model: its prompt has no log-probabilities (echo, "
+                    "prompt_logprobs).",
+                    param="echo",
+                )
+            if num_prompt_tokens > (most := self.most_prompt_tokens(max_tokens)):
+                raise RequestError(
+                    f"The prompt has {num_prompt_tokens} tokens; the encoder of `{self.name}` reads at most {most}.",
+                    param="prompt",
+                )
+        if max_tokens > self.max_new_tokens(num_prompt_tokens):
+            raise ContextLengthError(self.max_model_len, num_prompt_tokens, max_tokens)
+
+    def check_echo(self) -> None:
+        """Raises `RequestError` where the answer does not go on from the prompt."""
+        if self.encodes_prompts:
+            raise RequestError(f"`{self.name}` is an encoder–decoder model: it cannot echo its prompt.", param="echo")
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,11 +10,13 @@ import msgspec
 
 from polymoe.errors import RequestError
 from polymoe.field_types import wrong_field
+from polymoe.protocol.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
+MAX_BAD_WORDS = 256
 MAX_PRIORITY = 1000
 DEFAULT_SLO_CLASS = "default"
 # Temperatures below this are greedy, as in vLLM: logits divided by them would leave the range of float32.
@@ -38,6 +40,7 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # how many alternatives to report beside the sampled token
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None  # no other token can be drawn
 
     @property
     def greedy(self) -> bool:
@@ -45,7 +48,7 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
-    def looks_back(self) -> bool:
+    def penalises(self) -> bool:
         """Whether a penalty depends on the tokens that the sequence has."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
@@ -63,6 +66,8 @@ class SamplingParams(TokenSampling, frozen=True, kw_only=True):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    bad_words: list[str] = []  # texts that are not written, neither at a word's beginning nor within one
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if self.seed == -1:
@@ -96,6 +101,16 @@ class SamplingParams(TokenSampling, frozen=True, kw_only=True):
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
+        ids = self.allowed_token_ids
+        check(ids is None or (len(ids) > 0 and min(ids) >= 0), "allowed_token_ids", "token ids, at least one")
+        check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} texts")
+        fine = all(0 < len(word) <= MAX_STOP_CHARS for word in self.bad_words)
+        check(fine, "bad_words", f"texts of 1 to {MAX_STOP_CHARS} characters")
+        if self.structured_outputs is not None:
+            # Each leaves tokens out by itself; together they might leave none.
+            check(ids is None, "allowed_token_ids", "left out with structured_outputs")
+            check(not self.bad_words, "bad_words", "left out with structured_outputs")
+            check(not self.ignore_eos, "ignore_eos", "false with structured_outputs, whose answers end")
         check(len(self.logit_bias) <= 1024, "logit_bias", "at most 1024 tokens")
         check(all(t >= 0 for t in self.logit_bias), "logit_bias", "a map from token ids, zero or more")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "biases in [-100, 100]")
@@ -150,9 +165,16 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: TokenSampling
     num_encoder_tokens: int = 0  # the prompt's first tokens, which an encoder reads; after them the decoder starts
     stop_token_ids: list[int] = []
+    banned: list[list[int]] = []  # tokens in a row that are not drawn, `SamplingParams.bad_words`
+    grammar: str | None = None  # that the output follows, llguidance's text; checked
     cache_salt: str = ""  # separates tenants in the prefix cache
     qos: QoS = QoS()
     arrival_time: float = 0.0  # seconds, time.monotonic() of the machine
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the next token depends on the tokens that the sequence has, beside the logits."""
+        return self.sampling.penalises or bool(self.banned) or self.grammar is not None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -114,6 +114,11 @@ class Float8(Coded):
     kind = Kind.FLOAT8
     code_dtype = torch.float8_e4m3fn
 
+    @property
+    def lookup(self) -> tuple[float, ...]:
+        """Of codes without their sign."""
+        return tuple(torch.arange(128, dtype=torch.uint8).view(self.code_dtype).float().tolist())
+
     def encode_with_feedback(self, weight: Tensor, second_moment: Tensor) -> dict[str, Tensor]:
         return self.encode(weight)
 

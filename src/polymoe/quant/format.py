@@ -74,6 +74,11 @@ class Format:
         return self.is_packed and not self.is_lossless
 
     @property
+    def lookup(self) -> tuple[float, ...]:
+        """What kernels find a code's value in, before the scale; empty where they compute it."""
+        return self.levels if self.kind is Kind.LEVELS else ()
+
+    @property
     def is_lossless(self) -> bool:
         """A delta that gives the variant's weight bit for bit, against a base as stored; it has no sign."""
         return self.kind is Kind.CHANGES

@@ -26,7 +26,7 @@ from polymoe.quant.format import (
 __all__ = [
     "BASE_FORMATS", "BLOCK_BYTES", "DELTA_FORMATS", "EXACT", "FREE_LEVELS", "GRID_LEVELS", "PLANES", "SCALE_DTYPE",
     "STORED", "Format", "Kind", "Parts", "get_format", "group_size", "level_bytes", "num_bytes", "num_groups",
-    "parts", "register", "row_bytes",
+    "parts", "register", "row_bytes", "unregister",
 ]  # fmt: skip
 
 
@@ -120,6 +120,12 @@ def register(fmt: Format) -> None:
         raise PlanError(f"there is a format {fmt.name!r} already.")
     formats = DELTA_FORMATS if fmt.is_delta else BASE_FORMATS
     formats.insert(len(formats) - formats[-1].is_lossless, fmt)
+
+
+def unregister(fmt: Format) -> None:
+    """Undo `register`: bundles that have it cannot be opened any more. Raises `ValueError` where it is not known."""
+    (DELTA_FORMATS if fmt.is_delta else BASE_FORMATS).remove(fmt)
+    get_format.cache_clear()
 
 
 def level_bytes(fmt: Format) -> tuple[tuple[int, ...], float] | None:

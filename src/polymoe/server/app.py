@@ -136,7 +136,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
     if body.messages is not None:
         messages = [message.for_template() for message in body.messages]
-        encoding = state.encoder.encode_chat(tokenizer, messages, body.chat_template_kwargs)
+        encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables())
         token_ids = await unless_gone(request, encoding)
     else:
         add = body.add_special_tokens is not False
@@ -211,6 +211,6 @@ def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
         # What the model's operations run on, and why not on something faster.
         "fast_paths": [msgspec.to_builtins(path) for path in info.fast_paths],
         # How close it is to its original, as predicted and as measured when it was planned; null where it was not.
-        "predicted_damage": variant.predicted_damage,
+        "predicted_damage": variant.predicted_error,
         "fidelity": None if variant.fidelity is None else msgspec.to_builtins(variant.fidelity),
     }

@@ -8,7 +8,9 @@ from starlette.responses import Response
 
 from polymoe.client.client import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
+from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.request import SamplingParams
+from polymoe.server.answers import answer_format, opened
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
@@ -26,28 +28,32 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.tokenizer(variant.name)
-    if body.echo and variant.is_encoder_decoder:
-        raise RequestError(f"`{variant.name}` is an encoder–decoder model: it cannot echo its prompt.", param="echo")
+    if body.echo:
+        variant.check_echo()
     if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
         raise RequestError("echo with logprobs and n > 1 cannot be streamed.", param="stream")
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and max_tokens == 0:
         max_tokens = 1  # left out of the answer
+    asked = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
     sampling = body.sampling(
         variant.generation,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(asked, default=None),
     )
     prompts: list[Prompt] = []
     given = body.prompts()
     texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
     if texts:
         tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
-        encoding = state.encoder.encode(tokenizer, texts, body.add_special_tokens is not False, variant)
+        limit = variant if body.truncate_prompt_tokens is None else None
+        encoding = state.encoder.encode(tokenizer, texts, body.add_special_tokens is not False, limit)
         prompts += zip(texts, await unless_gone(request, encoding), strict=True)
     else:
         prompts += [(None, prompt) for prompt in given if not isinstance(prompt, str)]
+    if body.truncate_prompt_tokens is not None:
+        prompts = [(None, truncated(ids, body, variant, max_tokens)) for _, ids in prompts]
     request_id = f"cmpl-{uuid.uuid4().hex}"
     form = CompletionFormat(request_id, body, prompts, tokenizer)
     return await _answer(request, arrival, request_id, body, prompts, sampling, form)
@@ -60,10 +66,14 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
+    answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
     messages = [message.for_template() for message in body.messages]
-    encoding = state.encoder.encode_chat(tokenizer, messages, body.chat_template_kwargs, variant)
+    limit = variant if body.truncate_prompt_tokens is None else None
+    encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables(), limit)
     token_ids = await unless_gone(request, encoding)
+    answers = opened(answers, tokenizer, token_ids)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    token_ids = truncated(token_ids, body, variant, max_tokens or 1)
     room = variant.max_new_tokens(len(token_ids))
     if max_tokens is None:
         most = variant.generation.get("max_tokens")
@@ -72,11 +82,15 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         raise ContextLengthError(variant.max_model_len, len(token_ids), max_tokens, param="messages")
     top = body.top_logprobs or 0
     sampling = body.sampling(
-        variant.generation, max_tokens=max_tokens, logprobs=top if body.logprobs else None, prompt_logprobs=None
+        variant.generation,
+        max_tokens=max_tokens,
+        logprobs=top if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
+    sampling = answers.constrained(sampling, tokenizer.special_tokens)
     prompts: list[Prompt] = [(None, token_ids)]
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    form = ChatFormat(request_id, body, prompts, tokenizer)
+    form = ChatFormat(request_id, body, prompts, tokenizer, answers)
     try:
         return await _answer(request, arrival, request_id, body, prompts, sampling, form)
     except RequestError as error:
@@ -95,6 +109,14 @@ async def _answer(
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    if sampling.structured_outputs is not None:
+        processor = state.client.processor
+        try:
+            await processor.grammars.prepare(processor.grammar_source(body.model, sampling.structured_outputs))
+        except RequestError as error:
+            if body.structured_outputs is None:
+                error.param = "response_format" if body.structure is not None else "tools"
+            raise
     tenant = tenant_of(request.scope)
     salt, qos = body.cache_salt or "", body.qos
     num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
@@ -116,3 +138,15 @@ async def _answer(
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)
+
+
+def truncated(
+    token_ids: list[int], body: CompletionRequest | ChatCompletionRequest, variant: VariantInfo, max_tokens: int
+) -> list[int]:
+    """The last tokens of a prompt, as many as the request says; -1: as many as there is room for."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if most == -1:
+        most = variant.most_prompt_tokens(max_tokens)
+    return token_ids[-most:]

@@ -18,22 +18,14 @@ _OPENAI: Inert = {
     "modalities": (None, ["text"]),
     "moderation": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 # Of vLLM's sampling parameters and extra parameters, newer versions and older ones.
 _VLLM: Inert = {
-    "add_generation_prompt": (None, True),
     "add_special_tokens": (None, False),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "chat_template": (None,),
-    "continue_final_message": (None, False),
     "documents": (None, []),
     "early_stopping": (None, False),
     "ec_transfer_params": (None,),
@@ -44,7 +36,6 @@ _VLLM: Inert = {
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_whitespace_pattern": (None,),
-    "include_reasoning": (None, True),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
@@ -52,27 +43,42 @@ _VLLM: Inert = {
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
     "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),
     "repetition_detection": (None,),
     "request_id": (None,),
     "return_mm_kwargs": (None, True),
     "return_prompt_text": (None, False),
-    "return_token_ids": (None, False),
     "return_token_offsets": (None, False),
     "return_tokens_as_token_ids": (None, False),
     "routed_experts_prompt_start": (None, 0),
     "spaces_between_special_tokens": (None, True),
     "stream_interval": (None, 1),
     "structural_tag": (None,),
-    "structured_outputs": (None,),
     "thinking_token_budget": (None, -1),
-    "truncate_prompt_tokens": (None,),
     "truncation_side": (None,),
     "use_beam_search": (None, False),
     "vllm_xargs": (None, {}),
     "watermarking": (None, False),
 }
 OF_GENERATION: Inert = {**_OPENAI, **_VLLM}
+
+# Of chats, which completions do not know.
+OF_COMPLETIONS: Inert = {
+    **OF_GENERATION,
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "include_reasoning": (None, True),
+    "parallel_tool_calls": (None, True, False),
+    "reasoning_effort": (None,),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+}
+
+OF_STRUCTURED_OUTPUTS: Inert = {
+    "disable_additional_properties": (None, False),
+    "disable_fallback": (None, False),
+    "structural_tag": (None,),
+    "whitespace_pattern": (None,),
+}
 
 OF_STREAM_OPTIONS: Inert = {"include_obfuscation": (None, False)}
 
@@ -81,20 +87,13 @@ OF_MESSAGES: Inert = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
-    "reasoning": (None,),
-    "reasoning_content": (None,),
     "refusal": (None,),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
 }
 
 OF_TOKENIZING: Inert = {
-    "add_generation_prompt": (None, True),
     "chat_template": (None,),
-    "continue_final_message": (None, False),
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
-    "tools": (None, []),
 }
 
 

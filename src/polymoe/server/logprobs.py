@@ -81,6 +81,18 @@ def chat_logprobs(
     return {"content": content}
 
 
+def prompt_logprobs_json(found: Sequence[Mapping[int, Logprob] | None] | None) -> list[dict[str, Any] | None] | None:
+    """vLLM's form: an object for each token of the prompt, from ids to what is known of them; the first is null."""
+    if found is None:
+        return None
+
+    def entry(logprob: Logprob) -> dict[str, Any]:
+        value = _finite(logprob.logprob)
+        return {"logprob": value, "rank": logprob.rank, "decoded_token": logprob.decoded_token}
+
+    return [None if one is None else {str(token): entry(known) for token, known in one.items()} for one in found]
+
+
 def token_text(tokenizer: VariantTokenizer | None, token_id: int) -> str:
     return tokenizer.token_text(token_id) if tokenizer is not None else f"token_id:{token_id}"
 

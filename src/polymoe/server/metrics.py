@@ -182,8 +182,8 @@ def _fidelity(info: EngineInfo) -> Iterator[Metric]:
         "polymoe:predicted_damage", "KL to the original that the planner expected.", labels=["model_name"]
     )
     for variant in info.variants:
-        if variant.predicted_damage is not None:
-            predicted.add_metric([variant.name], variant.predicted_damage)
+        if variant.predicted_error is not None:
+            predicted.add_metric([variant.name], variant.predicted_error)
     yield predicted
     for name, text, figure in (
         ("polymoe:fidelity_kl", "KL(original || served), nats a token, measured when planned.", "kl"),

@@ -1,15 +1,14 @@
 """What clients may send. Unknown fields are refused, and so are those of `known_fields` when they ask for something."""
 
-import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from polymoe.errors import RequestError
 from polymoe.protocol.request import (
     DEFAULT_SLO_CLASS,
+    MAX_BAD_WORDS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_PRIORITY,
@@ -19,20 +18,21 @@ from polymoe.protocol.request import (
     SamplingParams,
     sampling_params,
 )
-from polymoe.server.errors import printable
+from polymoe.protocol.structured_outputs import StructuredOutputsParams
+from polymoe.server.chat_messages import Messages, NamedTool, Tool
 from polymoe.server.known_fields import (
+    OF_COMPLETIONS,
     OF_GENERATION,
-    OF_MESSAGES,
     OF_STREAM_OPTIONS,
     OF_TOKENIZING,
-    Inert,
-    asks_for_nothing,
 )
+from polymoe.server.strict import Strict
+from polymoe.server.structure_fields import ResponseFormat, StructuredOutputs
 
 MAX_PROMPTS = 256
-MAX_MESSAGES = 4096
-MAX_PARTS = 256
 _MAX_METADATA = 16  # OpenAI's limit
+MAX_TOOLS = 128
+MAX_ALLOWED = 65536  # token ids
 _MAX_COUNT = 2**31 - 1
 
 # fail_fast: a list of a million wrong items is one error, not a million of them in memory.
@@ -41,57 +41,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-def _document_unsupported(schema: dict[str, Any], model: "type[Strict]") -> None:
-    """The values of unsupported fields that are accepted, for the JSON schema."""
-    for name, values in model.unsupported.items():
-        if name not in model.model_fields:
-            schema["properties"][name] = {
-                "enum": list(values),
-                "description": "Not supported: only what asks for nothing.",
-            }
-
-
-class Strict(BaseModel):
-    """No unknown fields, no conversions ("1" is no number), no NaN."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        json_schema_extra=_document_unsupported,
-    )
-    unsupported: ClassVar[Inert] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_unknown(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name not in cls.unsupported:
-                raise PydanticCustomError(
-                    "unknown_parameter",
-                    "Unrecognized request argument supplied: {name}",
-                    {"name": printable(name[:200])},
-                )
-            elif not asks_for_nothing(value, cls.unsupported[name]):
-                allowed = " or ".join(json.dumps(value) for value in cls.unsupported[name])
-                raise PydanticCustomError(
-                    "unsupported_parameter",
-                    "{name} is not supported by this server; leave it out, or send {allowed}.",
-                    {"name": name, "allowed": allowed},
-                )
-        return kept
-
-
 class Ignored(Strict):
     """Fields that change nothing in what a self-hosted server computes: accepted, and ignored on purpose."""
 
     metadata: dict[str, str] | None = Field(None, max_length=_MAX_METADATA)
-    parallel_tool_calls: bool | None = None  # no tools are called, so none in parallel
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, str] | None = None
     prompt_cache_retention: str | None = None
@@ -132,6 +85,13 @@ class GenerationRequest(Ignored):
     min_tokens: int | None = Field(None, ge=0, le=_MAX_COUNT)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=_MAX_COUNT)  # -1: to what there is room for
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, max_length=256)
@@ -141,6 +101,10 @@ class GenerationRequest(Ignored):
 
     @model_validator(mode="after")
     def check_stream_options(self) -> "GenerationRequest":
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs cannot be streamed.", param="prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1.", param="truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true.", param="stream_options")
         return self
@@ -150,6 +114,19 @@ class GenerationRequest(Ignored):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of other than n is not supported by this server.", param="best_of")
         return self
+
+    @model_validator(mode="after")
+    def check_structure(self) -> "GenerationRequest":
+        if self.structured_outputs is not None and self.response_format not in (None, ResponseFormat(type="text")):
+            raise RequestError("Give response_format or structured_outputs, not both.", param="structured_outputs")
+        return self
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the answer has to look like, whichever field says it. Raises `RequestError`."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.params()
+        return None if self.response_format is None else self.response_format.params()
 
     @property
     def include_usage(self) -> bool:
@@ -175,12 +152,15 @@ class GenerationRequest(Ignored):
         given: dict[str, Any] = {name: value for name, value in fields if value is not None}
         if isinstance(self.stop, str):
             given["stop"] = [self.stop]
+        given["structured_outputs"] = self.structure
         given["logit_bias"] = _token_keys(self.logit_bias or {})
         given.update(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
         return sampling_params(defaults, given)
 
 
 class CompletionRequest(GenerationRequest):
+    unsupported = OF_COMPLETIONS
+
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -198,49 +178,15 @@ class CompletionRequest(GenerationRequest):
         return cast(list[str] | list[list[int]], [self.prompt] if isinstance(self.prompt[0], int) else self.prompt)
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_other_kinds(cls, data: Any) -> Any:
-        """Images, sound and files: what is wrong is their kind, not the fields that come with it."""
-        kind = data.get("type", "text") if isinstance(data, dict) else "text"
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError(
-                "invalid_value",
-                "This server reads only text: a part of type {kind} is not supported; send parts of type text.",
-                {"name": "type", "kind": printable(repr(kind[:200]))},
-            )
-        return data
-
-
-class ChatMessage(Strict):
-    unsupported = OF_MESSAGES
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def check_content(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise RequestError(f"content of a {self.role} message must not be null.", param="messages")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """`content` as it came: the variant's template decides in which form it reads it."""
-        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
-        message: dict[str, Any] = {"role": self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
 class ChatCompletionRequest(GenerationRequest):
     messages: Messages
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # null: auto where there are tools
+    parallel_tool_calls: bool | None = None  # false: one call at most
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # for the template
+    include_reasoning: bool | None = None  # false: it is left out of the answer
+    add_generation_prompt: bool | None = None  # null is true
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # what the variant's template may read besides the messages
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_COUNT)
     logprobs: bool | None = None
@@ -254,6 +200,45 @@ class ChatCompletionRequest(GenerationRequest):
             raise RequestError("Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
         return self
 
+    @model_validator(mode="after")
+    def check_tools(self) -> "ChatCompletionRequest":
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RequestError(f"There are two tools named {twice}.", param="tools")
+        if self.tool_choice in (None, "none"):
+            return self
+        if not names:
+            raise RequestError("tool_choice needs tools.", param="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise RequestError(f"There is no tool named {self.tool_choice.function.name}.", param="tool_choice")
+        if self.tool_choice != "auto" and self.structure is not None:
+            raise RequestError(
+                "tool_choice required, or a named tool, and a structured output contradict each other.",
+                param="tool_choice",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_ending(self) -> "ChatCompletionRequest":
+        check_ending(self.continue_final_message, self.add_generation_prompt)
+        return self
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that the answer may call: none with `tool_choice: none`."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the variant's template reads besides the messages. Raises `RequestError`."""
+        variables = template_variables(self)
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+            if self.reasoning_effort == "none":
+                variables.setdefault("enable_thinking", False)
+        if self.callable_tools:
+            variables["tools"] = [tool.for_template() for tool in self.callable_tools]
+        return variables
+
 
 class TokenizeRequest(Strict):
     """Either `prompt` or `messages`."""
@@ -263,6 +248,9 @@ class TokenizeRequest(Strict):
     model: str
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None  # null is true for a prompt; a chat template writes its own
     return_token_strs: bool | None = None
@@ -276,12 +264,43 @@ class TokenizeRequest(Strict):
                 "add_special_tokens is for prompts: a chat template writes its special tokens itself.",
                 param="add_special_tokens",
             )
+        check_ending(self.continue_final_message, self.add_generation_prompt)
         return self
+
+    def template_variables(self) -> dict[str, Any]:
+        """As those of a chat. Raises `RequestError`."""
+        variables = template_variables(self)
+        if self.tools:
+            variables["tools"] = [tool.for_template() for tool in self.tools]
+        return variables
 
 
 class DetokenizeRequest(Strict):
     model: str
     tokens: TokenIds
+
+
+def check_ending(continue_final_message: bool | None, add_generation_prompt: bool | None) -> None:
+    """Raises `RequestError` for both at once."""
+    if continue_final_message and add_generation_prompt:
+        raise RequestError(
+            "continue_final_message goes on with the last message; send add_generation_prompt: false with it.",
+            param="continue_final_message",
+        )
+
+
+def template_variables(request: "ChatCompletionRequest | TokenizeRequest") -> dict[str, Any]:
+    """`chat_template_kwargs` and how the text ends. Raises `RequestError` for variables that are not the client's."""
+    variables = dict(request.chat_template_kwargs or {})
+    if taken := sorted({"tools", "continue_final_message"} & set(variables)):
+        raise RequestError(
+            f"chat_template_kwargs cannot set {taken[0]}; it is a field of its own.", param="chat_template_kwargs"
+        )
+    if request.continue_final_message:
+        variables |= {"continue_final_message": True, "add_generation_prompt": False}
+    elif request.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = request.add_generation_prompt
+    return variables
 
 
 def _token_keys(biases: Mapping[str, float]) -> dict[int, float]:

@@ -7,7 +7,8 @@ from typing import Any
 from polymoe.client.client import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
-from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs
+from polymoe.server.answers import AnswerFormat, AnswerPart, AnswerReader
+from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs, prompt_logprobs_json
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.text.tokenizer import VariantTokenizer
 
@@ -41,6 +42,9 @@ class Format:
         # A prompt counts once, however many sequences are drawn from it.
         self._prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
         self._completion_tokens = 0
+        self._return_token_ids = bool(body.return_token_ids)
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._prompted: set[int] = set()  # indices whose prompt has been given
         self._cached_tokens: dict[int, int] = {}  # index of the prompt -> tokens of it found in the prefix cache
 
     def opening(self) -> list[Json]:
@@ -66,7 +70,20 @@ class Format:
                 index = self._index(p, output.index)
                 choices[index] = self._choice(p, index, output, result.prompt_logprobs)
         ordered = [choices[index] for index in sorted(choices)]
-        return {**self._envelope(self.object), "choices": ordered, "usage": self._usage()}
+        return {**self._envelope(self.object), "choices": ordered, "usage": self._usage(), **self._extra(results)}
+
+    def _extra(self, results: Mapping[int, RequestOutput]) -> Json:
+        """More of the whole answer."""
+        del results
+        return {}
+
+    def _token_ids(self, p: int, index: int, token_ids: Sequence[int]) -> Json:
+        """Of a choice, where they were asked for; those of the prompt once."""
+        if not self._return_token_ids:
+            return {}
+        first = index not in self._prompted
+        self._prompted.add(index)
+        return {"prompt_token_ids": self._prompts[p][1] if first else None, "token_ids": list(token_ids)}
 
     def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
         """An entry of `choices`, for a chunk or for the whole answer."""
@@ -134,13 +151,17 @@ class CompletionFormat(Format):
         if self._wants_logprobs:
             form = self._logprobs.setdefault(index, LegacyLogprobs(self._tokenizer, self._skip_special))
             arrays = form.json(token_ids, logprobs)
-        return {
+        choice: Json = {
             "index": index,
             "text": text,
             "logprobs": arrays,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
+            **self._token_ids(p, index, [] if self._prompt_only else piece.token_ids),
         }
+        if self._wants_prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+        return choice
 
     def _count(self, p: int, token_ids: Sequence[int], cached: int) -> None:
         super()._count(p, [] if self._prompt_only else token_ids, cached)
@@ -163,21 +184,34 @@ class ChatFormat(Format):
         body: ChatCompletionRequest,
         prompts: Sequence[Prompt],
         tokenizer: VariantTokenizer | None,
+        answers: AnswerFormat,
     ) -> None:
         super().__init__(request_id, body, prompts, tokenizer)
+        self._answers = answers
+        self._readers: dict[int, AnswerReader] = {}  # by the index of their choice
         self._top = (body.top_logprobs or 0) if body.logprobs else None
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
         return [
-            self._chunk([{"index": k, "delta": delta, "logprobs": None, "finish_reason": None}]) for k in range(self._n)
+            self._chunk([{"index": k, "delta": delta, "logprobs": None, "finish_reason": None}])
+            | ({"prompt_token_ids": self._prompts[0][1]} if self._return_token_ids and k == 0 else {})
+            for k in range(self._n)
         ]
+
+    def _extra(self, results: Mapping[int, RequestOutput]) -> Json:
+        extra: Json = {}
+        if self._return_token_ids:
+            extra["prompt_token_ids"] = self._prompts[0][1]
+        if self._wants_prompt_logprobs:
+            extra["prompt_logprobs"] = prompt_logprobs_json(results[0].prompt_logprobs)
+        return extra
 
     def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
         del p, prompt_logprobs  # a chat has one prompt and does not echo it
-        message: Json = {"content": piece.text}
-        if not self.stream:
-            message = {"role": "assistant", "content": piece.text, "refusal": None}
+        reader = self._readers.setdefault(index, self._answers.reader())
+        part = reader.push(piece.text, last=piece.finish_reason is not None)
+        message = self._delta(part) if self.stream else self._message(part)
         logprobs = None
         if self._top is not None:
             logprobs = chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs or [], self._top)
@@ -185,6 +219,23 @@ class ChatFormat(Format):
             "index": index,
             "delta" if self.stream else "message": message,
             "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": reader.finish_reason(piece.finish_reason),
             "stop_reason": piece.stop_reason,
+            **({"token_ids": list(piece.token_ids)} if self._return_token_ids else {}),
         }
+
+    def _delta(self, part: AnswerPart) -> Json:
+        """`reasoning` has two names, the newer one and the one that clients know; a delta has what is in it."""
+        delta: Json = {"content": part.content} if part.content or not (part.reasoning or part.calls) else {}
+        if part.reasoning:
+            delta |= {"reasoning": part.reasoning, "reasoning_content": part.reasoning}
+        return delta | ({"tool_calls": part.calls} if part.calls else {})
+
+    def _message(self, part: AnswerPart) -> Json:
+        empty = bool(part.calls) and not part.content
+        message: Json = {"role": "assistant", "content": None if empty else part.content, "refusal": None}
+        if self._answers.thinks:
+            message |= dict.fromkeys(("reasoning", "reasoning_content"), part.reasoning or None)
+        if part.calls:
+            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
+        return message

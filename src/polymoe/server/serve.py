@@ -166,7 +166,8 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
             show(stage, fraction)
 
         rendering = asyncio.create_task(state.encoder.warm_up())  # while the engine loads
-        await (client.restart if client.dead.is_set() else client.start)(on_progress)
+        info = await (client.restart if client.dead.is_set() else client.start)(on_progress)
+        state.settings.check_variants([variant.name for variant in info.variants])
         await rendering
     for tokenizer in client.processor.tokenizers:
         await state.encoder.check_template(tokenizer)

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import msgspec
 from polymoe.config import read_path
 from polymoe.errors import ConfigError
 from polymoe.options import Option, check_options
+from polymoe.text.tools.choose import TOOL_PARSERS
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*]+)(?::(\d{1,5}))?")
 _LONGEST_KEY = 4096
@@ -48,6 +50,16 @@ def _check_origins(origins: tuple[str, ...]) -> None:
         check_origin(origin)
 
 
+def _check_parsers(parsers: tuple[str, ...]) -> None:
+    for given in parsers:
+        name, equals, parser = given.rpartition("=")
+        if not (name and equals and parser in TOOL_PARSERS):
+            raise ConfigError(
+                f"--tool-parser {given[:200]} names no format; write NAME=FORMAT with the name of a variant and one of "
+                f"{', '.join(TOOL_PARSERS)}."
+            )
+
+
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are bytes, times are seconds. Raises `ConfigError` for a value out of range."""
 
@@ -76,6 +88,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             metavar="ORIGIN", check=_check_origins,
         ),
     ] = ()  # fmt: skip
+    tool_parsers: Annotated[  # NAME=FORMAT
+        tuple[str, ...],
+        Option(
+            "the format of a variant's tool calls, where its chat template does not tell; may be repeated: "
+            + ", ".join(TOOL_PARSERS),
+            name="tool_parser", metavar="NAME=FORMAT", check=_check_parsers,
+        ),
+    ] = ()  # fmt: skip
     max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
     max_body_bytes_together: Annotated[
         int, Option("of large requests that are arriving or being read", flag=False, at_least=1)
@@ -102,6 +122,18 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     grace: Annotated[
         float, Option("seconds to finish running requests after SIGTERM or SIGHUP", at_least=0, ranged=True)
     ] = 30.0
+
+    def tool_parser_of(self, variant: str) -> str | None:
+        """The format that the operator chose for a variant."""
+        return dict(given.rsplit("=", 1) for given in self.tool_parsers).get(variant)
+
+    def check_variants(self, names: Sequence[str]) -> None:
+        """Raises `ConfigError` for a variant that is not served."""
+        for given in self.tool_parsers:
+            if (name := given.rpartition("=")[0]) not in names:
+                raise ConfigError(
+                    f"--tool-parser {given[:200]}: there is no variant {name[:200]}; there are {', '.join(names)}."
+                )
 
     def __post_init__(self) -> None:
         check_options(self)

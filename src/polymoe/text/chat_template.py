@@ -18,9 +18,8 @@ _PROBE = "polymoe probe"  # nothing that a template would write by itself
 # What transformers' `apply_chat_template` understands itself; all else is for the template.
 _RESERVED = frozenset(
     {
-        "messages", "self", "conversation", "tools", "chat_template", "continue_final_message", "tokenize",
-        "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-        "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "messages", "self", "conversation", "chat_template", "tokenize", "sanitize_control_tokens", "padding",
+        "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
     }
 )  # fmt: skip
 

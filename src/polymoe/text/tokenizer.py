@@ -5,13 +5,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polymoe.errors import BundleError, RequestError
 from polymoe.text.byte_detokenizers import ByteFallbackDetokenizer, ByteLevelDetokenizer
 from polymoe.text.chat_template import ChatTemplate, Message, TemplateSource
 from polymoe.text.control_tokens import split_marked, unmarked
 from polymoe.text.detokenizer import Detokenizer, IncrementalDetokenizer
+
+if TYPE_CHECKING:
+    from polymoe.protocol.info import VariantInfo
 
 # Ids this far back in the prompt decide whether the first generated token starts with a space.
 _CONTEXT_TOKENS = 8
@@ -97,6 +100,17 @@ class VariantTokenizer:
         """Of the tokenizer's own `eos_token`."""
         found: int | None = self._tokenizer.eos_token_id
         return found
+
+    def end_token_ids(self, info: "VariantInfo") -> list[int]:
+        """What ends an answer of a variant: the end tokens of its configs and the tokenizer's own, as in vLLM. A chat
+        fine-tune often says its new end token only in one of them."""
+        own = self.eos_token_id
+        known = [] if own is None or own >= info.vocab_size else [own]
+        return list(dict.fromkeys([*info.eos_token_ids, *known]))
+
+    def to_json(self) -> str | None:
+        """All of it, as the Rust tokenizers read it; None if it is none of them."""
+        return None if self._rust is None else str(self._rust.to_str())
 
     @property
     def largest_token_id(self) -> int:
@@ -201,6 +215,16 @@ class VariantTokenizer:
         if skip_special_tokens and token_id in self._special_ids:
             return False
         return self._rust is None or self._rust.id_to_token(token_id) is not None
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Special token -> id."""
+        return {self._added[index]: index for index in self._special_ids}
+
+    @property
+    def template_text(self) -> str:
+        """The chat template's source; empty without one."""
+        return "" if self.template_source is None else self.template_source.jinja
 
     def special_text(self, token_id: int) -> str | None:
         """The content of a special token, None for any other."""

@@ -55,6 +55,7 @@ class Scheduler:
         self.max_num_batched_tokens, self.max_waiting = max_num_batched_tokens, max_waiting
         self.max_model_len = max_model_len
         self.waiting = WaitingQueue()
+        self.held: list[Sequence] = []  # that wait for their grammar to be compiled, and then to run
         self.batch = RunningBatch(blocks, self.waiting, policies.fair, max_num_seqs, clock)
         self.variants = VariantTurns(policies, self.batch, self.waiting)
         # Since the start, a variant each: tokens computed, first tokens that came later than their class promised.
@@ -71,17 +72,19 @@ class Scheduler:
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        return self.batch.sequences
+        return [*self.batch.sequences, *self.held]
 
     def has_work(self) -> bool:
-        return bool(self.running) or len(self.waiting) > 0
+        return bool(self.running) or len(self.waiting) > 0 or bool(self.held)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises `OverloadedError` if the queue is full or its first token would come too late."""
         shares = self.policies.fair.shares
         share = shares[sequence.variant] / sum(shares)
-        if not has_room(self.max_waiting, len(self.waiting), self.waiting.count(sequence.variant), share):
-            raise OverloadedError(f"{len(self.waiting)} requests are waiting; try again later.", retry_after=1.0)
+        waiting = len(self.waiting) + len(self.held)
+        of_variant = self.waiting.count(sequence.variant) + sum(s.variant == sequence.variant for s in self.held)
+        if not has_room(self.max_waiting, waiting, of_variant, share):
+            raise OverloadedError(f"{waiting} requests are waiting; try again later.", retry_after=1.0)
         if self.has_work():  # an idle engine can only be as fast as it is
             self.policies.admission.check(
                 sequence.ttft_target,
@@ -94,7 +97,14 @@ class Scheduler:
         limit = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
         sequence.max_len = min(limit, self.max_model_len[sequence.variant])
         self.policies.fair.weigh(sequence.request.qos.tenant, sequence.request.qos.weight)
-        self.waiting.add(sequence)
+        self.held.append(sequence)
+        self._release()
+
+    def _release(self) -> None:
+        """To the queue with those whose grammar is compiled."""
+        for sequence in [s for s in self.held if s.is_ready]:
+            self.held.remove(sequence)
+            self.waiting.add(sequence)
 
     def abort(self, request_ids: set[SequenceId]) -> list[Sequence]:
         """Forget these sequences and free their blocks; unknown ids are finished ones and fine."""
@@ -106,6 +116,7 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledSequence]:
         """Choose this step's tokens and give their sequences the blocks for them."""
+        self._release()
         now = self.clock()
         self._step_started = now
         plan = self._plan(now, self.variants.allowed(now))
@@ -259,7 +270,9 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence) -> tuple[str | None, int | None]:
         sampling = sequence.request.sampling
         last = sequence.token_ids[-1]
-        if sequence.num_output_tokens >= sampling.min_tokens and last in sequence.request.stop_token_ids:
+        # A grammar lets an answer end that has no continuation, however short it is.
+        long_enough = sequence.num_output_tokens >= sampling.min_tokens or sequence.grammar is not None
+        if long_enough and last in sequence.request.stop_token_ids:
             return "stop", last
         if len(sequence.token_ids) >= sequence.max_len:
             return "length", None
@@ -270,9 +283,10 @@ class Scheduler:
             sequence.ended = True
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
+        self.held = [s for s in self.held if not s.ended]
         self.batch.leave(set(sequences))
 
     def check_integrity(self) -> None:
         """No block is lost, and no sequence is in the batch and in the queue."""
         self.batch.check_integrity()
-        assert len({id(s) for s in self.sequences}) == len(self.running) + len(self.waiting)
+        assert len({id(s) for s in self.sequences}) == len(self.running) + len(self.waiting) + len(self.held)

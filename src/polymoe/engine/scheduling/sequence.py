@@ -3,8 +3,10 @@
 import itertools
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from polymoe.engine.grammars import CompiledGrammar
 from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence, SequenceKey
 from polymoe.protocol.request import EngineRequest, SequenceId, TokenLogprobs
 
@@ -29,6 +31,7 @@ class Sequence:
     request: EngineRequest
     salt: bytes  # root of the prefix-cache hash chain
     ttft_target: float | None = None  # seconds, of the request's SLO class
+    grammar: Future[CompiledGrammar] | None = None
     max_len: int = sys.maxsize  # tokens at most, prompt and output; set when it is queued
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -46,6 +49,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its grammar is compiled, if it has one."""
+        return self.grammar is None or self.grammar.done()
 
     @property
     def request_id(self) -> SequenceId:
@@ -90,7 +98,8 @@ class Sequence:
             block_ids=list(self.block_ids),
             samples=samples,
             num_output_tokens=self.num_output_tokens,
-            token_ids=list(self.token_ids) if samples and self.request.sampling.looks_back else (),
+            token_ids=list(self.token_ids) if samples and self.request.looks_back else (),
+            grammar=None if self.grammar is None else self.grammar.result(),
         )
 
     @property

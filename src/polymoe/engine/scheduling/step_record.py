@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from polymoe.engine.grammars import CompiledGrammar
 from polymoe.protocol.request import EngineRequest, TokenLogprobs
 
 PENDING = -1  # in place of a token that was drawn on the device and is not known on the host yet
@@ -31,7 +32,8 @@ class ScheduledSequence:
     block_ids: list[int]  # of the KV cache, for the tokens computed and these
     samples: bool  # whether these reach the end of the sequence, so that a new token is drawn
     num_output_tokens: int = 0  # known or pending
-    token_ids: Sequence[int] = ()  # the whole sequence, where its sampling parameters look back
+    token_ids: Sequence[int] = ()  # the whole sequence, where its next token depends on them
+    grammar: CompiledGrammar | None = None  # that its output follows
 
     @property
     def num_tokens(self) -> int:

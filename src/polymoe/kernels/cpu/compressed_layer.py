@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
+from polymoe.kernels.cpu.packed_stack import LayerStacks, describe
 
 Weights = Mapping[str, Tensor]
 
@@ -23,6 +25,11 @@ class CompressedLayer:
     bases: tuple[PackedPool | StoredPool, ...]
     deltas: tuple[PackedPool | ExactPool, ...]
     transposed: bool = False
+
+    @cached_property
+    def stacks(self) -> LayerStacks | None:
+        """What the compiled kernels are told of it; None if its tensors are not laid out as they read them."""
+        return describe(self.stored, self.bases, self.deltas, self.transposed)
 
     @property
     def num_stored(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import is_plain_silu, mlp, project
-from polymoe.kernels.cpu.packed_stack import address, layer_stacks
+from polymoe.kernels.cpu.packed_stack import address
 from polymoe.native.library import cpu_kernels, kernel_threads, why_no_kernels
 
 Weights = Mapping[str, Tensor]
@@ -36,7 +36,7 @@ def packed_experts(
     """
     if hidden.device.type != "cpu" or why_not_fused(module, hidden.dtype, layer):
         return None
-    kernels, stacks = cpu_kernels(), layer_stacks(layer)
+    kernels, stacks = cpu_kernels(), layer.stacks
     assert kernels is not None
     assert stacks is not None
     up, down = stacks.matrices["gate_up_proj"], stacks.matrices["down_proj"]
@@ -62,7 +62,7 @@ def why_not_packed(layer: CompressedLayer) -> str:
     """Why no compiled kernel multiplies by this layer's experts; empty where one does."""
     if cpu_kernels() is None:
         return why_no_kernels()
-    return "" if layer_stacks(layer) is not None else "its tensors are not laid out as the kernels read them"
+    return "" if layer.stacks is not None else "its tensors are not laid out as the kernels read them"
 
 
 def why_not_fused(module: Any, dtype: torch.dtype, layer: CompressedLayer) -> str:
@@ -73,7 +73,7 @@ def why_not_fused(module: Any, dtype: torch.dtype, layer: CompressedLayer) -> st
     """
     if reason := why_not_packed(layer):
         return reason
-    stacks = layer_stacks(layer)
+    stacks = layer.stacks
     assert stacks is not None
     if dtype != torch.bfloat16:
         return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool
-from polymoe.kernels.cpu.packed_stack import address, layer_stacks
+from polymoe.kernels.cpu.packed_stack import address
 from polymoe.kernels.cpu.routing import Routing
 from polymoe.native.library import cpu_kernels, kernel_threads
 
@@ -24,7 +24,7 @@ def packed_linear(x: Tensor, name: str, layer: CompressedLayer, routing: Routing
     Returns: `[S, O]` in x's dtype; None where there are no kernels, or for tensors that they cannot read.
     """
     kernels = cpu_kernels() if x.device.type == "cpu" else None
-    stacks = None if kernels is None else layer_stacks(layer)
+    stacks = None if kernels is None else layer.stacks
     if kernels is None or stacks is None:
         return None
     matrix = stacks.matrices[name]

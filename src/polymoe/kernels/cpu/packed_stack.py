@@ -1,22 +1,22 @@
 """What the compiled kernels are told of a layer's packed and stored experts: addresses, kinds and sizes."""
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
 from polymoe.quant.exact import changes_before_rows
-from polymoe.quant.formats import SCALE_DTYPE, Format, group_size, row_bytes
+from polymoe.quant.formats import SCALE_DTYPE, Format, Kind, group_size, row_bytes
 
 Pool = PackedPool | TiledPool | StoredPool | ExactPool
 
-_EXACT, _FP8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
+_CODED = (Kind.FLOAT8, Kind.CENTRED, Kind.LEVELS)
+_EXACT, _FLOAT8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MARK_ROWS = 16
 
@@ -69,33 +69,26 @@ class LayerStacks:
         return all(matrix.fits_bf16 for matrix in self.matrices.values())
 
 
-_LAYERS: WeakKeyDictionary[CompressedLayer, LayerStacks | None] = WeakKeyDictionary()
-
-
-def layer_stacks(layer: CompressedLayer) -> LayerStacks | None:
-    """What to tell of `layer`, made once; None if its tensors are not laid out as the kernels read them."""
-    if layer not in _LAYERS:
-        _LAYERS[layer] = _described(layer)
-    return _LAYERS[layer]
-
-
-def _described(layer: CompressedLayer) -> LayerStacks | None:
-    stored = StoredPool(layer.stored)
-    bases: list[Pool] = [stored, *layer.bases]
-    deltas: list[Pool] = [*layer.deltas]
-    names = {name for name in layer.stored if not name.endswith("_bias")}
-    if any(set(pool.tensors) != set(layer.stored) for pool in (*bases, *deltas)):
+def describe(
+    weights: Mapping[str, Tensor], base_pools: Sequence[Pool], delta_pools: Sequence[Pool], transposed: bool
+) -> LayerStacks | None:
+    """What to tell of a layer's experts, `CompressedLayer` as it has them; None if its tensors are not laid out as the
+    kernels read them."""
+    stored = StoredPool(weights)
+    bases: list[Pool] = [stored, *base_pools]
+    names = {name for name in weights if not name.endswith("_bias")}
+    if any(set(pool.tensors) != set(weights) for pool in (*bases, *delta_pools)):
         return None
-    if layer.transposed and len(stored):
+    if transposed and len(stored):
         return None
     made: list[Tensor] = []
     matrices = {}
     for name in names:
-        outputs, inputs = layer.stored[name].shape[-2:]
-        if layer.transposed:
+        outputs, inputs = weights[name].shape[-2:]
+        if transposed:
             outputs, inputs = inputs, outputs
         arrays = []
-        for pools in (bases, deltas):
+        for pools in (bases, delta_pools):
             found = [stack for pool in pools if (stack := _stack(pool, name, inputs, made)) is not None]
             if len(found) < len(pools):
                 return None
@@ -104,7 +97,7 @@ def _described(layer: CompressedLayer) -> LayerStacks | None:
         types = {stack.type for array in arrays for stack in array if stack.count}
         fits = outputs % 32 == 0 and inputs % 32 == 0 and types <= {_TYPES[torch.bfloat16]}
         matrices[name] = Matrix(in_bases, in_deltas, outputs, inputs, fits)
-    return LayerStacks(matrices, set(layer.stored) != names, made)
+    return LayerStacks(matrices, set(weights) != names, made)
 
 
 def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | None:
@@ -129,11 +122,11 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | No
             num_marks=marks.shape[1], type=_TYPES[parts["values"].dtype],
         )  # fmt: skip
     fmt = pool.fmt
-    if "codes" not in parts or parts["scales"].dtype != SCALE_DTYPE:
+    if fmt.kind not in _CODED or "codes" not in parts or parts["scales"].dtype != SCALE_DTYPE:
         return None
     assert parts["codes"].shape[-1] == row_bytes(fmt, inputs)
     return Stack(
-        kind=_FP8 if fmt.name == "fp8" else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
+        kind=_FLOAT8 if fmt.kind is Kind.FLOAT8 else fmt.bits, count=len(pool), data=parts["codes"].data_ptr(),
         scales=parts["scales"].data_ptr(), row_bytes=row_bytes(fmt, inputs), group=group_size(fmt, inputs),
         levels=address(_levels(fmt)), table=address(pool.table) if isinstance(pool, TiledPool) else None,
         step=pool.step if isinstance(pool, TiledPool) else 0.0,
@@ -146,7 +139,5 @@ def address(tensor: Tensor | None) -> int | None:
 
 @cache
 def _levels(fmt: Format) -> Tensor | None:
-    """float32 [64]: the levels over and over, so that bits above a code's do not matter. fp8: [128], without sign."""
-    if fmt.name == "fp8":
-        return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return torch.tensor(fmt.levels, dtype=torch.float32).repeat(64 // len(fmt.levels)) if fmt.bits < 8 else None
+    """float32 [64]: `Format.lookup` over and over, so that bits above a code's do not matter; [128] of a longer one."""
+    return torch.tensor(fmt.lookup).repeat(max(1, 64 // len(fmt.lookup))) if fmt.lookup else None

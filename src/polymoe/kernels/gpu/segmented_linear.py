@@ -1,13 +1,13 @@
-"""Linear over runs of rows, each with its own version of a weight: `VariantStack` on a GPU.
+"""Linear over runs of rows, each with a weight of its own: `VariantStack` on a GPU.
 
     y_r = W_v(r) x_r + b_v(r)        v(r) = run_row[g] for rows run_start_loc[g] ≤ r < run_start_loc[g + 1]
 
     x:  |---- run 0 ----|-- run 1 --|(run 2 is empty)|------ run 3 ------|      runs are variants, rows sorted by them
         |-tile-|-tile-|t|-tile-|tile|                |-tile-|-tile-|-tile|      a tile never spans runs
 
-Letters: T rows, G runs, R stored versions, I inputs, O outputs. The runs are device tensors, and the grid has as many
+Letters: T rows, G runs, R stored weights, I inputs, O outputs. The runs are device tensors, and the grid has as many
 tiles as any T rows in G runs can need, so a captured call is valid for every mix of variants and for every row map.
-Sums are float32, rounded once. Bytes moved: O · I of each version present (once a tile, from the L2 cache but for the
+Sums are float32, rounded once. Bytes moved: O · I of each weight present (once a tile, from the L2 cache but for the
 first), T · I a block of columns from the L2 cache, T · O.
 """
 
@@ -29,7 +29,7 @@ _TILES_TOGETHER = 8
 
 
 def segmented_linear(x: Tensor, stack: Tensor, bias: Tensor | None, run_row: Tensor, run_start_loc: Tensor) -> Tensor:
-    """Each run of rows times its own version, without waiting for the device.
+    """Each run of rows times its own weight, without waiting for the device.
 
     Args:
         x: `[T, I]`, the last axis contiguous. stack: `[R, O, I]`, contiguous. bias: `[R, O]` or None.
@@ -110,15 +110,15 @@ def _kernel(
     is_mine = run == mine
     start = tl.sum(tl.where(is_mine, starts + (tile - (tiles_up_to - tiles_of_run)) * BLOCK_M, 0), 0)
     stop = tl.sum(tl.where(is_mine, stops, 0), 0)
-    version = tl.load(run_row_ptr + mine)
-    if version < 0:
+    stored = tl.load(run_row_ptr + mine)
+    if stored < 0:
         return
 
     row = start + tl.arange(0, BLOCK_M)
     row_ok = row < stop
     row = tl.minimum(row, stop - 1).to(tl.int64)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_row = version.to(tl.int64) * OUTPUTS + column % OUTPUTS
+    weight_row = stored.to(tl.int64) * OUTPUTS + column % OUTPUTS
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = stored_product(acc, x_ptr + row * stride_x, row_ok, stack_ptr + weight_row * INPUTS, INPUTS, BLOCK_M, BLOCK_K)
     if BIAS:

@@ -133,10 +133,10 @@ class Backend(ABC):
 
     @abstractmethod
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+        self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
     ) -> torch.Tensor:
         """The norm of each row of `x [..., H]`, of which each token has the same number, with its row of
-        `weights [R, H]` in x's dtype; versions None: with the first."""
+        `weights [R, H]` in x's dtype; stacked None: with the first."""
 
     @abstractmethod
     def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:

@@ -39,14 +39,14 @@ class CpuBackend(ReferenceBackend):
         return grouped_linear(x, stack, groups.ids, groups.starts)
 
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+        self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
     ) -> torch.Tensor:
         """One call; torch's for rows that do not lie one after the other."""
         if not x.is_contiguous() or why_not_fast_norm(x.dtype, x.shape[-1]):
-            return super().rms_norm(x, weights, versions, eps)
-        if versions is None:
+            return super().rms_norm(x, weights, stacked, eps)
+        if stacked is None:
             return fast_rms_norm(x, weights, None, 1, eps)
-        segments, row_map = versions
+        segments, row_map = stacked
         groups = segments.row_groups(row_map)
         if len(groups.ids) == 1:
             return fast_rms_norm(x, weights[int(groups.ids[0])][None], None, 1, eps)

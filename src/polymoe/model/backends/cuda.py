@@ -64,14 +64,14 @@ class CudaBackend(ReferenceBackend):
         return stack[segments.row_of_token(row_map)]
 
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+        self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
     ) -> torch.Tensor:
         """One kernel; torch's for rows that do not lie one after the other."""
         if not x.is_contiguous():
-            return super().rms_norm(x, weights, versions, eps)
-        if versions is None:
+            return super().rms_norm(x, weights, stacked, eps)
+        if stacked is None:
             return self._rms_norm(x, weights, None, 1, eps)
-        segments, row_map = versions
+        segments, row_map = stacked
         repeat = x.numel() // (segments.num_tokens * x.shape[-1])
         return self._rms_norm(x, weights, segments.row_of_token(row_map), repeat, eps)
 

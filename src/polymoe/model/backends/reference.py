@@ -40,12 +40,12 @@ class ReferenceBackend(Backend):
         return stack[segments.row_of_token(row_map)]
 
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, versions: tuple[Segments, RowMap] | None, eps: float
+        self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
     ) -> torch.Tensor:
         """The formula."""
-        if versions is None:
+        if stacked is None:
             return rms_norm(x, weights[0], eps)
-        own = self.rows_of_tokens(weights, *versions)
+        own = self.rows_of_tokens(weights, *stacked)
         return rms_norm(x.reshape(len(own), -1, x.shape[-1]), own[:, None], eps).view(x.shape)
 
     def attention(self, query: torch.Tensor, cache: Cache, batch: AttentionBatch, scores: ScoreOptions) -> torch.Tensor:

@@ -83,8 +83,8 @@ def span_attention(query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torc
     # Past a token's own the last one again, whose bias is minus infinity there.
     offsets = torch.minimum(torch.arange(spans.bias.shape[2], device=query.device), (visible - start - 1)[:, None])
     positions, size = start[:, None] + offsets, cache[0].shape[1]  # [T, L]
-    slots = table[sequence[:, None], positions // size] * size + positions % size
-    keys, values = (side.flatten(0, 1)[slots].float() for side in cache)
+    places = table[sequence[:, None], positions // size] * size + positions % size
+    keys, values = (side.flatten(0, 1)[places].float() for side in cache)
     biased = torch.einsum("thd,tlhd->thl", query.float(), keys) + spans.bias
     return torch.einsum("thl,tlhd->thd", torch.softmax(biased, dim=-1), values).to(query.dtype)
 

@@ -67,6 +67,7 @@ class ExpertPool:
                 transposed and not turned,
             )  # fmt: skip
             self.layers.append(own)
+            store.drop_pages()
             progress((layer + 1) / table.shape[1])
         for layer_experts, following in itertools.pairwise(self.layers):
             layer_experts.next = following

@@ -47,6 +47,9 @@ class ExpertStore(Protocol):
     def host_expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
         """Name -> `[*shape]`, read lazily."""
 
+    def drop_pages(self) -> None:
+        """What was read so far has been copied, and need not stay in memory."""
+
 
 def load_tensor(
     source: torch.Tensor, device: torch.device, staging: Staging, dtype: torch.dtype | None = None

@@ -6,7 +6,7 @@ All inputs are cut from one int64 buffer, anew for each batch size B, with M blo
 
 so that one copy from pinned memory brings a whole step. A step of n < B sequences is padded with its own last row:
 what the padding computes equals what that row computes (no other expert is read, no other variant's weight), only its
-keys and values go to a slot that no sequence owns.
+keys and values go to a block that no sequence owns.
 """
 
 from dataclasses import dataclass

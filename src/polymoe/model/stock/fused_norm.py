@@ -71,7 +71,7 @@ class _FusedNorm:
             if count is None and x.ndim >= 3 and x.shape[0] == 1 and weight.token_axes.get(x.ndim) == 1:
                 count = x.shape[1]  # [1, T, …, H]
             if count is not None:
-                versions = batch.segments(count), weight.row_map
-                return self.backend.rms_norm(x, weight.rows, versions, self.eps)
+                stacked = batch.segments(count), weight.row_map
+                return self.backend.rms_norm(x, weight.rows, stacked, self.eps)
         stock: torch.Tensor = self.stock(x)
         return stock

@@ -21,6 +21,7 @@ from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention.paged import AttentionLayer, check_attention_arguments
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
+from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     build_skeleton,
@@ -162,31 +163,17 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
         )
     name = type(config).__name__
     try:
-        if config.is_encoder_decoder:  # one architecture, whose needs are known
-            model = build_skeleton(config)
-            if look is not None:
-                look(model)
-            return Trial(_decoder_layers(model), {})
         model = build_skeleton(config, _TRIAL)
         name = type(model).__name__
         if look is not None:
             look(model)
-        return _run(model, config)
+        layers = kind_of(config).attention_layers(model)
+        return _run(model, config) if layers is None else Trial(layers, {})
     except (UnsupportedModelError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{name} cannot be served: {error}") from error
     except Exception as error:  # a stock definition can fail in any way when it meets what it does not expect
         kind = type(error).__name__
         raise UnsupportedModelError(f"{name} cannot be served: a trial run of it fails ({kind}: {error})") from error
-
-
-def _decoder_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:
-    """The caches of an encoder–decoder model."""
-    found = {}
-    for index, block in enumerate(model.decoder.block):
-        attention = block.layer[0].SelfAttention
-        size = attention.key_value_proj_dim
-        found[index] = AttentionLayer(kv_heads=attention.n_heads, key_dim=size, value_dim=size)
-    return found
 
 
 @torch.no_grad()

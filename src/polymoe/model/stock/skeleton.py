@@ -10,47 +10,20 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+from transformers import PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.attention.cross import attention_forward
-from polymoe.model.attention.paged import polymoe_attention_forward
-from polymoe.model.attention.relative_bias import replace_relative_biases
-from polymoe.model.experts.layer import polymoe_experts_forward
-from polymoe.model.stock.switch_experts import stack_switch_experts
+from polymoe.model.stock.kind import IMPLEMENTATION, kind_of
 from polymoe.model.variants.variant_stack import VariantStack
-
-IMPLEMENTATION = "polymoe"
-AttentionInterface.register(IMPLEMENTATION, polymoe_attention_forward)
-ENCODER_DECODER = "polymoe_encoder_decoder"
-AttentionInterface.register(ENCODER_DECODER, attention_forward)
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, polymoe_experts_forward)
-
-_ENCODER_POSITIONS = 512  # where positions are relative and the config names no limit
-
-# Rotary tables of these kinds change with the longest sequence of a batch, which is not one request's own.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def build_skeleton(config: Any, attention: str = IMPLEMENTATION) -> PreTrainedModel:
     """The stock definition of `config`: parameters on the meta device, computed buffers on the CPU.
 
-    `attention` names the entry of transformers' attention registry that a causal LM uses.
+    `attention` names the entry of transformers' attention registry that it uses.
     """
     config = copy.deepcopy(config)
-    if config.is_encoder_decoder:
-        with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=ENCODER_DECODER)
-            stack_switch_experts(model)
-            replace_relative_biases(model)
-        return model.eval()
-    config._experts_implementation = IMPLEMENTATION
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model.eval()
-    model.set_experts_implementation(IMPLEMENTATION)
+    model = kind_of(config).build(config, attention)
     _materialise_computed_buffers(model)
     return model
 
@@ -109,9 +82,8 @@ def set_weight(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
 
 def keeps_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
     """Whether transformers computes this weight in float32 although the model runs in `dtype`."""
-    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-    if name.endswith("router.classifier.weight") and isinstance(parent, SwitchTransformersTop1Router):
-        return True  # it casts itself to its `router_dtype`
+    if kind_of(model.config).keeps_float32(model, name):
+        return True
     kept: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
         kept |= set(model._keep_in_fp32_modules_strict or ())
@@ -126,17 +98,7 @@ def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
 
 def context_limit(config: Any) -> int:
     """Longest sequence, in tokens, that the configured positions cover; an encoder and its decoder have half each."""
-    if config.is_encoder_decoder:
-        return 2 * int(getattr(config, "n_positions", None) or _ENCODER_POSITIONS)
-    limit = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for scheme in (r for r in (rope, *rope.values()) if isinstance(r, dict)):
-        if scheme.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            original = scheme.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            limit = min(limit, int(original or limit))
-    return limit
+    return kind_of(config).context_limit(config)
 
 
 def retie(model: PreTrainedModel, tied: dict[str, str]) -> None:

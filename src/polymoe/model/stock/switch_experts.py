@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
 
-_STACKED = {"wi.weight": "up_proj", "wo.weight": "down_proj"}
+STACKED = {"wi.weight": "up_proj", "wo.weight": "down_proj"}
 _STORED = re.compile(r"^(?P<module>.+\.mlp\.experts)\.expert_(?P<expert>\d+)\.(?P<leaf>w[io]\.weight)$")
 
 
@@ -34,7 +34,7 @@ class SwitchExperts(nn.Module):
         first = stock["expert_0"]
         self.num_experts: int = stock.num_experts
         self.act_fn = first.act
-        for leaf, name in _STACKED.items():
+        for leaf, name in STACKED.items():
             shape = first.get_parameter(leaf).shape
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, *shape, device="meta")))
 
@@ -61,4 +61,4 @@ def stack_switch_experts(model: PreTrainedModel) -> None:
 def stacked_name(stored: str) -> tuple[str, int] | None:
     """`….mlp.experts.expert_3.wi.weight` -> (`….mlp.experts.up_proj`, 3); None for any other name."""
     found = _STORED.match(stored)
-    return None if found is None else (f"{found['module']}.{_STACKED[found['leaf']]}", int(found["expert"]))
+    return None if found is None else (f"{found['module']}.{STACKED[found['leaf']]}", int(found["expert"]))

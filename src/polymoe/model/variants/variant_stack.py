@@ -1,4 +1,4 @@
-"""One weight of a stock model, in several variants: a tensor subclass that picks each token's own version.
+"""One weight of a stock model, in several variants: a tensor subclass that picks each token's own row.
 
 A `VariantStack` stands where a parameter stood and reports that parameter's shape, so the stock code of transformers
 runs unchanged. It stores `rows [R, *shape]`. `__torch_function__` turns
@@ -33,7 +33,7 @@ class VariantStack(torch.Tensor):
     """See the module docstring.
 
     Args:
-        rows: `[R, *shape]`, R stored versions of a parameter of shape `shape`.
+        rows: `[R, *shape]`, R stored tensors in place of a parameter of shape `shape`.
         row_map: which row serves which variant.
         context: the model's shared holder of the current batch.
         token_axes: number of axes of a token tensor that this weight meets -> its axis that runs over tokens. Learned
@@ -69,7 +69,7 @@ class VariantStack(torch.Tensor):
         return type(self)(rows, self.row_map, self.context, self.token_axes)
 
     def per_token(self, num_rows: int) -> torch.Tensor:
-        """`[num_rows, *shape]`: each row's own version."""
+        """`[num_rows, *shape]`: the tensor of each row of tokens."""
         segments = self.context.batch.segments(num_rows)
         return self.context.backend.rows_of_tokens(self.rows, segments, self.row_map)
 

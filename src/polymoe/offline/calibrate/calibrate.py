@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polymoe.errors import PlanError, PolymoeError
-from polymoe.offline.calibrate.calibration_pairs import pair_rows
+from polymoe.errors import PlanError
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.family_run import Routed
-from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
-from polymoe.offline.calibrate.token_rows import MIN_TOKENS, TokenRows
+from polymoe.offline.calibrate.kind import calibrated
+from polymoe.offline.calibrate.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from polymoe.offline.checkpoint.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WINDOW = 256  # tokens
 MAX_WINDOWS = 128  # a variant
 # What `Calibration.folder` holds: layers that the encoder and the planner finished, and those they were writing.
-KEPT_LAYERS = re.compile(r"(damage-)?[0-9a-f]{24}/(\d+\.(safetensors|npy)|\.\d+\.(safetensors|npy)\.part)")
+KEPT_LAYERS = re.compile(r"((damage|errors)-)?[0-9a-f]{24}/(\d+\.(safetensors|npy)|\.\d+\.(safetensors|npy)\.part)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +61,10 @@ class Calibration:
             )
         if not files:
             raise PlanError("calibration needs text: --calibrate VARIANT=FILE.")
-        if family.config.is_encoder_decoder:
-            rows = [
-                pair_rows(checkpoint, _own_or_all(checkpoint, files), _longest(family) // 2, window * max_windows)
-                for checkpoint in family.checkpoints
-            ]
-            read = tuple(one.inputs for one in rows if one.inputs is not None)
-            return cls(tuple(one.windows for one in rows), folder, read)
-        return cls(
-            tuple(
-                _windows_of(checkpoint, _own_or_all(checkpoint, files), min(window, _longest(family)), max_windows)
-                for checkpoint in family.checkpoints
-            ),
-            folder,
-        )
+        kind, longest = calibrated(family.config), _longest(family)
+        rows = [kind.rows(c, _own_or_all(c, files), longest, window, max_windows) for c in family.checkpoints]
+        inputs = tuple(one.inputs for one in rows if one.inputs is not None)
+        return cls(tuple(one.windows for one in rows), folder, inputs or None)
 
     @property
     def texts(self) -> list[TokenRows]:
@@ -121,27 +111,11 @@ def weighted_sum(routed: Routed, pieces: Mapping[int, tuple[Tensor, Tensor, Tens
 
 
 def _longest(family: Family) -> int:
-    from polymoe.offline.checkpoint.family import max_model_len
-
-    return min(max_model_len(checkpoint.config) for checkpoint in family.checkpoints)
+    """Tokens of a window, or of an encoder's and a decoder's text each."""
+    kind = kind_of(family.config)
+    return min(kind.declared_length(checkpoint.config) for checkpoint in family.checkpoints) // kind.parts
 
 
 def _own_or_all(checkpoint: Checkpoint, files: Mapping[str, Sequence[str | Path]]) -> list[Path]:
     given = [files[checkpoint.name]] if checkpoint.name in files else files.values()
     return [Path(path).expanduser() for paths in given for path in paths]
-
-
-def _windows_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, max_windows: int) -> Tensor:
-    try:
-        ids = read_tokens("--calibrate", paths, TextTokenizer(checkpoint.path, checkpoint.name))
-    except PolymoeError as error:
-        raise PlanError(str(error)) from error
-    if len(ids) < max(MIN_TOKENS, window):
-        shown = ", ".join(str(path) for path in paths)
-        raise PlanError(
-            f"the calibration text for {checkpoint.name} ({shown}) has {len(ids)} tokens; at least "
-            f"{max(MIN_TOKENS, window)} are needed, and some 20,000 are good."
-        )
-    whole = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
-    chosen = torch.linspace(0, len(whole) - 1, min(max_windows, len(whole))).round().long()
-    return whole[chosen]

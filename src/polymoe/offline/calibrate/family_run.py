@@ -22,19 +22,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from polymoe.errors import CheckpointError
+from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.skeleton import accepts_logits_to_keep, build_skeleton, set_weight
-from polymoe.offline.calibrate.switch_run import stopping_switch_model
+from polymoe.offline.calibrate.kind import calibrated
 from polymoe.offline.calibrate.token_rows import TokenRows
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from polymoe.offline.checkpoint.family import Family
-
-_STOPPING = "polymoe_calibration"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +56,7 @@ class Routed:
 class FamilyRun:
     """One pass of every variant over `texts[v]`. Use as a context manager.
 
-    `logits_of[v]`: rows of `texts[v]` whose logits `logits()` is to give, at every `logits_stride`-th position.
+    `logits_of[v]`: rows of `texts[v]` whose logits `logits()` is to give, at every `logits_stride`-th token.
     """
 
     def __init__(
@@ -148,16 +145,15 @@ class _Lane:
             self._to_lane.put(_Stopped())
             self._thread.join()
 
-    def experts(self, module: Any, real: Tensor | None, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        """Called by the model in the lane's thread. `real` bool [T]: the tokens that are no padding; None: all."""
-        rows = slice(None) if real is None else real
-        self._from_lane.put(Routed(module, hidden[rows], index[rows].long(), gate[rows].float()))
+    def experts(self, module: Any, real: Tensor, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        """Called by the model in the lane's thread. `real` bool [T]: the tokens that are no padding."""
+        self._from_lane.put(Routed(module, hidden[real], index[real].long(), gate[real].float()))
         answer = self._to_lane.get()
         if isinstance(answer, _Stopped):
             raise answer
         assert isinstance(answer, Tensor)
         out = torch.zeros_like(hidden)
-        out[rows] = answer.to(hidden.dtype)
+        out[real] = answer.to(hidden.dtype)
         return out
 
     def _run(self) -> None:
@@ -175,35 +171,35 @@ class _Lane:
             output.last_hidden_state = output.last_hidden_state[self.keep][:, :: self.stride][wanted][None]
             return output
 
-        read = self.text.model_arguments()
-        seq2seq = self.text.inputs is not None  # it has no base model, and its head next to nothing to do without rows
-        if not self.keep and not seq2seq:
-            model.base_model(**read, use_cache=False)
-            return torch.empty(0)
-        (model.decoder if seq2seq else model.base_model).register_forward_hook(keep_rows)
+        kind_of(model.config).trunk(model).register_forward_hook(keep_rows)
         extra = {"logits_to_keep": 0} if accepts_logits_to_keep(model) else {}
-        logits: Tensor = model(**read, use_cache=False, **extra).logits[0].float()
+        logits: Tensor = model(**self.text.model_arguments(), use_cache=False, **extra).logits[0].float()
         return logits
 
 
-def _calibration_experts_forward(module: Any, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-    lane: _Lane = module.polymoe_lane[0]
-    return lane.experts(module, None, hidden, index, gate)
+@dataclass(frozen=True, eq=False)
+class _Stopping:
+    """Stands where the expert pool stands in a served model. `real` bool [T]: the tokens that are no padding."""
 
+    lane: _Lane
+    real: Tensor
 
-ALL_EXPERTS_FUNCTIONS.register(_STOPPING, _calibration_experts_forward)
+    def forward(self, module: Any, hidden: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        """`gate [T, K]` is 0 for tokens beyond their expert's capacity, which no expert sees."""
+        return self.lane.experts(module, self.real, hidden, index.masked_fill(gate == 0, -1), gate)
 
 
 def _streamed_model(checkpoint: Checkpoint, lane: _Lane) -> Any:
     """The stock model in float32 whose weights, but for experts, come and go with the modules that need them."""
-    info = checkpoint.architecture
-    if lane.text.inputs is not None:
-        model: Any = stopping_switch_model(checkpoint.config, info.expert_modules, lane.text, lane.experts)
-    else:
-        model = _stopping_model(checkpoint.config)
-        for path in info.expert_modules:
-            # In a tuple: a module's attribute that is no module itself.
-            model.get_submodule(path).polymoe_lane = (lane,)
+    info, kind = checkpoint.architecture, kind_of(checkpoint.config)
+    model_class: Any = kind.classes[type(checkpoint.config)]
+    if not hasattr(model_class, "_supports_sdpa"):  # several classes for one config: AutoModel builds the first
+        model_class = model_class[0]
+    model: Any = build_skeleton(checkpoint.config, calibrated(checkpoint.config).attention(model_class))
+    kind.as_generated(model)
+    for path in info.expert_modules:
+        real = lane.text.real(kind.in_encoder(path)).flatten()
+        model.get_submodule(path).polymoe_experts = _Stopping(lane, real)
     experts = {f"{path}.{tensor}" for path in info.expert_modules for tensor in info.expert_shapes}
     names = [name for name in model.state_dict() if name not in experts]
     for path, owned in _units(info.expert_modules, names).items():
@@ -211,15 +207,6 @@ def _streamed_model(checkpoint: Checkpoint, lane: _Lane) -> Any:
         module = model.get_submodule(path)
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)
-    return model
-
-
-def _stopping_model(config: Any) -> Any:
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not hasattr(model_class, "_supports_sdpa"):  # several classes for one config: AutoModel builds the first
-        model_class = model_class[0]
-    model: Any = build_skeleton(config, "sdpa" if model_class._supports_sdpa else "eager")
-    model.set_experts_implementation(_STOPPING)
     return model
 
 

@@ -109,11 +109,11 @@ def _whole_lines(file: BinaryIO, start: int, end: int) -> list[_Piece]:
     found: list[_Piece] = []
     if not _to_next_line(file, start, _LONGEST_LINE):
         return found
-    while (position := file.tell()) < end and (not found or position < start + PIECE_BYTES):
+    while (offset := file.tell()) < end and (not found or offset < start + PIECE_BYTES):
         line = file.readline(_LONGEST_LINE)
         if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
             break
-        found.append((position, line))
+        found.append((offset, line))
     return found
 
 

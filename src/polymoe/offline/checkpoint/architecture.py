@@ -13,21 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-)
 
+from polymoe.bundle.config_checks import OTHER_INPUTS
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.stock.switch_experts import SwitchExperts, stack_switch_experts
+from polymoe.model.stock.kind import kind_of
+from polymoe.model.stock.switch_experts import stack_switch_experts
 
 _RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|kda", re.IGNORECASE)
 _RECURRENT_CLASS = re.compile(
     r"Mamba|GatedDelta|DeltaNet|DeltaAttention|ShortConv|LinearAttention|LightningAttention|Recurrent|RWKV|Rwkv|SSM"
 )
-_OTHER_INPUTS = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "talker_config")
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,11 @@ def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedMod
 
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "quantization_config")
-        raise refusal(config, f"the checkpoint is quantised ({method})", "Give the original in 16 or 32 bits.")
-    other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
+    other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
-        reason = f"it takes images or sound ({', '.join(other)}); only text models are served"
+        reason = (
+            f"it takes images or sound ({', '.join(other)}), and transformers has no text model for its language part"
+        )
         raise refusal(config, reason, "Save its text model on its own (…ForCausalLM), where it has one.")
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})
@@ -89,24 +83,18 @@ def build_on_meta(config: Any) -> Any:
 
     Raises `UnsupportedModelError`.
     """
-    auto, mapping, kind = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "ForCausalLM"
-    if is_encoder_decoder(config):
-        auto, mapping, kind = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "ForConditionalGeneration"
-    if type(config) not in mapping:
-        raise refusal(config, f"transformers has no text-generation model (…{kind}) for it")
+    kind = kind_of(config)
+    if type(config) not in kind.classes:
+        raise refusal(config, f"transformers has no text-generation model (…{kind.head}) for it")
     try:
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
+            model = kind.auto.from_config(config, trust_remote_code=False)
         stack_switch_experts(model)
     except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = f"transformers cannot build a text model from its config ({reason})"
         raise refusal(config, reason, "Correct config.json.") from error
     return model
-
-
-def is_encoder_decoder(config: Any) -> bool:
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -120,16 +108,8 @@ def check_supported(config: Any, model: Any) -> ArchitectureInfo:
     Raises `UnsupportedModelError`, naming the architecture and the reason.
     """
     check_supported_config(config)
-    class_name = type(model).__name__
-    if is_encoder_decoder(config):
-        if not any(isinstance(module, SwitchExperts) for module in model.modules()):
-            raise refusal(
-                config,
-                "it is an encoder-decoder model without the routed experts of Switch Transformers; of encoder-decoder "
-                "models only SwitchTransformersForConditionalGeneration is served",
-            )
-    elif not class_name.endswith("ForCausalLM"):
-        raise refusal(config, f"{class_name} is not a text model for generation (…ForCausalLM)")
+    if (reason := kind_of(config).why_not(model)) is not None:
+        raise refusal(config, reason)
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _RECURRENT_CLASS.search(type(module).__name__):
             raise refusal(
@@ -150,7 +130,7 @@ def check_supported(config: Any, model: Any) -> ArchitectureInfo:
     nonexperts = tuple(name for name in model.state_dict() if name not in expert_names and name not in tied)
     return ArchitectureInfo(
         model_type=config.model_type,
-        class_name=class_name,
+        class_name=type(model).__name__,
         expert_modules=tuple(experts),
         num_experts=num_experts,
         expert_shapes=shapes,

@@ -1,17 +1,16 @@
 """One fine-tuned model on disk, read lazily tensor by tensor under the stock model's parameter names."""
 
 import copy
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from polymoe.bundle.config_checks import load_config
 from polymoe.errors import CheckpointError, UnsupportedModelError, named
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.checkpoint.architecture import (
     ArchitectureInfo,
     build_on_meta,
@@ -19,8 +18,12 @@ from polymoe.offline.checkpoint.architecture import (
     check_supported_config,
 )
 from polymoe.offline.checkpoint.cast import Rounding
+from polymoe.offline.checkpoint.changes.changes import apply_changes
+from polymoe.offline.checkpoint.formats.formats import source_tensors, take_quantization
 from polymoe.offline.checkpoint.names import NameMap
-from polymoe.offline.checkpoint.source import Stored, check_counts, check_files, read_stored, resolve, some
+from polymoe.offline.checkpoint.place import Place
+from polymoe.offline.checkpoint.source import check_counts, check_files, read_stored, some
+from polymoe.offline.checkpoint.source_tensor import TensorFiles
 from polymoe.offline.checkpoint.unread import sort_unread
 
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,7 +32,11 @@ _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def read_config(path: Path) -> Any:
     """The transformers config of a checkpoint folder. Raises `CheckpointError` or `UnsupportedModelError`."""
     if not (path / "config.json").exists():
-        hint = " It holds a LoRA adapter; merge it first." if (path / "adapter_config.json").exists() else ""
+        hint = (
+            " It holds a LoRA adapter; give it with its base, NAME=BASE+ADAPTER."
+            if (path / "adapter_config.json").exists()
+            else ""
+        )
         raise CheckpointError(
             f"{path} has no config.json, so it is not a Hugging Face checkpoint; give the folder that has one.{hint}"
         )
@@ -57,21 +64,20 @@ class Checkpoint:
         self,
         name: str,
         spec: str,
-        path: Path,
+        place: Place,
         config: Any,
         architecture: ArchitectureInfo,
-        stored: Stored,
+        files: TensorFiles,
         names: NameMap,
+        notes: Sequence[str] = (),
     ) -> None:
-        self.name, self.spec, self.path = name, spec, path
+        self.name, self.spec, self.place, self.path = name, spec, place, place.folder
         self.config, self.architecture = config, architecture
-        self._stored, self._names = stored.tensors, names
-        self._handles: dict[Path, Any] = {}
-        self._lock = threading.Lock()
+        self._files, self._names = files, names
         self._casts: Mapping[str, torch.dtype] = {}
         self.rounding = Rounding()
-        self.notes = list(stored.notes)
-        if (path / "adapter_config.json").exists():
+        self.notes = list(notes)
+        if (self.path / "adapter_config.json").exists():
             self.notes.append("adapter_config.json: an adapter lies beside the weights and is not applied")
         self.ignored = self._account_for_stored()
         self.tied = self._account_for_targets()
@@ -91,16 +97,20 @@ class Checkpoint:
         Raises `CheckpointError` (the message names variant, file and fix) or `UnsupportedModelError`.
         """
         with named(name, spec):
-            path = resolve(spec)
+            place = Place.find(spec)
+        path = place.folder
         with named(name, path):
             check_files(path)
             config = read_config(path)
+            quantization = take_quantization(config)
             check_supported_config(config)
             stored = read_stored(path)
             model = build_on_meta(config)
             architecture = check_supported(config, model)
-            names = NameMap(model, {key: entry for key, (_, entry) in stored.tensors.items()})
-            opened = cls(name, str(spec), path, config, architecture, stored, names)
+            files = TensorFiles(stored.tensors)
+            names = NameMap(model, source_tensors(config, quantization, files))
+            notes = (*stored.notes, *apply_changes(names, place.changes))
+            opened = cls(name, str(spec), place, config, architecture, files, names, notes)
             return opened.untied() if opened.contradicts_ties else opened
 
     def untied(self) -> Self:
@@ -153,19 +163,10 @@ class Checkpoint:
         with named(self.name, self.path):
             return self.rounding.cast(target, stored, self._casts[target])
 
-    def _load(self, stored_name: str) -> Tensor:
-        path = self._stored[stored_name][0]
-        with self._lock:
-            if path not in self._handles:
-                self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            handle = self._handles[path]
-        tensor: Tensor = handle.get_tensor(stored_name)
-        return tensor
-
     def _account_for_stored(self) -> tuple[str, ...]:
         """Names that are stored but not loaded on purpose. Raises `CheckpointError` for any other left-over name."""
-        model, entries = self._names.model, {name: entry for name, (_, entry) in self._stored.items()}
-        unread = sort_unread(model, self._names.unmatched, list(entries))
+        model, tensors = self._names.model, self._names.tensors
+        unread = sort_unread(model, self._names.unmatched, list(tensors))
         strange = [*sorted(unread.strange), *sorted(set(self._names.targets) - set(model.state_dict()))]
         class_name = type(model).__name__
         if strange:
@@ -175,7 +176,7 @@ class Checkpoint:
                 f"{self.path}: {class_name} has no place for {some(strange, 6)}. Is this the checkpoint of another "
                 f"architecture, or one with extra heads{hint}? Save the model without them."
             )
-        self.notes += unread.notes(class_name, entries)
+        self.notes += unread.notes(class_name, {name: self._files.num_bytes(tensors[name]) for name in unread.names})
         return unread.names
 
     def _account_for_targets(self) -> dict[str, str]:
@@ -197,7 +198,7 @@ class Checkpoint:
         for target, source in tied.items():
             if target not in have or source not in have or self._same(target, source):
                 continue
-            if self.config.is_encoder_decoder:
+            if not kind_of(self.config).unties:
                 raise CheckpointError(
                     f"{self.path}: config.json ties {target} to {source}, but they are stored with different values; "
                     'set "tie_word_embeddings": false in config.json if both are meant.'
@@ -216,7 +217,7 @@ class Checkpoint:
         return torch.equal(a.to(dtype), b.to(dtype))
 
     def _read(self, target: str) -> Tensor:
-        return self._names.read(target, self._load)
+        return self._names.read(target, self._files.load)
 
     def _check_tensors(self) -> None:
         state = self._names.model.state_dict()
@@ -228,18 +229,15 @@ class Checkpoint:
                     f"{self.path}: {target} has shape {list(shape)}, config.json asks for {list(want.shape)}.{rows} "
                     "Do config.json and the weights belong together?"
                 )
-            kinds = {self._stored[name][1].dtype_name for _, name in self._recipe_sources(target)}
-            if want.is_floating_point() and (dtype not in _READABLE or None in self._stored_dtypes(target)):
+            sources = [
+                self._names.tensors[name] for _, name in self._names.targets[self._source[target]].recipe.sources
+            ]
+            if want.is_floating_point() and (dtype not in _READABLE or None in {source.dtype for source in sources}):
                 raise UnsupportedModelError(
-                    f"{self.path}: {target} is stored as {'/'.join(sorted(kinds))}; quantised checkpoints are not "
-                    "read. Give the original in float32, bfloat16 or float16."
+                    f"{self.path}: {target} is stored as {'/'.join(sorted({s.stored_as for s in sources}))}, and "
+                    "config.json does not say how that is to be read (quantization_config). Give the config.json that "
+                    "belongs to the weights, or the original in float32, bfloat16 or float16."
                 )
 
     def _has_vocabulary(self, target: str) -> bool:
         return target in self.architecture.vocab_tensors
-
-    def _recipe_sources(self, target: str) -> list[tuple[str, str]]:
-        return self._names.targets[self._source[target]].recipe.sources
-
-    def _stored_dtypes(self, target: str) -> set[torch.dtype | None]:
-        return {self._stored[name][1].dtype for _, name in self._recipe_sources(target)}

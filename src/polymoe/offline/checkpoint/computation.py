@@ -9,9 +9,7 @@ reach does.
 
 import functools
 import hashlib
-import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,12 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from polymoe.bundle.tensor_file import raw_bytes
 from polymoe.model.attention.paged import AttentionLayer
+from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.probe import trace
 
 # Module attributes that no forward pass at inference uses. Ties are compared with the tensors.
 _NO_PART = {"config", "generation_config", "padding_idx", "all_tied_weights_keys"}
 _PLAIN = set(nn.Module().__dict__)  # what every module has; its submodules and weights are compared by name
-_READ_IN_SOURCE = re.compile(r"""self\.config\.(\w+)|getattr\(self\.config, ["'](\w+)""")
 _WINDOW = "sliding_window"
 _TOKENS = 8  # positions of a rotary table that are compared
 _GRID = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(1, 12, 100), -torch.logspace(1, 12, 100)])
@@ -60,11 +58,8 @@ class Computation:
                 modules[path] = (type(module).__qualname__, comparable(own))
             buffers.update((name, comparable(value)) for name, value in model.named_buffers())
             buffers.update((name, comparable(value)) for name, value in model.named_parameters(remove_duplicate=False))
-            if model.config.is_encoder_decoder:  # its trial does not run
-                source = inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
-                reads.update(name for names in _READ_IN_SOURCE.findall(source) for name in names if name)
-            else:
-                _watch(model, reads, buffers)
+            reads.update(kind_of(model.config).fields_read(model))
+            _watch(model, reads, buffers)
 
         trial = trace(config, look)
         return cls(modules, buffers, trial.attention_layers, frozenset(reads))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from polymoe.errors import FamilyError, UnsupportedModelError
-from polymoe.model.stock.skeleton import context_limit
+from polymoe.model.stock.kind import LENGTH_DEPENDENT_ROPE, kind_of
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 from polymoe.offline.checkpoint.computation import Computation, plain_rope
 
@@ -23,20 +23,14 @@ _IGNORED_FIELDS = {
     *("router_z_loss_coef", "add_router_probs"),
     *("input_jitter_noise", "initializer_range", "initializer_factor", "pretraining_tp", "problem_type", "id2label"),
     *("label2id", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
-    *("gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
+    *("left_out_inputs", "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "ep_size", "expert_parallel"),
 }
-UNLIMITED_LENGTH = 1 << 20  # tokens; for the rare config that declares no maximum
-# Rotary tables of these kinds change with the length of a sequence, so their values at the start say too little.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _ONE_VALUE = "If both were trained with the same value, write it into both config.json"
 
 
 def max_model_len(config: Any) -> int:
     """Tokens of context a config allows; an encoder and its decoder have half of them each."""
-    if config.is_encoder_decoder:
-        return context_limit(config)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return UNLIMITED_LENGTH if length is None else int(length)
+    return kind_of(config).declared_length(config)
 
 
 @dataclass(frozen=True)
@@ -111,11 +105,12 @@ def check_same_model(first: Checkpoint, other: Checkpoint) -> None:
         _check_computation(first, other, changes, max(lengths))
     if lengths[0] == lengths[1]:
         return
-    if first.config.is_encoder_decoder:  # each of the two has half of the context
-        raise _differ(first, other, "n_positions", lengths[0] // 2, lengths[1] // 2, _ONE_VALUE)
+    kind = kind_of(first.config)
+    if kind.parts > 1:
+        raise _differ(first, other, kind.length_field, lengths[0] // kind.parts, lengths[1] // kind.parts, _ONE_VALUE)
     if not _same_tables(first.config, lengths):
         way_out = f"Its rotary tables depend on the length. {_ONE_VALUE}"
-        raise _differ(first, other, "max_position_embeddings", lengths[0], lengths[1], way_out)
+        raise _differ(first, other, kind.length_field, lengths[0], lengths[1], way_out)
 
 
 def _check_computation(first: Checkpoint, other: Checkpoint, changes: list[_Field], length: int) -> None:
@@ -138,7 +133,7 @@ def _same_tables(config: Any, lengths: tuple[int, int]) -> bool:
     """Whether two lengths of context give the same rotary tables. Scaled ones can depend on the length."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]
-    if any(kind in _LENGTH_DEPENDENT_ROPE for kind in kinds):
+    if any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds):  # values at the start say too little
         return False
     a, b = (Computation.of(_with(config, [], length)) for length in lengths)
     return a.same_tables(b)

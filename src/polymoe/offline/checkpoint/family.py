@@ -30,7 +30,7 @@ def parse_variant_specs(specs: Sequence[str]) -> dict[str, str]:
     for text in specs:
         name, equals, spec = text.partition("=")
         if not equals or not spec:
-            raise FamilyError(f"{text!r} is not NAME=PATH or NAME=org/model[@revision].")
+            raise FamilyError(f"{text!r} is not NAME=PATH, NAME=org/model[@revision] or NAME=BASE+CHANGE.")
         if name in parsed:
             raise FamilyError(f"the name {name} is given twice; every variant needs its own.")
         parsed[name] = spec

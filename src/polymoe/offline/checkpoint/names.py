@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -26,10 +27,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from polymoe.bundle.tensor_file import TensorEntry
 from polymoe.errors import CheckpointError
-from polymoe.model.stock.switch_experts import SwitchExperts
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.checkpoint.source import some
+from polymoe.offline.checkpoint.source_tensor import Load, SourceTensor
+
+# Where a multimodal checkpoint has its text model: `model.language_model.layers.0…`, `language_model.model.layers.0…`
+_LANGUAGE_MODEL = re.compile(r"^(model\.)?language_model\.")
 
 
 @dataclass
@@ -51,14 +55,20 @@ class Target:
 
 
 class NameMap:
-    """All targets that a set of stored tensors makes in `model` (on the meta device).
+    """All targets that a checkpoint's tensors make in `model` (on the meta device).
 
-    `targets`: target name -> Target. `unmatched`: stored names that map nowhere.
+    `tensors`: stored name -> how to read it. `targets`: target name -> Target. `unmatched`: stored names that map
+    nowhere.
     Raises `CheckpointError` when two stored tensors claim one target or a conversion rule fails on the stored shapes.
     """
 
-    def __init__(self, model: Any, stored: Mapping[str, TensorEntry]) -> None:
-        self.model = model
+    def __init__(self, model: Any, stored: Mapping[str, SourceTensor]) -> None:
+        self.model, self.tensors = model, dict(stored)
+        self.edits: dict[str, list[Callable[[Tensor], Tensor]]] = {}  # target -> what is done to it, in order
+        rules = get_model_conversion_mapping(model) + _stacking_rules(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._state = model.state_dict()
         self.unmatched: list[str] = []
         self.targets: dict[str, Target] = {}
         # The rules run on meta tensors first: that gives names and shapes of all results without reading any data.
@@ -76,28 +86,55 @@ class NameMap:
                     )
                 self.targets[target] = Target(tuple(tensor.shape), tensor.dtype, recipe)
 
-    def read(self, target: str, load: Callable[[str], Tensor]) -> Tensor:
-        """Make one target from its stored tensors; `load(stored name) -> tensor` is called for those only."""
-        return self._apply(self.targets[target].recipe, load)[target]
+    def read(self, target: str, load: Load) -> Tensor:
+        """Make one target; `load` is called for the stored tensors that it is made of, and no others."""
+        tensor = self._apply(self.targets[target].recipe, lambda name: self.tensors[name].make(load))[target]
+        for edit in self.edits.get(target, ()):
+            tensor = edit(tensor)
+        return tensor
 
-    def _collect(self, stored: Mapping[str, TensorEntry]) -> list[Recipe]:
-        """Group the stored names by the target they make, as transformers' loader does (natural order of names)."""
-        rules = get_model_conversion_mapping(self.model) + _stacking_rules(self.model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        state = self.model.state_dict()
+    def rename(self, name: str) -> tuple[str, str | None]:
+        """The target that a stored name becomes, and the pattern of the rule that combines it with others, if any."""
         prefix = self.model.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        if target not in self._state and name in self._state:
+            # A rule fired on a name that was right already.
+            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self._state)
+        if target not in self._state and (inner := _LANGUAGE_MODEL.sub("", name)) != name:
+            return self.rename(inner if inner in self._state or inner.startswith(f"{prefix}.") else f"{prefix}.{inner}")
+        return target, pattern
+
+    def target_of(self, name: str) -> str | None:
+        """The target that the stored tensor `name` is a part of; None for one that is not read."""
+        target, _ = self.rename(name)
+        return target if target in self._state else None
+
+    def row_of(self, name: str, target: str, pattern: str) -> tuple[int, int, int] | None:
+        """Where the tensor of one expert, as transformers 4 named it, lies in a stack that transformers 5 stored:
+        (expert, i, n), for the i-th of n equal parts along the expert's first axis. None where the rule is another."""
+        rule = self._converter(pattern)
+        kinds = [type(operation) for operation in rule.operations]
+        index = re.search(r"\.experts\.(\d+)\.", name)
+        simple = kinds in ([MergeModulelist], [MergeModulelist, Concatenate])
+        if not simple or index is None or any(op.dim != i for i, op in enumerate(rule.operations)):
+            return None
+        experts = self.targets[target].shape[0]
+        if int(index[1]) >= experts:
+            return None
+        return int(index[1]), rule.source_patterns.index(pattern), len(rule.source_patterns)
+
+    def _converter(self, pattern: str) -> Any:
+        return next(rule for rule in reversed(self._converters) if pattern in rule.source_patterns)
+
+    def _collect(self, stored: Mapping[str, SourceTensor]) -> list[Recipe]:
+        """Group the stored names by the target they make, as transformers' loader does (natural order of names)."""
         recipes: dict[str, Recipe] = {}
         for name in sorted(stored, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if target not in state and name in state:
-                # A rule fired on a name that was right already.
-                target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
-            if target not in state:
+            target, pattern = self.rename(name)
+            if target not in self._state:
                 self.unmatched.append(name)
                 continue
-            converter = None if pattern is None else by_pattern[pattern]
+            converter = None if pattern is None else self._converter(pattern)
             recipe = recipes.setdefault(target, Recipe(target, converter))
             if recipe.converter is not converter or (converter is None and recipe.sources):
                 raise CheckpointError(
@@ -109,7 +146,7 @@ class NameMap:
             _check_numbering(recipe)
         return list(recipes.values())
 
-    def _apply(self, recipe: Recipe, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _apply(self, recipe: Recipe, load: Load) -> dict[str, Tensor]:
         if recipe.converter is None:
             return {recipe.target: load(recipe.sources[0][1])}
         converter = deepcopy(recipe.converter)
@@ -131,11 +168,9 @@ class NameMap:
 
 def _stacking_rules(model: Any) -> list[WeightConverter]:
     """For experts that polymoe stacked itself, the rules that transformers has for those it stacks."""
-    if not any(isinstance(module, SwitchExperts) for module in model.modules()):
-        return []
     return [
-        WeightConverter(f".experts.expert_*.{stored}.weight", f".experts.{stacked}", [MergeModulelist(dim=0)])
-        for stored, stacked in (("wi", "up_proj"), ("wo", "down_proj"))
+        WeightConverter(f".experts.expert_*.{stored}", f".experts.{stacked}", [MergeModulelist(dim=0)])
+        for stored, stacked in kind_of(model.config).stacked.items()
     ]
 
 

@@ -208,7 +208,7 @@ def check_files(folder: Path) -> None:
 
 def _why_no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
-        return f"{folder} is an adapter (LoRA), not a full checkpoint; merge it into its base model and save that."
+        return f"{folder} is an adapter (LoRA), not a full checkpoint; give it with its base, NAME=BASE+ADAPTER."
     if any(path.suffix in _PICKLES for path in folder.iterdir()):
         return (
             f"{folder} has only pickle weights, which can run code when loaded; convert them to safetensors "

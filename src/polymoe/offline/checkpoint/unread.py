@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polymoe.bundle.tensor_file import TensorEntry
 from polymoe.config import format_bytes
 from polymoe.errors import CheckpointError
 from polymoe.offline.checkpoint.source import some
@@ -14,34 +13,42 @@ from polymoe.offline.checkpoint.source import some
 _TABLES = re.compile(r"rotary_(pos_)?emb\.(original_)?(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
 # Layers that predict further tokens, by their names or by what only they have.
 _PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?(\.|$)", re.IGNORECASE)
+# Towers and projectors of a multimodal model, of which the text model is served.
+_TOWERS = re.compile(
+    r"^(model\.)?(visual|vision_\w+|audio_\w+|image_\w+|video_\w+|\w*_tower|(multi_modal|mm|vision)_projector|"
+    r"embed_(vision|audio)|resampler_model|talker|code2wav)\."
+)
 _LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
 class Unread:
-    """`tables`: rotary tables and position ids. `prediction`: multi-token prediction. `declared`: what the model's
+    """`tables`: rotary tables and position ids. `prediction`: multi-token prediction. `towers`: what reads images and
+    sound. `declared`: what the model's
     class itself names as not loaded. `strange`: the rest, which nothing explains."""
 
     tables: tuple[str, ...]
     prediction: tuple[str, ...]
+    towers: tuple[str, ...]
     declared: tuple[str, ...]
     strange: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         """What may be left out."""
-        return (*self.tables, *self.prediction, *self.declared)
+        return (*self.tables, *self.prediction, *self.towers, *self.declared)
 
-    def notes(self, class_name: str, entries: Mapping[str, TensorEntry]) -> list[str]:
-        """One line for each kind that there is, with its bytes."""
+    def notes(self, class_name: str, num_bytes: Mapping[str, int]) -> list[str]:
+        """One line for each kind that there is, with its bytes. `num_bytes`: name -> what it takes in the files."""
         kinds = (
             ("rotary tables, which are computed", self.tables),
             ("multi-token prediction", self.prediction),
+            ("towers and projectors for images and sound", self.towers),
             ("named by the class as not loaded", self.declared),
         )
         return [
             f"left out: {some(names)} ({kind}; {len(names)} in all, "
-            f"{format_bytes(sum(entries[name].num_bytes for name in names))}), which {class_name} does not read"
+            f"{format_bytes(sum(num_bytes[name] for name in names))}), which {class_name} does not read"
             for kind, names in kinds
             if names
         ]
@@ -55,14 +62,17 @@ def sort_unread(model: Any, unmatched: Sequence[str], stored: Sequence[str]) -> 
     """
     declared = re.compile("|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or ()) or r"(?!)")
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    multimodal = bool(getattr(model.config, "left_out_inputs", None))
     layers = _layers(stored)
-    found: dict[str, list[str]] = {"tables": [], "prediction": [], "declared": [], "strange": []}
+    found: dict[str, list[str]] = {"tables": [], "prediction": [], "towers": [], "declared": [], "strange": []}
     for name in unmatched:
         layer = _LAYER.match(name)
         if _TABLES.search(name):
             kind = "tables"
         elif _PREDICTION.search(name):
             kind = "prediction"
+        elif multimodal and _TOWERS.search(name):
+            kind = "towers"
         elif layer is not None and depth is not None and int(layer[2]) >= depth and layer[1].count("layers") == 1:
             own = layers[layer[1], int(layer[2])]
             if not declared.search(name) and any(layers.get((layer[1], below)) == own for below in range(depth)):

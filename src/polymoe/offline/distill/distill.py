@@ -18,6 +18,7 @@ from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.device_memory import cpu_memory
 from polymoe.errors import PlanError
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.distill.learned import Learned, rewrite
 from polymoe.offline.distill.served_variant import ServedVariant
 from polymoe.progress import step_progress
@@ -60,7 +61,7 @@ def distill(
 def check_family(family: Family) -> None:
     """Raise `PlanError` for encoder–decoder models, and where a variant in float32, with its gradients, is more than
     the memory of this machine."""
-    if family.config.is_encoder_decoder:
+    if not kind_of(family.config).distils:
         raise PlanError(
             f"--distill learns on decoder-only models, and {family.architecture.class_name} is an encoder–decoder; "
             "leave it out. --calibrate alone fits merges, bases and deltas to text here too."

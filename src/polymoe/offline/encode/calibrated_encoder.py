@@ -89,7 +89,7 @@ class CalibratedEncoder:
         outputs: list[dict[int, tuple[Tensor, Tensor, Tensor]]],
     ) -> dict[str, PackedTensor]:
         """One group's tensors, packed (or as `found`), and its members' outputs into `outputs`."""
-        version = self.scan.expert_version[:, layer, group.expert].tolist()
+        same_as = self.scan.expert_same_as[:, layer, group.expert].tolist()
         tokens = {v: routed[v].tokens_of(group.expert) for v in group.members}
         inputs = {v: routed[v].hidden[rows].float() for v, (rows, _) in tokens.items()}
         weights: dict[int, dict[str, Tensor]] = {v: {} for v in group.members}
@@ -104,7 +104,7 @@ class CalibratedEncoder:
                 moments = None
                 if each[group.leader].ndim == 2 and not group.is_lossless:
                     moments = self._moments(group, seen, tokens, routed)
-                packed[tensor] = encode_tensor(group, each, version, moments)
+                packed[tensor] = encode_tensor(group, each, same_as, moments)
             for v, weight in served_weights(group, each, packed[tensor]).items():
                 weights[v][tensor] = weight
         for v in group.members:

@@ -59,22 +59,22 @@ class PlainEncoder:
         """Holds one tensor of the layer's experts V times, and the packed result."""
         encoded = EncodedLayer()
         groups = [g for g in groups_of(self.plan, layer) if not (g.is_verbatim and g.delta is None)]
-        info, version = self.family.architecture, self.scan.expert_version[:, layer]
-        used = {int(version[v, group.expert]) for group in groups for v in group.members}
+        info, same_as = self.family.architecture, self.scan.expert_same_as[:, layer]
+        used = {int(same_as[v, group.expert]) for group in groups for v in group.members}
         with thread_pool() as pool:
             for tensor in mlp_order(list(info.expert_shapes)) if groups else ():
                 name = info.expert_tensor(layer, tensor)
                 stacks = {v: self.family.checkpoints[v].tensor(name) for v in sorted(used)}
                 for group in groups:
-                    versions = version[:, group.expert].tolist()
-                    own = {v: as_matrix(stacks[versions[v]][group.expert], self.transposed) for v in group.members}
-                    encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, versions, pool))
+                    alike = same_as[:, group.expert].tolist()
+                    own = {v: as_matrix(stacks[alike[v]][group.expert], self.transposed) for v in group.members}
+                    encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, alike, pool))
                 del stacks  # before the next tensor is read
         return encoded
 
 
 def _in_pieces(
-    group: Group, own: Mapping[int, Tensor], version: Sequence[int], pool: ThreadPoolExecutor
+    group: Group, own: Mapping[int, Tensor], same_as: Sequence[int], pool: ThreadPoolExecutor
 ) -> PackedTensor:
     """`encode_tensor` by rows, which have their own scales: its float32 copies stay small."""
     first = own[group.leader]
@@ -82,7 +82,7 @@ def _in_pieces(
     split = {v: torch.split(weight, rows) for v, weight in own.items()}
 
     def packed(i: int) -> PackedTensor:
-        return encode_tensor(group, {v: part[i] for v, part in split.items()}, version)
+        return encode_tensor(group, {v: part[i] for v, part in split.items()}, same_as)
 
     pieces = list(pool.map(packed, range(len(split[group.leader]))))
     bases = [piece.base for piece in pieces if piece.base is not None]

@@ -67,13 +67,13 @@ class PackedTensor:
 
 
 def encode_tensor(
-    group: Group, own: Mapping[int, Tensor], version: Sequence[int], moments: Mapping[int, Tensor] | None = None
+    group: Group, own: Mapping[int, Tensor], same_as: Sequence[int], moments: Mapping[int, Tensor] | None = None
 ) -> PackedTensor:
     """Pack one tensor of a group.
 
     Args:
         own: member -> its weight [O, I] (or bias [O]) in the stored dtype.
-        version: for every variant the lowest with the identical expert.
+        same_as: for every variant the lowest with the identical expert.
         moments: member -> float32 [I, I], Σ g² x xᵀ of what it routes there (0 for nothing); None: not known.
     """
     first = own[group.leader]
@@ -88,13 +88,13 @@ def encode_tensor(
         moment = None if used is None else _sum(used)
         return PackedTensor(base, {group.leader: fmt.encode(half, _known(moment))})
     for v, weight in own.items():
-        if group.is_verbatim and version[v] == version[group.leader]:
+        if group.is_verbatim and same_as[v] == same_as[group.leader]:
             continue  # it is the base
-        twin = next((w for w in deltas if version[w] == version[v]), None)
+        twin = next((w for w in deltas if same_as[w] == same_as[v]), None)
         if twin is not None:
             deltas[v] = deltas[twin]
         else:
-            moment = None if used is None else _sum({w: used[w] for w in own if version[w] == version[v]})
+            moment = None if used is None else _sum({w: used[w] for w in own if same_as[w] == same_as[v]})
             deltas[v] = fmt.encode_delta(weight, stored, _known(moment))
     return PackedTensor(base, deltas)
 

@@ -28,16 +28,22 @@ if TYPE_CHECKING:
     from polymoe.offline.checkpoint.family import Family
     from polymoe.offline.similarity.scan import FamilyScan
 
-# By bits; without those that others of no more bits leave less error than.
-BASES = tuple(
-    fmt.name
-    for fmt in reversed(BASE_FORMATS)
-    if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
-)
-_DELTAS = tuple(fmt for fmt in DELTA_FORMATS if not fmt.is_lossless)
-DELTAS = tuple(fmt.name for fmt in _DELTAS)
 HOST = "host"  # in place of a base: not on the device
-_MIRRORED = tuple(str(Correction(fmt, mirrored=True)) for fmt in _DELTAS)
+
+
+def _bases() -> tuple[str, ...]:
+    """By bits; without those that others of no more bits leave less error than."""
+    return tuple(
+        fmt.name
+        for fmt in reversed(BASE_FORMATS)
+        if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
+    )
+
+
+def _deltas() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names of all deltas that are not lossless, the same between two variants, one of which takes the negative)."""
+    formats = [fmt for fmt in DELTA_FORMATS if not fmt.is_lossless]
+    return tuple(fmt.name for fmt in formats), tuple(str(Correction(fmt, mirrored=True)) for fmt in formats)
 
 
 def auto_plan(
@@ -100,35 +106,36 @@ def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, c
 
 def position_options(family: Family, scan: FamilyScan, errors: QuantisationErrors) -> list[list[Option]]:
     """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
-    in one group, two and one a version; separate experts as stored; exact deltas."""
+    in one group, in two, and in one for each that differs; separate experts as stored; exact deltas."""
     sizes = ExpertSizes.of(family)
-    each = {name: sizes(name) for name in (*BASES, *DELTAS)}
+    bases, (all_deltas, all_mirrored) = _bases(), _deltas()
+    each = {name: sizes(name) for name in (*bases, *all_deltas)}
     exact = exact_delta_bytes(family, scan) if len(scan.variant_names) > 1 else None
-    num_variants, num_layers, num_experts = scan.expert_version.shape
+    num_variants, num_layers, num_experts = scan.expert_same_as.shape
     nothing = np.zeros((3, num_variants))
     found = []
     for layer, expert in np.ndindex(num_layers, num_experts):
-        version = scan.expert_version[:, layer, expert]
-        versions = len(np.unique(version))
-        own: Partition = tuple(tuple(int(v) for v in (version == first).nonzero()[0]) for first in np.unique(version))
-        options = [Option(own, STORED, "own", NO_DELTA, versions * each[STORED], nothing)]
+        same_as = scan.expert_same_as[:, layer, expert]
+        distinct = len(np.unique(same_as))
+        own: Partition = tuple(tuple(int(v) for v in (same_as == first).nonzero()[0]) for first in np.unique(same_as))
+        options = [Option(own, STORED, "own", NO_DELTA, distinct * each[STORED], nothing)]
         for n, partition in enumerate(errors.partitions[layer][expert]):
-            alone = len(partition) == versions
-            deltas = () if alone and versions > 1 else DELTAS
-            mirrored = _MIRRORED if num_variants == 2 and len(partition) == 1 < versions else ()
-            for base in BASES:
+            alone = len(partition) == distinct
+            deltas = () if alone and distinct > 1 else all_deltas
+            mirrored = all_mirrored if num_variants == 2 and len(partition) == 1 < distinct else ()
+            for base in bases:
                 for delta in (NO_DELTA, *deltas, *mirrored):
                     if alone and base == STORED:
                         continue  # lossless already, above
                     size = len(partition) * each[base]
                     if (kind := correction(delta)) is not None:
-                        size += each[kind.fmt.name] * (1 if kind.mirrored else versions)
+                        size += each[kind.fmt.name] * (1 if kind.mirrored else distinct)
                     error = errors.components(layer, expert, n, base, delta)
                     merge = "own" if alone else "merged"
                     options.append(Option(partition, base, merge, delta, size, error))
-        if exact is not None and versions > 1:
-            changed = sum(int(exact[v, layer, expert]) for v in {int(v) for v in version} - {int(version[0])})
-            changed += 8 * (versions + 1) * len(sizes.tensors)  # where each delta's values start
+        if exact is not None and distinct > 1:
+            changed = sum(int(exact[v, layer, expert]) for v in {int(v) for v in same_as} - {int(same_as[0])})
+            changed += 8 * (distinct + 1) * len(sizes.tensors)  # where each delta's values start
             together: Partition = (tuple(range(num_variants)),)
             options.append(Option(together, STORED, "own", EXACT.name, each[STORED] + changed, nothing))
         found.append(options)
@@ -139,8 +146,9 @@ def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
     """{"int4 + d2": int [P]}: all positions in one format with one width of deltas, all variants on one base, and, as
     "int4 apart", each on its own. Where the variants are identical it may be without loss instead."""
     found = {}
-    for base in BASES:
-        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *DELTAS, *_MIRRORED)]
+    deltas, mirrored = _deltas()
+    for base in _bases():
+        ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *deltas, *mirrored)]
         for together, delta in ways:
             chosen = [_find(row, base, delta, together) for row in options]
             if all(option is not None for option in chosen):
@@ -150,10 +158,10 @@ def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
 
 
 def _find(row: list[Option], base: str, delta: str, together: bool) -> int | None:
-    """The option of that kind. The first one of a position is every version by itself, as stored."""
-    versions = len(row[0].groups)
-    groups = 1 if together else versions
-    if row[0].base == HOST or (base == STORED and groups == versions):
+    """The option of that kind. The first one of a position is every expert that differs by itself, as stored."""
+    distinct = len(row[0].groups)
+    groups = 1 if together else distinct
+    if row[0].base == HOST or (base == STORED and groups == distinct):
         return 0
     for index, option in enumerate(row):
         if (option.base, option.delta, len(option.groups)) == (base, delta, groups):
@@ -166,7 +174,7 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
     if budget >= least:
         return
     error = choices.total(choices.solve(least, np.ones(choices.error.shape[2])))[1]
-    one_model = scan.expert_bytes * scan.expert_version[0].size
+    one_model = scan.expert_bytes * scan.expert_same_as[0].size
     experts = f"{format_bytes(least)} ({least / one_model:.3g}x of one model's)"
     if beside:
         said = (
@@ -182,9 +190,9 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
 
 
 def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> Plan:
-    version = scan.expert_version
-    _, num_layers, num_experts = version.shape
-    serving, on_device = np.zeros_like(version), np.ones(version.shape, dtype=np.bool_)
+    same_as = scan.expert_same_as
+    _, num_layers, num_experts = same_as.shape
+    serving, on_device = np.zeros_like(same_as), np.ones(same_as.shape, dtype=np.bool_)
     base, merges, delta = (np.empty((num_layers, num_experts), dtype=object) for _ in range(3))
     for p, option in enumerate(chosen.tolist()):
         layer, expert = divmod(p, num_experts)
@@ -196,4 +204,4 @@ def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> P
         merges[layer, expert] = "own" if one.merge == "own" else merge
     error = choices.total(chosen)[1]
     plan = Plan("auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_error=error)
-    return plan.with_shared_deltas(version)
+    return plan.with_shared_deltas(same_as)

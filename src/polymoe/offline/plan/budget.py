@@ -60,7 +60,7 @@ def expert_budget(memory: Memory, scan: FamilyScan, table_bytes: int | None = No
 
     table_bytes: of the tables on the device; default that of plans without deltas.
     """
-    _, num_layers, num_experts = scan.expert_version.shape
+    _, num_layers, num_experts = scan.expert_same_as.shape
     if memory.multiple is not None:
         # A product such as 1.1 · 40 may end in …999; nobody means one expert less.
         return int((memory.multiple * num_layers * num_experts + 1e-6) * scan.expert_bytes)
@@ -101,7 +101,7 @@ def build_plan(
     """
     options = options or PlanOptions()
     options.check(policy)
-    version, base = scan.expert_version, options.base
+    same_as, base = scan.expert_same_as, options.base
     if policy == "auto":
         assert family is not None
         return _auto_plan(family, scan, memory, options, calibration, console)
@@ -115,11 +115,11 @@ def build_plan(
         expert_bytes = scan.expert_bytes if base == STORED else _sizes(family)(base)
         capacity = None if budget is None else expert_budget(budget, scan) // expert_bytes
         if policy == "separate":
-            plan = separate_plan(version, capacity, text)
+            plan = separate_plan(same_as, capacity, text)
         else:
             assert capacity is not None
-            plan = paper_plan(scan.distance, version, capacity, text)
-        return replace(plan, base=np.full(version.shape[1:], base, dtype=object))
+            plan = paper_plan(scan.distance, same_as, capacity, text)
+        return replace(plan, base=np.full(same_as.shape[1:], base, dtype=object))
 
     assert family is not None
     sizes = _sizes(family)
@@ -131,9 +131,9 @@ def build_plan(
         exact += 16 * len(sizes.tensors)  # at most, for where each delta's values start
         cost = replace(cost, delta=lambda _: exact)
     if policy == "exact-delta":
-        plan = exact_delta_plan(version, cost, text)
+        plan = exact_delta_plan(same_as, cost, text)
     else:
-        groups = np.zeros_like(version)
+        groups = np.zeros_like(same_as)
         if policy == "cluster":
             from polymoe.offline.plan.merge import cluster_positions
 
@@ -141,10 +141,10 @@ def build_plan(
         merge = "regmean" if calibration is not None else "mean"
         merge = "mean" if policy == "mean" else merge
         delta = delta_format(groups, base, options.bits) if policy == "delta" else "none"
-        plan = shared_plan(policy, groups, version, base, merge, delta, text)
+        plan = shared_plan(policy, groups, same_as, base, merge, delta, text)
     if budget is None:
         return plan
-    return fit(plan, version, scan.distance, cost, expert_budget(budget, scan, _table_bytes(plan)))
+    return fit(plan, same_as, scan.distance, cost, expert_budget(budget, scan, _table_bytes(plan)))
 
 
 def _table_bytes(plan: Plan) -> int:
@@ -175,7 +175,7 @@ def _auto_plan(
     budget = parse_memory("1.0x" if memory is None else memory)
     beside = 0
     if budget.num_bytes is not None:  # for all weights: non-experts, and tables of bases and deltas int32, signs int8
-        beside = scan.nonexpert_bytes_total + 9 * scan.expert_version.size
+        beside = scan.nonexpert_bytes_total + 9 * scan.expert_same_as.size
     # May be below zero: what the minimum is, and what it costs, is said where that is known.
     num_bytes = expert_budget(budget, scan) if budget.num_bytes is None else budget.num_bytes - beside
     plan = auto_plan(family, scan, num_bytes, options, calibration, console, beside)

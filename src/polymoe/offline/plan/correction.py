@@ -11,8 +11,8 @@ _MIRRORED = "±"
 
 @dataclass(frozen=True)
 class Correction:
-    """Deltas in format `fmt`, one a version; or, `mirrored`, a single one that the first of two variants adds to the
-    midpoint of both and the second subtracts."""
+    """Deltas in format `fmt`, one for each expert that differs; or, `mirrored`, a single one that the first of two
+    variants adds to the midpoint of both and the second subtracts."""
 
     fmt: Format
     mirrored: bool = False

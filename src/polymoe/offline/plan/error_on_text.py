@@ -19,6 +19,7 @@ from torch import Tensor
 
 from polymoe.bundle.atomic import whole_file
 from polymoe.console import Console
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.calibrate import (
     Calibration,
     down_projection,
@@ -27,7 +28,6 @@ from polymoe.offline.calibrate.calibrate import (
     weighted_sum,
 )
 from polymoe.offline.calibrate.family_run import FamilyRun, Routed
-from polymoe.offline.calibrate.switch_run import in_encoder
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.plan.merge import regmean, weighted_mean
 from polymoe.offline.plan.quantisation_error import (
@@ -89,7 +89,7 @@ class _Pass:
         rows = [range(len(text), len(with_copies)) for text, with_copies in zip(texts, whole, strict=True)]
         size = max(self.copies * probe.count() * v for probe, v in zip(probes, family.vocab_sizes, strict=True))
         self.run = FamilyRun(family, whole, rows, math.ceil(size / _LOGITS))
-        sides = [in_encoder(path) for path in info.expert_modules]
+        sides = [kind_of(family.config).in_encoder(path) for path in info.expert_modules]
         self.tokens = [[text.count(side) for text in texts] for side in sides]  # [L, V], of the text
         self.copy_tokens = [[probe.count(side) for probe in probes] for side in sides]  # [L, V], of one copy
         self.transposed = is_transposed(family)
@@ -98,7 +98,7 @@ class _Pass:
         digest = hashlib.sha256(calibration.hash().encode())
         for v in range(len(family.names)):
             digest.update(scan.weights_hash(v).encode())
-        self.folder = None if calibration.folder is None else calibration.folder / f"damage-{digest.hexdigest()[:24]}"
+        self.folder = None if calibration.folder is None else calibration.folder / f"errors-{digest.hexdigest()[:24]}"
 
     def layer(self, layer: int, advance: Callable[[], None]) -> tuple[tuple[tuple[Partition, ...], ...], FloatArray]:
         """(partitions of each expert, float64 [3, E, N, V]: coherent, spread and base errors of the layer's output)."""
@@ -117,7 +117,7 @@ class _Pass:
                 {tensor: as_matrix(rows[v][expert], self.transposed).float() for tensor, rows in stacks.items()}
                 for v in range(len(routed))
             ]
-            partitions.append(partitions_of(_squares(weights, self.scan.expert_version[:, layer, expert])))
+            partitions.append(partitions_of(_squares(weights, self.scan.expert_same_as[:, layer, expert])))
             statistics = []
             for v, one in enumerate(routed):
                 rows, gates = one.tokens_of(expert)
@@ -249,14 +249,14 @@ def _disturbed(weight: Tensor, seed: int) -> Tensor:
     return weight + _NOISE * weight.std() * noise
 
 
-def _squares(weights: list[Matrices], version: np.ndarray) -> FloatArray:
+def _squares(weights: list[Matrices], same_as: np.ndarray) -> FloatArray:
     """[V, V] as a position of `FamilyScan.pair_square`."""
     square = np.zeros((len(weights), len(weights)))
     for v, own in enumerate(weights):
         for w, other in enumerate(weights[: v + 1]):
             if v == w:
                 square[v, v] = sum(float(tensor.square().sum()) for tensor in own.values())
-            elif version[v] != version[w]:
+            elif same_as[v] != same_as[w]:
                 apart = sum(float((own[name] - other[name]).square().sum()) for name in own)
                 square[v, w] = square[w, v] = apart
     return square

@@ -98,6 +98,6 @@ def exact_delta_bytes(family: Family, scan: FamilyScan) -> NDArray[np.int64]:
     """int [V, L, E]: bytes of an exact delta of v's expert against the first variant's; 0 where it is identical."""
     shapes, transposed = family.architecture.expert_shapes.values(), is_transposed(family)
     unchanged = sum(exact_bytes(matrix_shape(tuple(shape), transposed), 0, torch.uint8) for shape in shapes)
-    differs = scan.expert_version != scan.expert_version[:1]
+    differs = scan.expert_same_as != scan.expert_same_as[:1]
     total: NDArray[np.int64] = np.where(differs, unchanged + scan.changed_bytes, 0)
     return total

@@ -1,8 +1,8 @@
 """Which expert serves whom, how it is stored, and what of it fits on the device. Pure arithmetic, no files.
 
 Letters: V variants, L layers with routed experts, E experts a layer. A position is (layer, expert). Two variants whose
-experts at a position are bit-identical share one *version* there, named by the lowest such variant; sharing it is free
-and happens in every policy.
+experts at a position are bit-identical have one expert there, which the lowest of them names (`same_as`); sharing it
+is free and happens in every policy.
 
 A *base* is a stored expert that one or more variants build on, a *delta* a correction of one variant against the base
 as stored: variant v's expert at (l, e) is decode(base) + sign · decode(delta).
@@ -26,7 +26,7 @@ MERGES = ("own", "mean", "regmean")
 
 
 def _distinct(serving: IntArray) -> IntArray:
-    """The `version` [V, L, E] of a family where no two experts are identical."""
+    """The `same_as` [V, L, E] of a family where no two experts are identical."""
     return np.broadcast_to(np.arange(len(serving))[:, None, None], serving.shape)
 
 
@@ -66,20 +66,20 @@ class Plan:
         if self.delta_owner is None:
             object.__setattr__(self, "delta_owner", self._deltas(_distinct(self.serving)))
 
-    def _deltas(self, version: IntArray) -> IntArray:
+    def _deltas(self, same_as: IntArray) -> IntArray:
         """`delta_owner` [V, L, E]: one delta for identical experts on one base, none where it would be zero."""
         together = self.serving[:, None] == self.serving[None]  # [V, V, L, E]
-        alike = version[:, None] == version[None]
+        alike = same_as[:, None] == same_as[None]
         alone = (~together | alike).all(axis=1)  # everyone on v's base is identical to v
-        is_base = alone | ((self.merge == "own") & (version == np.take_along_axis(version, self.serving, axis=0)))
+        is_base = alone | ((self.merge == "own") & (same_as == np.take_along_axis(same_as, self.serving, axis=0)))
         lowest = (together & alike).argmax(axis=1)  # the lowest variant on v's base that is identical to v
         owner = np.where(self.plus_minus, self.serving, lowest)
         none = (self.delta == NO_DELTA) | ~self.resident | ((self.base == STORED) & is_base)
         return np.where(none, -1, owner)
 
-    def with_shared_deltas(self, version: IntArray) -> Self:
-        """The same plan with one delta for variants whose experts are identical. `version` as in the module."""
-        return replace(self, delta_owner=self._deltas(version))
+    def with_shared_deltas(self, same_as: IntArray) -> Self:
+        """The same plan with one delta for variants whose experts are identical. `same_as` as in the module."""
+        return replace(self, delta_owner=self._deltas(same_as))
 
     @property
     def plus_minus(self) -> BoolArray:
@@ -159,53 +159,53 @@ def _checked_distance(distance: Any) -> NDArray[np.float64]:
     return values
 
 
-def paper_plan(distance: Any, version: IntArray, capacity: int, memory: str = "") -> Plan:
+def paper_plan(distance: Any, same_as: IntArray, capacity: int, memory: str = "") -> Plan:
     """The paper's plan for `capacity` experts on the device.
 
-    `version` int [V, L, E]: lowest variant with the identical expert. Up to L·E experts this is Algorithm 1; an absent
+    `same_as` int [V, L, E]: lowest variant with the identical expert. Up to L·E experts this is Algorithm 1; an absent
     position is served by each variant's own expert from the host tier. Spare capacity beyond L·E, which the paper does
     not have, makes positions separate (every variant its own expert), the largest distance first, while it fits.
     """
     values = _checked_distance(distance)
-    num_variants, num_layers, num_experts = version.shape
+    num_variants, num_layers, num_experts = same_as.shape
     if values.shape != (num_layers, num_experts):
-        raise PlanError(f"distance {list(values.shape)} and version {list(version.shape)} do not match.")
+        raise PlanError(f"distance {list(values.shape)} and same_as {list(same_as.shape)} do not match.")
     owner = round_robin_layout(values, num_variants, capacity)
-    owned = np.take_along_axis(version, np.maximum(owner, 0)[None], axis=0)
-    serving = np.where(owner >= 0, owned, version)
-    resident = np.broadcast_to(owner >= 0, version.shape).copy()
+    owned = np.take_along_axis(same_as, np.maximum(owner, 0)[None], axis=0)
+    serving = np.where(owner >= 0, owned, same_as)
+    resident = np.broadcast_to(owner >= 0, same_as.shape).copy()
 
     spare = capacity - values.size
     for flat in np.argsort(-values.reshape(-1), kind="stable"):
         layer, expert = divmod(int(flat), num_experts)
-        extra = len(np.unique(version[:, layer, expert])) - 1
+        extra = len(np.unique(same_as[:, layer, expert])) - 1
         if extra > spare:
             break
         spare -= extra
-        serving[:, layer, expert] = version[:, layer, expert]
+        serving[:, layer, expert] = same_as[:, layer, expert]
     return Plan("paper", serving, resident, memory)
 
 
-def separate_plan(version: IntArray, capacity: int | None = None, memory: str = "") -> Plan:
-    """Lossless: every variant is served by its own expert everywhere. `version` int [V, L, E].
+def separate_plan(same_as: IntArray, capacity: int | None = None, memory: str = "") -> Plan:
+    """Lossless: every variant is served by its own expert everywhere. `same_as` int [V, L, E].
 
     With a `capacity` (experts) too small for all, those that most variants use come first, then one variant's expert 0
     in every layer, the next variant's expert 0, …, expert 1, …, so that no layer and no variant is left behind. The
     rest is in the host tier.
     """
-    num_variants, num_layers, num_experts = version.shape
+    num_variants, num_layers, num_experts = same_as.shape
     users: dict[tuple[int, int, int], int] = {}
     for layer in range(num_layers):
         for expert in range(num_experts):
-            for owner in version[:, layer, expert].tolist():
+            for owner in same_as[:, layer, expert].tolist():
                 users[layer, expert, owner] = users.get((layer, expert, owner), 0) + 1
 
     def spread(key: tuple[int, int, int]) -> tuple[int, ...]:
         layer, expert, owner = key
         return -users[key], expert, (owner - layer) % num_variants, layer
 
-    resident = np.zeros(version.shape, dtype=np.bool_)
+    resident = np.zeros(same_as.shape, dtype=np.bool_)
     order = sorted(users, key=spread)
     for layer, expert, owner in order if capacity is None else order[:capacity]:
-        resident[:, layer, expert] |= version[:, layer, expert] == owner
-    return Plan("separate", version.copy(), resident, memory)
+        resident[:, layer, expert] |= same_as[:, layer, expert] == owner
+    return Plan("separate", same_as.copy(), resident, memory)

@@ -114,8 +114,8 @@ class QuantisationErrors:
     @staticmethod
     def of_weights(scan: FamilyScan) -> QuantisationErrors:
         """From the distances alone."""
-        version = scan.expert_version
-        num_variants, num_layers, num_experts = version.shape
+        same_as = scan.expert_same_as
+        num_variants, num_layers, num_experts = same_as.shape
         square = scan.pair_square
         coherent = coherence(float(scan.relative_distance.mean()))
         partitions = tuple(
@@ -161,8 +161,8 @@ class ErrorTable:
 
 
 def partitions_of(square: FloatArray) -> tuple[Partition, ...]:
-    """All variants together, in two groups (of three variants and more), and every version by itself. `square` as a
-    position of `FamilyScan.pair_square`; identical experts are always in one group."""
+    """All variants together, in two groups (of three variants and more), and every expert that differs by itself.
+    `square` as a position of `FamilyScan.pair_square`; identical experts are always in one group."""
     distinct = len(ward_groups(square, len(square)))
     found: list[Partition] = []
     for clusters in (1, 2, distinct):

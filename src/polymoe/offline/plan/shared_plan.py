@@ -58,7 +58,7 @@ def delta_format(groups: IntArray, base: str, bits: int) -> StrArray:
 def shared_plan(
     policy: str,
     groups: IntArray,
-    version: IntArray,
+    same_as: IntArray,
     base: str,
     merge: str,
     delta: StrArray | str = NO_DELTA,
@@ -66,11 +66,11 @@ def shared_plan(
 ) -> Plan:
     """Everything resident: one base in format `base` for each group, merged over it, and deltas of format `delta`.
 
-    groups: int [V, L, E], the lowest variant of v's group. version: int [V, L, E], the lowest variant with the
+    groups: int [V, L, E], the lowest variant of v's group. same_as: int [V, L, E], the lowest variant with the
     identical expert. A group of identical experts is not merged.
     """
-    leaders = np.take_along_axis(version, groups, axis=0)
-    alike = (version == leaders).all(axis=0)
+    leaders = np.take_along_axis(same_as, groups, axis=0)
+    alike = (same_as == leaders).all(axis=0)
     return Plan(
         policy,
         groups.copy(),
@@ -79,10 +79,10 @@ def shared_plan(
         base=np.full(groups.shape[1:], base, dtype=object),
         merge=np.where(alike, "own", merge).astype(object),
         delta=np.where(alike & (base == STORED), NO_DELTA, delta).astype(object),
-    ).with_shared_deltas(version)
+    ).with_shared_deltas(same_as)
 
 
-def fit(plan: Plan, version: IntArray, distance: np.ndarray, cost: PositionBytes, budget: int) -> Plan:
+def fit(plan: Plan, same_as: IntArray, distance: np.ndarray, cost: PositionBytes, budget: int) -> Plan:
     """Change `plan` (all resident) so that its bases and deltas take at most `budget` bytes, and use what is spare."""
     used = cost.of(plan)
     order = np.argsort(distance.reshape(-1), kind="stable")
@@ -91,27 +91,27 @@ def fit(plan: Plan, version: IntArray, distance: np.ndarray, cost: PositionBytes
     present = placed.reshape(used.shape)
 
     base, merge, delta = (field.copy() for field in (plan.base, plan.merge, plan.delta))
-    serving = np.where(present, plan.serving, version)
+    serving = np.where(present, plan.serving, same_as)
     spare = budget - int(used[present].sum())
-    num_versions = np.array([[len(np.unique(row)) for row in layer] for layer in np.moveaxis(version, 0, -1)])
+    num_distinct = np.array([[len(np.unique(row)) for row in layer] for layer in np.moveaxis(same_as, 0, -1)])
     for flat in order[::-1] if placed.all() else ():
         layer, expert = divmod(int(flat), used.shape[1])
-        extra = int(num_versions[layer, expert]) * cost.expert - int(used[layer, expert])
+        extra = int(num_distinct[layer, expert]) * cost.expert - int(used[layer, expert])
         if extra > spare:
             break
         spare -= extra
-        serving[:, layer, expert] = version[:, layer, expert]
+        serving[:, layer, expert] = same_as[:, layer, expert]
         base[layer, expert], merge[layer, expert], delta[layer, expert] = STORED, "own", NO_DELTA
-    resident = np.broadcast_to(present, version.shape).copy()
+    resident = np.broadcast_to(present, same_as.shape).copy()
     fitted = Plan(plan.policy, serving, resident, plan.memory, base, merge, delta)
-    return fitted.with_shared_deltas(version)
+    return fitted.with_shared_deltas(same_as)
 
 
-def exact_delta_plan(version: IntArray, cost: PositionBytes, memory: str = "") -> Plan:
+def exact_delta_plan(same_as: IntArray, cost: PositionBytes, memory: str = "") -> Plan:
     """Lossless: the lowest variant's expert and an exact delta for each other one, or every variant its own expert
     where that is smaller."""
-    together = shared_plan("exact-delta", np.zeros_like(version), version, STORED, "own", EXACT.name, memory)
-    apart = shared_plan("exact-delta", version, version, STORED, "own", NO_DELTA, memory)
+    together = shared_plan("exact-delta", np.zeros_like(same_as), same_as, STORED, "own", EXACT.name, memory)
+    apart = shared_plan("exact-delta", same_as, same_as, STORED, "own", NO_DELTA, memory)
     deltas = cost.of(together) < cost.of(apart)
     return Plan(
         "exact-delta",
@@ -119,4 +119,4 @@ def exact_delta_plan(version: IntArray, cost: PositionBytes, memory: str = "") -
         together.resident,
         memory,
         delta=np.where(deltas, together.delta, NO_DELTA).astype(object),
-    ).with_shared_deltas(version)
+    ).with_shared_deltas(same_as)

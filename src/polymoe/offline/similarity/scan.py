@@ -33,10 +33,10 @@ class FamilyScan:
     pair_distance: NDArray[np.float64]  # [V, V], of all experts together, relative to the norm of their weights
     pair_square: NDArray[np.float64]  # [L, E, V, V], ‖W_v − W_w‖² of whole experts, and ‖W_v‖² on the diagonal
     changed_bytes: NDArray[np.int64]  # [V, L, E], of the values whose bits differ from the first variant's
-    expert_version: NDArray[np.int64]  # [V, L, E], the lowest variant whose expert is bit-identical
+    expert_same_as: NDArray[np.int64]  # [V, L, E], the lowest variant whose expert is bit-identical
     expert_hash: NDArray[np.uint8]  # [V, L, E, 32]
     expert_bytes: int  # one expert, as stored
-    nonexpert_version: Mapping[str, tuple[int, ...]]  # name -> per variant, the lowest with the identical tensor
+    nonexpert_same_as: Mapping[str, tuple[int, ...]]  # name -> per variant, the lowest with the identical tensor
     nonexpert_hash: Mapping[str, tuple[bytes, ...]]  # name -> per variant
     nonexpert_bytes: Mapping[str, tuple[int, ...]]  # name -> per variant
 
@@ -57,13 +57,13 @@ class FamilyScan:
     def nonexpert_bytes_total(self) -> int:
         """Bytes of all variants' non-experts, identical tensors once."""
         return sum(
-            self.nonexpert_bytes[name][v] for name, sources in self.nonexpert_version.items() for v in set(sources)
+            self.nonexpert_bytes[name][v] for name, sources in self.nonexpert_same_as.items() for v in set(sources)
         )
 
     @property
     def table_bytes(self) -> int:
         """Bytes of the int32 table that maps (variant, layer, expert) to a physical expert."""
-        return 4 * self.expert_version.size
+        return 4 * self.expert_same_as.size
 
     def weights_hash(
         self,
@@ -78,7 +78,7 @@ class FamilyScan:
         digest = hashlib.sha256()
         for name in sorted(self.nonexpert_hash):
             digest.update(name.encode() + b"\0" + self.nonexpert_hash[name][variant])
-        _, num_layers, num_experts = self.expert_version.shape
+        _, num_layers, num_experts = self.expert_same_as.shape
         for layer in range(num_layers):
             for expert in range(num_experts):
                 owner = variant if serving is None else int(serving[layer, expert])
@@ -97,7 +97,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     distance, norm = np.zeros(shape[1:]), np.zeros(shape[1:])
     squares = np.zeros((*shape[1:], len(variants), len(variants)))
     changed_bytes = np.zeros(shape, dtype=np.int64)
-    version, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
+    same_as, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
     nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
 
     with (
@@ -132,7 +132,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
             distance[layer], norm[layer] = sums.distance, sums.norms.mean(axis=0)
             for expert in range(info.num_experts):
                 column = [row[expert].digest() for row in experts]
-                version[:, layer, expert] = _lowest_equal(column)
+                same_as[:, layer, expert] = _lowest_equal(column)
                 hashes[:, layer, expert] = [list(digest) for digest in column]
         for name in info.nonexperts:
             tensors = load(name)
@@ -152,10 +152,10 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
         pair_distance=_relative(squares.sum(axis=(0, 1))),
         pair_square=squares,
         changed_bytes=changed_bytes,
-        expert_version=version,
+        expert_same_as=same_as,
         expert_hash=hashes,
         expert_bytes=family.expert_bytes,
-        nonexpert_version={name: tuple(_lowest_equal(column)) for name, column in nonexpert_hash.items()},
+        nonexpert_same_as={name: tuple(_lowest_equal(column)) for name, column in nonexpert_hash.items()},
         nonexpert_hash=nonexpert_hash,
         nonexpert_bytes={name: tuple(c.num_bytes(name) for c in variants) for name in info.nonexperts},
     )

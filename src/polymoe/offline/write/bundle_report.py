@@ -63,7 +63,7 @@ def print_sharing(bundle: Bundle, scan: FamilyScan, plan: Plan, console: Console
         table.add_column(column, justify="left" if column in ("variant", "version") else "right")
     for index, record in enumerate(bundle.variants):
         merged = (plan.merge != "own") & plan.resident[index]
-        own = (plan.serving[index] == scan.expert_version[index]) & ~merged
+        own = (plan.serving[index] == scan.expert_same_as[index]) & ~merged
         resident = plan.resident[index]
         delta = plan.delta_owner[index] >= 0
         numbers = (own & resident, ~own & ~merged & resident, merged, delta, ~resident)
@@ -77,14 +77,15 @@ def _bytes_table(manifest: Manifest, title: str) -> Table:
     table.add_column("bytes", justify="right")
     table.add_column("", justify="right")
     one_model = manifest.expert_bytes * manifest.num_experts * len(manifest.expert_modules)
-    for kind, count in manifest.resident_bytes.items():
+    held = manifest.resident_bytes
+    for kind, count in held.by_kind.items():
         note = f"{count / one_model:.2f}x one model's" if kind in ("resident_experts", "deltas") and count else ""
         if kind != "deltas" or count:
             table.add_row(_KINDS.get(kind, kind), format_bytes(count), note)
     table.add_section()
-    experts = manifest.resident_bytes["resident_experts"] + manifest.resident_bytes["deltas"]
-    table.add_row("together", format_bytes(sum(manifest.resident_bytes.values())))
-    if manifest.resident_bytes["deltas"]:
+    experts = held.resident_experts + held.deltas
+    table.add_row("together", format_bytes(held.total))
+    if held.deltas:
         table.add_row("experts and deltas", format_bytes(experts), f"{experts / one_model:.2f}x one model's")
     table.add_row("host tier: absent experts", format_bytes(manifest.host_bytes))
     return table

@@ -23,6 +23,7 @@ from polymoe.bundle.manifest import (
     FileRecord,
     Manifest,
     VariantRecord,
+    WeightBytes,
     encode_manifest,
     own_file,
     variant_folder,
@@ -68,7 +69,7 @@ def write_bundle(
     """
     target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100 - resolve() would follow a link to the target
     check_target(target, overwrite)
-    plan = plan.with_shared_deltas(scan.expert_version)
+    plan = plan.with_shared_deltas(scan.expert_same_as)
     plan.check_integrity()
     writer = _Writer(family, scan, plan)
     writer.check_disk(target)
@@ -87,10 +88,10 @@ class _Writer:
         self.family, self.scan, self.plan = family, scan, plan
         self.layout: PhysicalLayout = lay_out(plan)
         self.files: list[FileRecord] = []
-        versions = scan.nonexpert_version
-        self.shared = [name for name, sources in versions.items() if len(set(sources)) == 1]
+        same_as = scan.nonexpert_same_as
+        self.shared = [name for name, sources in same_as.items() if len(set(sources)) == 1]
         self.own = {
-            v: [name for name, sources in versions.items() if len(set(sources)) > 1 and v in sources]
+            v: [name for name, sources in same_as.items() if len(set(sources)) > 1 and v in sources]
             for v in range(len(family.names))
         }
         sizes = ExpertSizes.of(family)
@@ -187,7 +188,7 @@ class _Writer:
             name=name,
             version=digest.hexdigest(),
             source=checkpoint.spec,
-            source_path=str(checkpoint.path),
+            source_path=str(checkpoint.place),
             source_hash=self.scan.weights_hash(variant),
             max_model_len=max_model_len(checkpoint.config),
             vocab_size=self.family.vocab_sizes[variant],
@@ -234,19 +235,16 @@ class _Writer:
             expert_shapes={name: list(shape) for name, shape in info.expert_shapes.items()},
             expert_bytes=self.scan.expert_bytes,
             expert_parameters=info.expert_parameters,
-            nonexperts={name: list(sources) for name, sources in self.scan.nonexpert_version.items()},
+            nonexperts={name: list(sources) for name, sources in self.scan.nonexpert_same_as.items()},
             tied=dict(self.family.checkpoints[0].tied),
             transposed=self.layers.transposed,
             base_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.bases],
             delta_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.deltas],
             host_experts=[len(layer) for layer in self.layout.host],
             positions=self.plan.position_counts(),
-            resident_bytes={
-                "resident_experts": base_bytes,
-                "deltas": delta_bytes,
-                **self.nonexpert_bytes,
-                "tables": self.layout.table_bytes,
-            },
+            resident_bytes=WeightBytes(
+                resident_experts=base_bytes, deltas=delta_bytes, **self.nonexpert_bytes, tables=self.layout.table_bytes
+            ),
             host_bytes=self.host_bytes,
             bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
             files=self.files,

@@ -1,0 +1,32 @@
+"""A variant in stock transformers with the weights that are read of it: what stands for its original where transformers
+alone would not load it so (fewer bits, adapters, patches)."""
+
+from typing import Any
+
+import torch
+
+from polymoe.model.stock.kind import kind_of
+from polymoe.model.stock.skeleton import keeps_float32
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
+
+_SWITCH = {"up_proj": "wi.weight", "down_proj": "wo.weight"}  # stacked here, a module an expert in transformers
+
+
+@torch.no_grad()
+def loaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Runs in `dtype`, but for what transformers keeps in float32 then. Needs memory for one model and one tensor."""
+    model = kind_of(checkpoint.config).auto.from_config(checkpoint.config, dtype=dtype)
+    state = model.state_dict()
+    for target in checkpoint.target_names:
+        tensor = checkpoint.tensor(target)
+        if target in state:
+            if keeps_float32(model, target, dtype):
+                parent, _, leaf = target.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor.float(), requires_grad=False))
+            else:
+                state[target].copy_(tensor)
+            continue
+        module, _, leaf = target.rpartition(".")
+        for expert, row in enumerate(tensor):
+            state[f"{module}.expert_{expert}.{_SWITCH[leaf]}"].copy_(row)
+    return model.eval()
