@@ -13,6 +13,7 @@ from polymoe.errors import ContextLengthError, OverloadedError, RequestError
 from polymoe.protocol.request import SamplingParams
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest
+from polymoe.server.request_log import RecordedRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect
@@ -95,19 +96,39 @@ async def _answer(
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+    entry = state.requests.open(
+        id=request_id, variant=body.model, version=state.client.processor.variant(body.model).version,
+        tenant=body.qos.tenant, kind="chat" if isinstance(body, ChatCompletionRequest) else "completion",
+        prompt_tokens=num_prompt_tokens, prompt=_shown(state, body.model, prompts),
+    )  # fmt: skip
+    record = RecordedRequest(state.requests, entry, arrival)
     try:
         stream = await state.client.submit(
             request_id, body.model, prompts, sampling, cache_salt=body.cache_salt or "", qos=body.qos
         )
-    except OverloadedError:
-        state.metrics.rejected.labels(body.model).inc()
+    except BaseException as error:
+        record.close(f"{type(error).__name__}: {error}")
+        state.metrics.recent.error(body.model)
+        if isinstance(error, OverloadedError):
+            state.metrics.rejected.labels(body.model).inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
-    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
-    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n)
+    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n, record)
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)
+
+
+def _shown(state: ServerState, variant: str, prompts: list[Prompt]) -> str | None:
+    """The first prompt's text, where the operator wants to see it."""
+    if not state.settings.log_prompts:
+        return None
+    text, token_ids = prompts[0]
+    tokenizer = state.client.processor.tokenizer(variant)
+    if text is None and tokenizer is not None:
+        text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return text
 
 
 async def encode(tokenizer: VariantTokenizer, text: str, add_special_tokens: bool) -> list[int]:
