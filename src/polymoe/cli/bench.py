@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polymoe.cache_folder import VARIABLE, writable_cache
+from polymoe.cli.report import Report, check_report, write_report
 from polymoe.config import parse_bytes
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
@@ -80,6 +81,7 @@ def throughput(
     kv_cache: KVCache = "256MiB",
     cache: Cache = None,
     out: Out = Path(),
+    report: Report = None,
 ) -> None:
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
     from polymoe.bench.growth import Growth, run_growth
@@ -98,6 +100,7 @@ def throughput(
         systems=_systems(systems), lengths=Lengths(input_tokens, output_tokens), in_flight=requests,
         total=requests if total is None else total, repeats=repeats, seed=seed, slo=_slo(slo_ttft, slo_itl),
     )  # fmt: skip
+    check_report(report)
     folder = output_folder(out)  # before hours of work
     builders = {
         count: _builder(specs, shape, count, cache, memory, device, dtype, threads, kv_cache) for count in counts
@@ -110,7 +113,10 @@ def throughput(
     builder = builders[counts[0]]
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
-    finish(throughput_report(results), results, folder / "throughput", console)
+    document = throughput_report(results)
+    if report is not None:
+        write_report(report, document.title, document.sections, console)
+    finish(document, results, folder / "throughput", console)
 
 
 @app.command()
@@ -144,6 +150,7 @@ def qos(
     kv_cache: KVCache = "256MiB",
     cache: Cache = None,
     out: Out = Path(),
+    report: Report = None,
 ) -> None:
     """Open loop: Poisson arrivals for each variant, or a trace; latencies and goodput at each rate."""
     from polymoe.bench.plots import latency_plot, rate_plot
@@ -157,13 +164,17 @@ def qos(
         duration=duration, drain=drain, repeats=repeats, in_flight=requests, seed=seed, slo=_slo(slo_ttft, slo_itl),
         trace=trace, flood=None if flood is None else _flood(flood),
     )  # fmt: skip
+    check_report(report)
     folder = output_folder(out)  # before hours of work
     builder = _builder(specs, shape, variants, cache, memory, device, dtype, threads, kv_cache)
     results = asyncio.run(run_qos(plan, builder, console))
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")
     latency_plot(results["rates"], folder / "qos-latency.png")
-    finish(qos_report(results), results, folder / "qos", console)
+    document = qos_report(results)
+    if report is not None:
+        write_report(report, document.title, document.sections, console)
+    finish(document, results, folder / "qos", console)
 
 
 def _builder(
