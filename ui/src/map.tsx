@@ -4,7 +4,7 @@ import { useMemo, useState } from "preact/hooks";
 import { css, KIND_COLOURS, mix, type Rgb, scale } from "./colours";
 import { bytes, short } from "./format";
 import { Grid } from "./grid";
-import { bitsOf, type Heat, KIND_NAMES, KINDS, Sharing } from "./sharing";
+import { type Heat, KIND_NAMES, KINDS, Sharing } from "./sharing";
 import type { Bundle } from "./types";
 
 type By = "kind" | "base" | "delta" | "error";
@@ -27,11 +27,10 @@ export function ExpertMap({ bundle, heat, beat }: { bundle: Bundle; heat?: Heat;
   const lit = heat?.any === true;
 
   function plain(layer: number, expert: number): Rgb {
-    if (by === "kind") return KIND_COLOURS[sharing.kind(variant, layer, expert)];
-    const position = sharing.position(variant, layer, expert);
-    if (position.kind === "absent") return KIND_COLOURS.absent;
-    if (by === "error") return scale(sharing.maxError === 0 ? 0 : (position.error ?? 0) / sharing.maxError);
-    return scale(bitsOf(position[by]) / MOST_BITS[by]);
+    const kind = sharing.kind(variant, layer, expert);
+    if (by === "kind" || kind === "absent") return KIND_COLOURS[kind];
+    if (by === "error") return scale(sharing.maxError === 0 ? 0 : sharing.errorAt(layer, expert) / sharing.maxError);
+    return scale(sharing.bitsAt(by, variant, layer, expert) / MOST_BITS[by]);
   }
 
   function colour(layer: number, expert: number, behind: Rgb): Rgb {

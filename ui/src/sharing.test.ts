@@ -42,6 +42,12 @@ test("what a position holds", () => {
   expect(sharing.same(0, 1, 0, 1)).toBe(false);
 });
 
+test("bits of positions", () => {
+  const sharing = new Sharing(bundle);
+  expect([0, 1, 4].map((e) => sharing.bitsAt("base", 1, 0, e))).toEqual([16, 4, 0]);
+  expect([0, 1, 4].map((e) => sharing.bitsAt("delta", 1, 0, e))).toEqual([0, 2, 0]);
+});
+
 test("bits of formats", () => {
   expect(["int4", "d2", "fp8", "stored", "exact", ""].map(bitsOf)).toEqual([4, 2, 8, 16, 16, 0]);
 });

@@ -51,6 +51,7 @@ export class Sharing {
   private readonly table: Int32Array;
   private readonly delta: Int32Array | null;
   private readonly kinds: Uint8Array; // [V · L · E], index into KINDS
+  private readonly bits: Record<"base" | "delta", Uint8Array>; // [V · L · E], so that a map is quick
 
   constructor(private readonly bundle: Bundle) {
     this.variants = bundle.variants.map((variant) => variant.name);
@@ -61,6 +62,12 @@ export class Sharing {
     this.maxError = Math.max(0, ...(bundle.position_errors ?? []).map((row) => Math.max(...row)));
     this.kinds = new Uint8Array(this.table.length);
     const size = this.layers * this.experts;
+    const bits = (ids: Int32Array | null, pools: Record<string, number>[]) =>
+      Uint8Array.from({ length: this.table.length }, (_, i) => {
+        const id = ids?.[i] ?? -1;
+        return id < 0 ? 0 : bitsOf(formatOf(pools[Math.floor((i % size) / this.experts)], id));
+      });
+    this.bits = { base: bits(this.table, bundle.base_pools), delta: bits(this.delta, bundle.delta_pools) };
     for (let v = 0; v < this.variants.length; v++) {
       for (let p = 0; p < size; p++) this.kinds[v * size + p] = this.kindOf(v, p, size);
     }
@@ -83,6 +90,14 @@ export class Sharing {
 
   kind(variant: number, layer: number, expert: number): Kind {
     return KINDS[this.kinds[this.index(variant, layer, expert)] ?? 0] ?? "shared";
+  }
+
+  bitsAt(of: "base" | "delta", variant: number, layer: number, expert: number): number {
+    return this.bits[of][this.index(variant, layer, expert)] ?? 0;
+  }
+
+  errorAt(layer: number, expert: number): number {
+    return this.bundle.position_errors?.[layer]?.[expert] ?? 0;
   }
 
   /** Whether two variants are served by the same numbers at a position. */

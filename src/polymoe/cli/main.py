@@ -14,7 +14,7 @@ from rich.table import Table
 
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
-from polymoe.cli.options import PLAN, SERVE, some, takes
+from polymoe.cli.options import PLAN, SERVE, Specs, Text, some, takes
 from polymoe.cli.report import Report, bundle_section, check_report, distance_section, eval_sections, write_report
 from polymoe.cli.top import top
 from polymoe.config import EngineConfig
@@ -37,17 +37,6 @@ app.add_typer(bench)
 app.add_typer(cache_app)
 app.command()(top)
 console = Console()
-
-Specs = Annotated[
-    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
-]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="VARIANT=FILE",
-        help="held-out text, as for --calibrate: measure at the end what a variant lost, and record it",
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
