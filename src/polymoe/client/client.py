@@ -213,12 +213,12 @@ class AsyncEngineClient:
             stream.fail(error)
             stream.close()
 
-    async def stats(self) -> EngineStats:
-        """Raises `EngineDeadError`. A busy engine answers between two steps."""
+    async def stats(self, routing: bool = False) -> EngineStats:
+        """Raises `EngineDeadError`. A busy engine answers between two steps. `routing`: see `GetStats`."""
         self._check_alive()
         waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
-        self._send(GetStats())
+        self._send(GetStats(routing))
         return await waiter
 
     # --- the wire

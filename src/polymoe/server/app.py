@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
@@ -36,6 +37,7 @@ from polymoe.server.schemas import (
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse
+from polymoe.server.ui_routes import add_ui
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
 _STATS_TIMEOUT = 2.0
@@ -48,7 +50,14 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     """
     # The interactive pages load scripts from other servers; /openapi.json is all that tools need. A redirect would be
     # built from the Host header, which anybody can set.
-    app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="polymoe",
+        version=version("polymoe"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
     app.router.route_class = JsonRoute
     app.state.server = ServerState(client, settings)
     install_error_handlers(app)
@@ -69,6 +78,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
             expose_headers=["Retry-After", "WWW-Authenticate"],
         )
     _add_routes(app)
+    add_ui(app)
     schema = document(app, settings.api_key is not None)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     for route in app.routes:
@@ -76,6 +86,14 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         if methods is not None and "GET" in methods:
             methods.add("HEAD")  # now, so that the document does not have everything twice
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    snapshots = app.state.server.snapshots
+    snapshots.start()
+    yield
+    await snapshots.stop()
 
 
 def _add_routes(app: FastAPI) -> None:

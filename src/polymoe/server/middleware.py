@@ -13,6 +13,9 @@ from polymoe.server.errors import AuthenticationError, error_response
 
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
 OPEN_PATHS = frozenset({"/health", "/ready"})
+# The dashboard's page and its files: there the key is asked for, with which it gets the data.
+_OPEN_PAGES = frozenset({"/", "/ui"})
+_OPEN_FOLDER = "/ui/assets/"
 
 
 class ApiKeyMiddleware:
@@ -24,7 +27,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
+        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._allowed(scope):
             error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
@@ -37,6 +40,10 @@ class ApiKeyMiddleware:
         scheme, _, key = given[0].partition(b" ")
         # RFC 9110: the scheme in any case, and any number of spaces after it.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.lstrip(b" "), self._expected)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
 
 
 class BodyLimitMiddleware:

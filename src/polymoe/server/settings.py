@@ -77,6 +77,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             name="tool_parser", metavar="NAME=FORMAT", check=_check_parsers,
         ),
     ] = ()  # fmt: skip
+    log_prompts: Annotated[bool, Option("keep the text of the last requests' prompts for the dashboard's list")] = False
     max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
     body_timeout: Annotated[float, Option("seconds for a request to arrive completely", flag=False, more_than=0)] = 60.0
     heartbeat_timeout: Annotated[

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from polymoe.client.client import AsyncEngineClient
 from polymoe.server.errors import UnavailableError
 from polymoe.server.metrics import Metrics
+from polymoe.server.request_log import RequestLog
 from polymoe.server.settings import ServerSettings
+from polymoe.server.snapshots import Snapshots
 
 
 @dataclass
@@ -14,9 +16,13 @@ class ServerState:
     client: AsyncEngineClient
     settings: ServerSettings
     metrics: Metrics = field(default_factory=Metrics)
+    requests: RequestLog = field(default_factory=RequestLog)
     draining: bool = False
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(self)
 
     def set_progress(self, stage: str, fraction: float) -> None:
         self.progress = (stage, fraction)
