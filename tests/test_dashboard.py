@@ -93,7 +93,7 @@ def test_bundle_says_who_shares_what(server: ThreadServer, bundle: Path) -> None
     assert found["engine"]["chat"] == {"base": True, "v1": True}
     # Two unrelated models share nothing: the second costs what it takes by itself, the bundle what both do.
     assert found["added_bytes"] == found["separate_bytes"]
-    weights = sum(count for kind, count in opened.resident_bytes.items() if kind != "tables")
+    weights = sum(count for kind, count in opened.resident_bytes.by_kind.items() if kind != "tables")
     assert sum(found["added_bytes"]) == weights
 
 
@@ -175,7 +175,7 @@ def test_added_bytes_count_what_is_shared_once(trio: dict[str, Path], tmp_path: 
     """Expert 2 of every layer and a tensor are identical in all three; the first variant pays for them."""
     opened = make_plan(trio, "auto", "1.5x", tmp_path / "bundle")
     found = describe_bundle(opened.path)
-    weights = sum(count for kind, count in opened.resident_bytes.items() if kind != "tables")
+    weights = sum(count for kind, count in opened.resident_bytes.by_kind.items() if kind != "tables")
     assert sum(found["added_bytes"]) == pytest.approx(weights, abs=64)  # exact deltas: averages
     assert found["added_bytes"][1] < found["added_bytes"][0] < found["separate_bytes"][0] * 1.6
     points = found["dial"]

@@ -54,7 +54,7 @@ def describe_bundle(folder: str | Path) -> dict[str, Any]:
         "delta": _text(tables["delta"]) if "delta" in tables else None,
         "position_errors": manifest.position_errors or None,
         "dial": [msgspec.to_builtins(point) for point in manifest.dial],
-        "resident_bytes": manifest.resident_bytes,
+        "resident_bytes": manifest.resident_bytes.by_kind,
         "host_bytes": manifest.host_bytes,
         **_costs(folder, manifest, tables, base_bytes, delta_bytes),
     }
