@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-slow sanitize wheel-test lint types tests format bench compare vllm \
+.PHONY: install dev demo test test-bounds test-slow sanitize wheel-test ui test-ui lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
@@ -79,6 +79,19 @@ sanitize: dev
 # in WHEEL, for example make wheel-test WHEEL=--build-only.
 wheel-test:
 	$(PYTHON) tools/try_wheels.py $(WHEEL) $(TORCH_OPTION)
+
+# The dashboard's built files, which are committed, from the sources in ui/ (needs Node 20 or newer).
+ui: ui/node_modules/.package-lock.json
+	cd ui && npm run build
+
+ui/node_modules/.package-lock.json: ui/package.json ui/package-lock.json
+	cd ui && npm ci --no-audit --no-fund
+
+# Lint, types and unit tests of the dashboard, that the built files are of its sources, then all of it in Chromium
+# (apt-get install chromium). make test-ui SCREENSHOT=docs/dashboard.webp takes the README's picture.
+test-ui: dev ui/node_modules/.package-lock.json
+	cd ui && npm run lint && npm test
+	$(and $(SCREENSHOT),SCREENSHOT=$(SCREENSHOT)) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/test_dashboard.py tests/test_browser.py
 
 format: dev
 	$(BIN)/ruff format .

@@ -7,8 +7,10 @@ the processor can run them, Triton wherever it exists, and every other skip need
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from polymoe.native.installed import processor_suits
 from polymoe.native.library import cpu_kernels, why_no_kernels
 
+NODE_MODULES = Path(__file__).parents[1] / "ui" / "node_modules"
 # What a reason says (a regular expression) -> whether that can be true here.
 ALLOWED: dict[str, Callable[[], bool]] = {
     r"needs (a )?CUDA": lambda: not torch.cuda.is_available(),
@@ -25,6 +28,10 @@ ALLOWED: dict[str, Callable[[], bool]] = {
     r"PyPI is out of reach": lambda: True,
     r"only root can": lambda: os.geteuid() != 0,
     r"needs .*\.\./shared": lambda: True,
+    r"Chromium is not installed": lambda: shutil.which("chromium") is None,
+    r"axe-core is not installed": lambda: not NODE_MODULES.is_dir(),
+    r"Prometheus is not installed": lambda: shutil.which("prometheus") is None,
+    r"no SCREENSHOT": lambda: True,
 }
 
 

@@ -210,8 +210,8 @@ def test_two_variants_may_share_one_signed_delta(tmp_path: Path) -> None:
 def uniform(family: Family, base: str, delta: str) -> Plan:
     info = family.architecture
     shape = (len(family.names), info.num_layers, info.num_experts)
-    everywhere = [np.array(text, dtype=object) for text in (base, "regmean", delta)]
-    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), "", *everywhere)
+    base_, merge_, delta_ = (np.array(text, dtype=object) for text in (base, "regmean", delta))
+    return Plan("x", np.zeros(shape, np.int64), np.ones(shape, np.bool_), "", base_, merge_, delta_)
 
 
 def ranks(values: list[float]) -> np.ndarray:

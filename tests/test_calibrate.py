@@ -37,8 +37,8 @@ def rows_of(texts: tuple[torch.Tensor, ...]) -> list[TokenRows]:
 def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> Plan:
     info = family.architecture
     shape = (len(family.names), info.num_layers, info.num_experts)
-    everywhere = [np.array(text, dtype=object) for text in (base, merge, delta)]
-    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", *everywhere)
+    base_, merge_, delta_ = (np.array(text, dtype=object) for text in (base, merge, delta))
+    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", base_, merge_, delta_)
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"])

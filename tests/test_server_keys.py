@@ -81,6 +81,12 @@ def test_who_gets_in(server: ThreadServer, keys: dict[str, str]) -> None:
             assert ask(server, secret, path).status_code == status
 
 
+def test_the_dashboard_shows_all_tenants_and_so_opens_for_none(server: ThreadServer, keys: dict[str, str]) -> None:
+    for secret, status in (("common", 200), ("root", 200), (keys["all"], 401), ("x", 401)):
+        for path in ("/ui/about", "/ui/bundle"):
+            assert ask(server, secret, path).status_code == status, path
+
+
 def test_a_key_sees_its_variants_only(server: ThreadServer, keys: dict[str, str]) -> None:
     seen = ask(server, keys["one"], "/v1/models").json()["data"]
     assert [card["id"] for card in seen] == ["v1"]

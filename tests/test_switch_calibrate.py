@@ -74,8 +74,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> Plan:
     shape = (len(family.names), family.architecture.num_layers, 4)
-    everywhere = [np.array(text, dtype=object) for text in (base, merge, delta)]
-    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", *everywhere)
+    base_, merge_, delta_ = (np.array(text, dtype=object) for text in (base, merge, delta))
+    return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", base_, merge_, delta_)
 
 
 @torch.no_grad()

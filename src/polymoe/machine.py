@@ -18,11 +18,10 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     cpu = _field(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
-    total = _field(Path("/proc/meminfo"), r"MemTotal:\s*(\d+) kB")
     return {
         "cpu": cpu,
         "cores": len(available_cores()),
-        "memory_bytes": None if total is None else int(total) * 1024,
+        "memory_bytes": total_memory(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "polymoe")},
@@ -34,6 +33,12 @@ def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has."""
+    found = _field(Path("/proc/meminfo"), r"MemTotal:\s*(\d+) kB")
+    return None if found is None else int(found) * 1024
 
 
 def available_memory() -> int | None:

@@ -66,6 +66,7 @@ class Document:
         self.title = title
         self.parts: list[str | Table] = []
         self._markdown = [f"# {title}", ""]
+        self.sections: list[dict[str, Any]] = []  # the same, as a page has it
 
     def table(
         self, title: str, columns: Sequence[Column], results: Mapping[str, Result], first: str = "system"
@@ -80,12 +81,27 @@ class Document:
         for row in rows:
             table.add_row(*row)
         self.parts.append(table)
+        self.sections.append({"kind": "table", "title": title, "columns": [*header], "rows": [[*row] for row in rows]})
         lines = [" | ".join(cells) for cells in (header, ["---", *["--:"] * (len(header) - 1)], *rows)]
         self._markdown += [f"**{title}**", "", *(f"| {line} |" for line in lines), ""]
 
     def say(self, text: str) -> None:
         self.parts.append(text)
+        self.sections.append({"kind": "text", "text": text})
         self._markdown += [text, ""]
+
+    def bars(self, title: str, systems: Mapping[str, Result]) -> None:
+        """Tokens a second as a picture; on the console the tables say it."""
+        bars = [
+            {
+                "name": name,
+                "value": r["output_tokens_per_s"],
+                "low": r["output_tokens_per_s_min"],
+                "high": r["output_tokens_per_s_max"],
+            }
+            for name, r in systems.items()
+        ]
+        self.sections.append({"kind": "bars", "title": title, "unit": "tok/s", "bars": bars})
 
     def print(self, console: Console) -> None:
         for part in self.parts:
@@ -119,6 +135,7 @@ def throughput_report(results: dict[str, Any]) -> Document:
     if ratios:
         named = {id(r): ratios.get(f"{name}/single", 1.0) for name, r in results["systems"].items()}
         columns.insert(1, ("÷ single", lambda r: f"{named[id(r)]:.3f}"))
+    document.bars("Output tokens a second", results["systems"])
     document.table("Throughput", columns, results["systems"])
     document.table("Latency", _LATENCY + _GOOD, results["systems"])
     document.table("Work beside computing", _WORK, results["systems"])
@@ -168,6 +185,7 @@ def qos_report(results: dict[str, Any]) -> Document:
         document.say(f"At {name} tokens `single` saturates at {rate:.3g} requests a second.")
     for point in results["rates"]:
         where = _point_name(point)
+        document.bars(where, point["systems"])
         document.table(where, _SPEED + _LATENCY, point["systems"])
         document.table(f"{where}: the rest", _GOOD + _OPEN + _WORK, point["systems"])
         if "flood" in point:

@@ -89,6 +89,14 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
     fidelity: Fidelity | None = None  # None until measured
 
 
+class DialPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What so many bytes would buy, as the planner expected when it had the family before it."""
+
+    expert_bytes: int  # bases and deltas
+    kl: float  # nats a token, mean of the variants
+    top1: float  # share of tokens, likewise
+
+
 class FileRecord(msgspec.Struct, frozen=True):
     """One file of the bundle, path relative to it."""
 
@@ -143,6 +151,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_expert_parameter: float  # bytes of bases and deltas over one model's expert parameters
     files: list[FileRecord]  # all but this one
     levels: Literal["grid", "free"] = "free"  # of the formats with a table; old bundles name none
+    dial: list[DialPoint] = []  # by bytes; empty where the policy predicts nothing
+    position_errors: list[list[float]] = []  # [L][E] nats a token, mean of the variants; empty likewise
     digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polymoe.cache_folder import VARIABLE, writable_cache
+from polymoe.cli.report import Report, check_report, write_report
 from polymoe.config import parse_bytes
 from polymoe.console import Console
 from polymoe.errors import PolymoeError
@@ -132,6 +133,7 @@ def throughput(
     variants: Annotated[
         str, typer.Option(help="variants of the random family; several numbers (1,4,16,64) measure how speed grows")
     ] = "4",
+    report: Report = None,
 ) -> None:
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
     from polymoe.bench.growth import Growth, run_growth
@@ -150,17 +152,24 @@ def throughput(
         systems=common.chosen_systems(), lengths=Lengths(input_tokens, output_tokens), in_flight=common.requests,
         total=common.requests if total is None else total, repeats=repeats, seed=common.seed, slo=common.slo(),
     )  # fmt: skip
+    check_report(report)
     folder = output_folder(common.out)  # before hours of work
     builders = {count: common.builder(count) for count in counts}
     if len(counts) > 1:
         results = asyncio.run(run_growth(Growth(plan, builders), console))
         growth_plot(results["points"], folder / "growth.png")
-        finish(growth_report(results), results, folder / "growth", console)
+        document = growth_report(results)
+        if report is not None:
+            write_report(report, document.title, document.sections, console)
+        finish(document, results, folder / "growth", console)
         return
     builder = builders[counts[0]]
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
-    finish(throughput_report(results), results, folder / "throughput", console)
+    document = throughput_report(results)
+    if report is not None:
+        write_report(report, document.title, document.sections, console)
+    finish(document, results, folder / "throughput", console)
 
 
 @_benchmark
@@ -181,6 +190,7 @@ def qos(
     ] = None,
     repeats: Repeats = 3,
     variants: Annotated[int, typer.Option(min=1, help="variants of the random family")] = 4,
+    report: Report = None,
 ) -> None:
     """Open loop: Poisson arrivals for each variant, or a trace; latencies and goodput at each rate."""
     from polymoe.bench.plots import latency_plot, rate_plot
@@ -194,13 +204,17 @@ def qos(
         duration=duration, drain=drain, repeats=repeats, in_flight=common.requests, seed=common.seed, slo=common.slo(),
         trace=trace, flood=None if flood is None else _flood(flood),
     )  # fmt: skip
+    check_report(report)
     folder = output_folder(common.out)  # before hours of work
     builder = common.builder(variants)
     results = asyncio.run(run_qos(plan, builder, console))
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")
     latency_plot(results["rates"], folder / "qos-latency.png")
-    finish(qos_report(results), results, folder / "qos", console)
+    document = qos_report(results)
+    if report is not None:
+        write_report(report, document.title, document.sections, console)
+    finish(document, results, folder / "qos", console)
 
 
 def _counts(text: str) -> list[int]:

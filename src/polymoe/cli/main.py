@@ -16,7 +16,9 @@ from polymoe.bundle.manifest import read_manifest
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
 from polymoe.cli.keys import app as keys_app
-from polymoe.cli.options import PLAN, SERVE, some, takes
+from polymoe.cli.options import PLAN, SERVE, Specs, Text, some, takes
+from polymoe.cli.report import Report, bundle_section, check_report, distance_section, eval_sections, write_report
+from polymoe.cli.top import top
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
@@ -37,18 +39,8 @@ app = typer.Typer(
 app.add_typer(bench)
 app.add_typer(cache_app)
 app.add_typer(keys_app)
+app.command()(top)
 console = Console()
-
-Specs = Annotated[
-    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
-]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="VARIANT=FILE",
-        help="held-out text, as for --calibrate: measure at the end what a variant lost, and record it",
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,14 +64,18 @@ def inspect(
         list[str], typer.Argument(metavar="BUNDLE | NAME=PATH…", help="a bundle, or checkpoints to compare")
     ],
     png: Annotated[Path | None, typer.Option(help="where to write the heat map; default distances.png")] = None,
+    report: Report = None,
 ) -> None:
     """Show a bundle (bytes, formats, fidelity), or compare checkpoints expert by expert, with a heat map."""
     from polymoe.offline import api
 
+    check_report(report)
     if len(sources) == 1 and "=" not in sources[0]:
         if png is not None:
             raise PolymoeError("--png draws the distances of checkpoints; give them as NAME=PATH….")
         api.inspect_bundle(sources[0], console)
+        if report is not None:
+            write_report(report, f"Bundle {Path(sources[0]).resolve().name}", [bundle_section(sources[0])], console)
         return
     picture = Path("distances.png") if png is None else png
     try:
@@ -88,9 +84,11 @@ def inspect(
         if png is not None:
             raise
         warn(console, f"{error} There will be no heat map; name a file for it with --png.")
-        api.inspect(sources, None, console)
+        scan = api.inspect(sources, None, console)
     else:
-        api.inspect(sources, picture, console)
+        scan = api.inspect(sources, picture, console)
+    if report is not None:
+        write_report(report, f"Distances of {', '.join(scan.variant_names)}", [distance_section(scan)], console)
 
 
 @app.command()
@@ -100,6 +98,7 @@ def plan(
     out: Annotated[Path, typer.Option(help="folder of the new bundle")],
     settings: Settings,
     text: Text = None,
+    report: Report = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -111,6 +110,7 @@ def plan(
     from polymoe.bundle.reader import Bundle
     from polymoe.offline.api import make_plan
 
+    check_report(report)
     options = PlanOptions(**settings.of(PlanOptions), accept_unrelated=force)
     texts = pairs(text or [], "--text")
     checkpoints, samples = _samples(specs, texts)  # what is wrong with a text is said before minutes of planning
@@ -120,11 +120,15 @@ def plan(
 
     if not texts:
         make(options, force)
-        return
-    from polymoe.evaluate.record import measure_and_record
-    from polymoe.evaluate.target import meet_target
+    else:
+        from polymoe.evaluate.record import measure_and_record
+        from polymoe.evaluate.target import meet_target
 
-    meet_target(make, lambda b: measure_and_record(b, checkpoints, texts, samples, console), options, force, console)
+        meet_target(
+            make, lambda b: measure_and_record(b, checkpoints, texts, samples, console), options, force, console
+        )
+    if report is not None:
+        write_report(report, f"Plan {out.name}", [bundle_section(out)], console)
 
 
 @app.command()
@@ -236,17 +240,21 @@ def evaluate(
     window: Annotated[int | None, typer.Option(min=2, help="tokens a window of text; default 256")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="windows or pairs a variant; default all")] = None,
     batch: Annotated[int, typer.Option(min=1, help="windows or pairs a pass")] = 8,
+    report: Report = None,
 ) -> None:
     """Measure how close each served variant is to its original: KL, top-1 agreement, perplexities, bytes."""
     say_if_missing()
     read_manifest(bundle.expanduser())
     from polymoe.evaluate.report import run_eval
 
+    check_report(report)
     config = EngineConfig(
         bundle=str(bundle), **settings.of(EngineConfig), enable_prefix_caching=False, max_num_seqs=batch
     )
-    report = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
-    print(json.dumps(report))
+    found = run_eval(config, pairs(text, "--text"), pairs(original or [], "--original"), window, limit, batch, console)
+    if report is not None:
+        write_report(report, f"Fidelity of {bundle.name}", [*eval_sections(found), bundle_section(bundle)], console)
+    print(json.dumps(found))
 
 
 @app.command()

@@ -17,6 +17,16 @@ from polymoe.server.settings import ServerSettings
 SERVE = (*options_of(ServerSettings), *options_of(PlanConfig), *options_of(EngineConfig))
 PLAN = (*options_of(PlanConfig), *options_of(PlanOptions))
 Command = Callable[..., None]
+Specs = Annotated[
+    list[str], typer.Argument(metavar="NAME=PATH…", help="a directory, or org/model[@revision] on the Hub")
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="VARIANT=FILE",
+        help="held-out text, as for --calibrate: measure at the end what a variant lost, and record it",
+    ),
+]
 
 
 def some(fields: tuple[Field, ...], keys: str, **defaults: Any) -> tuple[Field, ...]:

@@ -238,14 +238,14 @@ class AsyncEngineClient:
             stream.fail(error)
             stream.close()
 
-    async def stats(self) -> EngineStats:
-        """Raises `EngineDeadError`. A busy engine answers between two steps."""
+    async def stats(self, routing: bool = False) -> EngineStats:
+        """Raises `EngineDeadError`. A busy engine answers between two steps. `routing`: see `GetStats`."""
         self._check_alive()
         if not self._streams and not self._stats_waiters:
             self.last_progress = time.monotonic()  # as in `submit`
         waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
-        self._send(GetStats())
+        self._send(GetStats(routing))
         return await waiter
 
     async def _beat(self) -> None:

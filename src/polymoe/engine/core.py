@@ -21,6 +21,7 @@ from polymoe.engine.scheduling.step_plan import LaunchedStep
 from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
 from polymoe.engine.variant_info import variant_info
 from polymoe.errors import ConfigError, RequestError
+from polymoe.machine import total_memory
 from polymoe.model.backends.base import Backend
 from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
@@ -149,6 +150,8 @@ class EngineCore:
             device=str(self.device),
             dtype=name,
             fast_paths=self.model.fast_paths,
+            device_bytes=total_memory() if facts is None else facts.total_bytes,
+            workspace_bytes=0 if self.memory_plan is None else self.memory_plan.workspace,
         )
         self.grammars = GrammarCompiler(self.info.variants, max(sizes))
 
@@ -280,7 +283,8 @@ class EngineCore:
             for item in scheduled:
                 self.blocks.release(item.block_ids)
 
-    def stats(self) -> EngineStats:
+    def stats(self, routing: bool = False) -> EngineStats:
+        """Counters and gauges; `routing`: with what was routed since that was last asked for."""
         num = len(self.info.variants)
         waiting = [*self.scheduler.waiting, *self.scheduler.held]
         reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
@@ -301,6 +305,7 @@ class EngineCore:
             expert_host_bytes=tier.host_bytes,
             expert_fetch_seconds=tier.seconds,
             resident_bytes=self.model.resident_bytes,
+            routing=self.model.pool.routing_counts.take() if routing else None,
         )
 
     def check_integrity(self) -> None:

@@ -118,8 +118,8 @@ def _obey(core: EngineCore, channel: Channel, command: Command) -> None:
                 channel.send(Accepted(submission))
         case Abort(request_ids):
             core.abort(request_ids)
-        case GetStats():
-            channel.send(Stats(core.stats()))
+        case GetStats(routing):
+            channel.send(Stats(core.stats(routing)))
 
 
 def main(make_core: MakeCore = EngineCore) -> int:

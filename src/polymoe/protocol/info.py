@@ -75,6 +75,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
+    device_bytes: int | None = None  # all of the device's memory; None: not known
+    workspace_bytes: int = 0  # kept free on a GPU for what a step computes
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,3 +98,5 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     expert_host_bytes: int
     expert_fetch_seconds: float
     resident_bytes: dict[str, int]
+    # Tokens routed since they were last asked for, of a part of the steps: little-endian uint32 [V, L, E].
+    routing: bytes | None = None

@@ -45,7 +45,9 @@ class Abort(Message, frozen=True):
 
 
 class GetStats(Message, frozen=True):
-    pass
+    """`routing`: with the counts of routed tokens, which are taken only while they are asked for."""
+
+    routing: bool = False
 
 
 class Shutdown(Message, frozen=True):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
@@ -37,6 +38,7 @@ from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse, unless_gone
 from polymoe.server.tenants import Keyring, tenant_of
+from polymoe.server.ui_routes import add_ui
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
 _STATS_TIMEOUT = 2.0
@@ -49,7 +51,14 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     """
     # The interactive pages load scripts from other servers; /openapi.json is all that tools need. A redirect would be
     # built from the Host header, which anybody can set.
-    app = FastAPI(title="polymoe", version=version("polymoe"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="polymoe",
+        version=version("polymoe"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
     app.router.route_class = JsonRoute
     app.state.server = ServerState(client, settings)
     client.heartbeat_every = min(client.heartbeat_every, settings.heartbeat_timeout / 4)
@@ -74,6 +83,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         )
     app.add_middleware(LastResortMiddleware, state=app.state.server)
     _add_routes(app)
+    add_ui(app)
     schema = document(app, keys.is_needed)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     for route in app.routes:
@@ -81,6 +91,14 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         if methods is not None and "GET" in methods:
             methods.add("HEAD")  # now, so that the document does not have everything twice
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    snapshots = app.state.server.snapshots
+    snapshots.start()
+    yield
+    await snapshots.stop()
 
 
 def _add_routes(app: FastAPI) -> None:

@@ -13,6 +13,7 @@ from polymoe.protocol.request import SamplingParams
 from polymoe.server.answers import answer_format, opened
 from polymoe.server.metrics import RequestTimer
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
+from polymoe.server.request_log import RecordedRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat, Format
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect, unless_gone
@@ -119,22 +120,32 @@ async def _answer(
             raise
     tenant = tenant_of(request.scope)
     salt, qos = body.cache_salt or "", body.qos
+    if tenant is not None:
+        salt, qos = tenant.salt(salt), tenant.qos(qos)
     num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+    entry = state.requests.open(
+        id=request_id, variant=body.model, version=state.client.processor.variant(body.model).version,
+        tenant=qos.tenant, kind="chat" if isinstance(body, ChatCompletionRequest) else "completion",
+        prompt_tokens=num_prompt_tokens, prompt=_shown(state, body.model, prompts),
+    )  # fmt: skip
+    record = RecordedRequest(state.requests, entry, arrival)
     begun = False
     try:
         if tenant is not None:
-            salt, qos = tenant.salt(salt), tenant.qos(qos)
             tenant.begin(num_prompt_tokens)
             begun = True
         stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=salt, qos=qos)
     except BaseException as error:
         if tenant is not None and begun:
             tenant.end()
+        record.close(f"{type(error).__name__}: {error}")
+        state.metrics.recent.error(body.model)
         if isinstance(error, OverloadedError):
             state.metrics.rejected.labels(body.model).inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
-    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, len(prompts) * sampling.n, tenant)
+    num_sequences = len(prompts) * sampling.n
+    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, num_sequences, record, tenant)
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)
@@ -150,3 +161,14 @@ def truncated(
     if most == -1:
         most = variant.most_prompt_tokens(max_tokens)
     return token_ids[-most:]
+
+
+def _shown(state: ServerState, variant: str, prompts: list[Prompt]) -> str | None:
+    """The first prompt's text, where the operator wants to see it."""
+    if not state.settings.log_prompts:
+        return None
+    text, token_ids = prompts[0]
+    tokenizer = state.client.processor.tokenizer(variant)
+    if text is None and tokenizer is not None:
+        text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return text

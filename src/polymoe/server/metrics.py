@@ -9,6 +9,8 @@ from prometheus_client.registry import Collector
 
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.server.recent import Recent
+from polymoe.server.request_log import RecordedRequest
 from polymoe.server.tenants import Tenant
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -22,6 +24,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector()
+        self.recent = Recent()
         self._registry.register(self._engine)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -75,28 +78,31 @@ class RequestTimer:
 
     def __init__(
         self, metrics: Metrics, variant: str, arrival: float, num_prompt_tokens: int, num_sequences: int,
-        tenant: Tenant | None = None,
+        record: RecordedRequest, tenant: Tenant | None = None,
     ) -> None:  # fmt: skip
         self._metrics, self._tenant = metrics, tenant
         self._variant = variant
         self._arrival = arrival  # time.monotonic()
         self._open = num_sequences
         self._last: dict[tuple[int, int], float] = {}  # (prompt, which of its n) -> time of its last token
+        self._record = record
         metrics.prompt_tokens.labels(variant).inc(num_prompt_tokens)
+        metrics.recent.prompt(variant, num_prompt_tokens)
 
     def observe(self, chunks: Sequence[CompletionChunk]) -> None:
         now = time.monotonic()
         metrics, variant = self._metrics, self._variant
+        self._record.observe(chunks)
         for chunk in chunks:
             key = (chunk.prompt_index, chunk.index)
             if chunk.token_ids:
                 metrics.generation_tokens.labels(variant).inc(len(chunk.token_ids))
                 if self._tenant is not None:
                     self._tenant.charge(len(chunk.token_ids))
-                if key in self._last:
-                    metrics.between_tokens.labels(variant).observe(now - self._last[key])
-                else:
-                    metrics.first_token.labels(variant).observe(now - self._arrival)
+                first = key not in self._last
+                latency = now - (self._arrival if first else self._last[key])
+                (metrics.first_token if first else metrics.between_tokens).labels(variant).observe(latency)
+                metrics.recent.token(variant, len(chunk.token_ids), latency, first)
                 self._last[key] = now
             if chunk.finish_reason is not None:
                 self._open -= 1
@@ -108,8 +114,11 @@ class RequestTimer:
                 ):
                     histogram.labels(variant).observe(seconds)
 
-    def close(self) -> None:
-        """Sequences that did not end by themselves were aborted. Idempotent."""
+    def close(self, error: str | None = None) -> None:
+        """Sequences that did not end by themselves were aborted, or failed with `error`. Idempotent."""
+        self._record.close(error)
+        if self._open:
+            self._metrics.recent.error(self._variant)
         self._metrics.success.labels(self._variant, "abort").inc(self._open)
         self._open = 0
         if self._tenant is not None:

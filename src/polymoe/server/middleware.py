@@ -13,12 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polymoe.errors import OverloadedError
 from polymoe.server.errors import AuthenticationError, UnavailableError, error_response
 from polymoe.server.state import ServerState
-from polymoe.server.tenants import Keyring
+from polymoe.server.tenants import Keyring, tenant_of
 
 logger = logging.getLogger(__name__)
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
 OPEN_PATHS = frozenset({"/health", "/ready"})
-_WATCHING = OPEN_PATHS | {"/metrics"}  # goes on while the server drains
+# The dashboard's page and its files: there the key is asked for, with which it gets the data.
+_OPEN_PAGES = frozenset({"/", "/ui"})
+_OPEN_FOLDER = "/ui/assets/"
+# Of all tenants' requests: the server's own key or the administrator's opens it, no tenant's.
+_DASHBOARD = "/ui/"
+_WATCHING = OPEN_PATHS | _OPEN_PAGES | {"/metrics"}  # goes on while the server drains, as the dashboard does
 # Of a body, bytes that count nothing together with others: ordinary requests go on beside a flood of large ones.
 _SMALL_BODY = 64 << 10
 
@@ -33,7 +38,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
+        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._allowed(scope):
             error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
@@ -48,8 +53,17 @@ class ApiKeyMiddleware:
             return False
         key = key.lstrip(b" ")
         if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
-            return self._admin_key is not None and hmac.compare_digest(key, self._admin_key)
+            return self._is_admin(key)
+        if scope["path"].startswith(_DASHBOARD):
+            return self._is_admin(key) or (self._keys.admits(scope, key) and tenant_of(scope) is None)
         return self._keys.admits(scope, key)
+
+    def _is_admin(self, key: bytes) -> bool:
+        return self._admin_key is not None and hmac.compare_digest(key, self._admin_key)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
 
 
 class BodyLimitMiddleware:
@@ -129,7 +143,7 @@ class LastResortMiddleware:
             started = True
             await send(message)
 
-        counts = scope["path"] not in _WATCHING
+        counts = scope["path"] not in _WATCHING and not scope["path"].startswith(_DASHBOARD)
         self._state.in_flight += counts
         try:
             await self._app(scope, receive, watched)

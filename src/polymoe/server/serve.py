@@ -19,6 +19,7 @@ from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
 from polymoe.console import Console, DescriptionColumn
 from polymoe.errors import ConfigError
+from polymoe.progress import say_stage
 from polymoe.server.app import create_app
 from polymoe.server.connection import ACCEPTED_AT_ONCE, Connection, ConnectionLimits
 from polymoe.server.errors import UnavailableError
@@ -225,7 +226,17 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
 
 @contextlib.contextmanager
 def _progress_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """One bar a stage."""
+    """One bar a stage; where there is no terminal, one line a stage that took a while."""
+    if not console.is_terminal:
+        started: dict[str, float] = {}
+
+        def say(stage: str, fraction: float) -> None:
+            began = started.setdefault(stage, time.monotonic())
+            if fraction >= 1:
+                say_stage(console, stage, time.monotonic() - began)
+
+        yield say
+        return
     columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as progress:

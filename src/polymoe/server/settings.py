@@ -96,6 +96,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
             name="tool_parser", metavar="NAME=FORMAT", check=_check_parsers,
         ),
     ] = ()  # fmt: skip
+    log_prompts: Annotated[bool, Option("keep the text of the last requests' prompts for the dashboard's list")] = False
     max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
     max_body_bytes_together: Annotated[
         int, Option("of large requests that are arriving or being read", flag=False, at_least=1)

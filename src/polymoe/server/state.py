@@ -7,7 +7,9 @@ from polymoe.client.client import AsyncEngineClient
 from polymoe.server.encoding import Encoder
 from polymoe.server.errors import UnavailableError
 from polymoe.server.metrics import Metrics
+from polymoe.server.request_log import RequestLog
 from polymoe.server.settings import ServerSettings
+from polymoe.server.snapshots import Snapshots
 
 
 @dataclass
@@ -17,10 +19,14 @@ class ServerState:
     metrics: Metrics = field(default_factory=Metrics)
     encoder: Encoder = field(default_factory=Encoder)
     in_flight: int = 0  # requests whose answer is not complete, but for those of probes and scrapes
+    requests: RequestLog = field(default_factory=RequestLog)
     draining: bool = False
     preparing: bool = False  # the engine may be ready, the server is not
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(self)
 
     def set_progress(self, stage: str, fraction: float) -> None:
         self.progress = (stage, fraction)

@@ -53,18 +53,19 @@ class EventStream(Response):
         self._stream = stream
         self._form = form
         self._timer = timer
+        self._error: str | None = None
         # Proxies must not collect events, and nobody may keep them.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
         sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(_disconnected(receive))
+        watcher = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._stream.close()
-            self._timer.close()
+            self._timer.close(self._error)
             for task in (sender, watcher):
                 task.cancel()
             await asyncio.gather(sender, watcher, return_exceptions=True)
@@ -90,6 +91,7 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, PolymoeError):
                 logger.exception("A stream failed.")
+            self._error = type(error).__name__ + f": {error}"
             yield b"data: " + bytes(error_response(error).body) + b"\n\n"
         yield _DONE
 
@@ -102,7 +104,8 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
             timer.observe(chunks)
 
     runner = asyncio.create_task(run())
-    watcher = asyncio.create_task(_disconnected(request.receive))
+    watcher = asyncio.create_task(disconnected(request.receive))
+    failure: str | None = None
     try:
         await asyncio.wait({runner, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not runner.done():
@@ -111,9 +114,12 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
         if any(output.finish_reason == "error" for result in stream.results.values() for output in result.outputs):
             raise NoProbabilitiesError(form.model)
         return JsonResponse(form.whole(stream.results))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
     finally:
         stream.close()
-        timer.close()
+        timer.close(failure)
         for task in (runner, watcher):
             task.cancel()
         await asyncio.gather(runner, watcher, return_exceptions=True)
@@ -122,7 +128,7 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives; it is cancelled when the client disconnects. Raises `ClientGoneError` then."""
     runner = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(request.receive))
+    watcher = asyncio.create_task(disconnected(request.receive))
     try:
         await asyncio.wait({runner, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not runner.done():
@@ -138,6 +144,7 @@ def _event(chunk: object) -> bytes:
     return b"data: " + _encode(chunk) + b"\n\n"
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

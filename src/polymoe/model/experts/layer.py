@@ -9,6 +9,7 @@ from polymoe.model.backends.base import Backend, ExpertLayer, PreparedExperts, R
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.experts.cache import ExpertCache, Weights
 from polymoe.model.experts.mapped_layer import MappedLayer
+from polymoe.model.experts.routing_counts import RoutingCounts
 from polymoe.protocol.fast_path import FastPath
 
 
@@ -31,9 +32,10 @@ class LayerExperts:
         delta: torch.Tensor | None = None,
         sign: torch.Tensor | None = None,
         transposed: bool = False,
+        counts: RoutingCounts | None = None,
     ) -> None:
         self.layer, self.table, self.resident, self.cache, self.context = layer, table, resident, cache, ctx
-        self.transposed = transposed
+        self.transposed, self.counts = transposed, counts
         self.compressed, self.delta, self.sign = compressed, delta, sign
         self.num_absent = max(0, -int(table.min()))  # host experts of the layer
         self.all_resident = self.num_absent == 0
@@ -63,6 +65,8 @@ class LayerExperts:
         """The layer's experts for `hidden [T, H]` with each variant's own routing `[T, K]`."""
         batch = self.context.batch
         routed = Routed(batch.segments(hidden.shape[0]).token_variant, top_k_index, top_k_weights)
+        if self.counts is not None and self.counts.counting:
+            self.counts.count(self.layer, routed)
         if self.mapped is not None and batch.is_decode:
             return self.mapped.compute(hidden, routed)
         return self.compute(hidden, routed)

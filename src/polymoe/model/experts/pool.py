@@ -15,6 +15,7 @@ from polymoe.model.backends.context import ForwardContext
 from polymoe.model.experts.cache import ExpertCache
 from polymoe.model.experts.layer import LayerExperts
 from polymoe.model.experts.mapped import MappedExperts, map_experts
+from polymoe.model.experts.routing_counts import RoutingCounts
 from polymoe.model.experts.store import ExpertStore, load_packed, load_tensor
 from polymoe.model.experts.tier_measure import measure_tier_costs
 from polymoe.model.transfer.staging import Staging
@@ -49,6 +50,7 @@ class ExpertPool:
         self.table = table.to(device)
         self.delta = None if store.delta is None else store.delta.to(device)
         self.sign = None if store.sign is None else store.sign.to(device)
+        self.routing_counts = RoutingCounts(table.shape, device)
         costs = None
         if device.type == "cuda" and bool((table < 0).any()):
             costs = measure_tier_costs(device, dtype, [tuple(shape) for shape in store.packed_shapes.values()])
@@ -64,7 +66,7 @@ class ExpertPool:
             delta, sign = (None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign))
             own = LayerExperts(
                 layer, self.table[:, layer], resident, self.cache, context, compressed, delta, sign,
-                transposed and not turned,
+                transposed and not turned, self.routing_counts,
             )  # fmt: skip
             self.layers.append(own)
             store.drop_pages()
@@ -80,6 +82,7 @@ class ExpertPool:
 
     def after_step(self) -> None:
         """Between two steps; waits for nothing."""
+        self.routing_counts.after_step()
         if self.mapped is not None:
             self.mapped.after_step()
 

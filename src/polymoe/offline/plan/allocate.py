@@ -15,6 +15,7 @@ from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
 from polymoe.offline.plan.correction import NO_DELTA, Correction, correction
+from polymoe.offline.plan.dial import dial
 from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
 from polymoe.offline.plan.merge import exact_delta_bytes
 from polymoe.offline.plan.options import PlanOptions
@@ -81,7 +82,8 @@ def auto_plan(
         assert budget_bytes is not None
         _check_minimum(choices, budget_bytes, beside, scan)
         chosen = choices.best(budget_bytes, trusted=on_text)
-    return _plan(choices, chosen, scan, "mean" if calibration is None else "regmean")
+    plan = _plan(choices, chosen, scan, "mean" if calibration is None else "regmean")
+    return replace(plan, dial=dial(choices, errors.top1_per_root_kl, trusted=on_text))
 
 
 def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, console: Console | None) -> None:
@@ -203,5 +205,9 @@ def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> P
         base[layer, expert], delta[layer, expert] = STORED if one.base == HOST else one.base, one.delta
         merges[layer, expert] = "own" if one.merge == "own" else merge
     error = choices.total(chosen)[1]
-    plan = Plan("auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_error=error)
+    by_position = choices.error[np.arange(len(chosen)), chosen].mean(axis=1).reshape(num_layers, num_experts)
+    plan = Plan(
+        "auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_error=error,
+        position_error=by_position,
+    )  # fmt: skip
     return plan.with_shared_deltas(same_as)

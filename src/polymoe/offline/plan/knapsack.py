@@ -79,6 +79,11 @@ class Choices:
         ways = [knapsack, *starts[:1]] if trusted else starts or [knapsack]
         return min(map(self._bounded, ways), key=self._rank)
 
+    def quick(self, budget: int, weights: FloatArray, trusted: bool) -> IntArray:
+        """int [P]: about what `best` would give, without bounding the worst variant."""
+        starts = [] if trusted else self._starts(budget)[:1]
+        return self.climb(starts[0], budget, weights) if starts else self.solve(budget, weights)
+
     def _starts(self, budget: int) -> list[IntArray]:
         """The best uniform answers within the budget, by predicted error."""
         within = [chosen for chosen in self.uniform.values() if self.total(chosen)[0] <= budget]

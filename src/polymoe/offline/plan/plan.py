@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from polymoe.bundle.manifest import DialPoint
 from polymoe.errors import PlanError
 from polymoe.offline.plan.correction import NO_DELTA, correction
 from polymoe.quant import formats
@@ -45,6 +46,7 @@ class Plan:
     delta_owner: int [V, L, E], the variant whose delta v uses, −1 for none. Default: everyone has an own one, but not
         where it is zero (the owner of a base stored as it is).
     predicted_error: float [V], nats a token; None when it was not predicted.
+    position_error: float [L, E], its parts, mean of the variants; dial: what other budgets would buy. Likewise.
 
     The fields [L, E] may be given as anything that broadcasts to that shape.
     """
@@ -58,6 +60,8 @@ class Plan:
     delta: StrArray = NO_DELTA  # type: ignore[assignment]
     delta_owner: IntArray = None  # type: ignore[assignment]
     predicted_error: NDArray[np.float64] | None = None
+    position_error: NDArray[np.float64] | None = None
+    dial: tuple[DialPoint, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("base", "merge", "delta"):

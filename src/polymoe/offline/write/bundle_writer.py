@@ -219,6 +219,7 @@ class _Writer:
         base_bytes, delta_bytes = self.layers.base_bytes, self.layers.delta_bytes
         planned = self.base_bytes, self.delta_bytes
         same = base_bytes == planned[0] and (self.layout.has_lossless_deltas or delta_bytes == planned[1])
+        errors = self.plan.position_error
         assert same, f"{base_bytes} + {delta_bytes} bytes were written, {planned[0]} + {planned[1]} planned"
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -248,6 +249,8 @@ class _Writer:
             host_bytes=self.host_bytes,
             bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
             files=self.files,
+            dial=list(self.plan.dial),
+            position_errors=[] if errors is None else [[float(f"{e:.3g}") for e in layer] for layer in errors],
         )
 
 
