@@ -108,7 +108,7 @@ def test_there_is_one_door_to_the_terminal() -> None:
         if path.name != "console.py":
             assert "rich.console" not in source, path
             assert "TextColumn" not in source, path
-        assert not re.search(r"\[(bold|red|yellow|green)\b[^\]\n]*\]|\[/\w*\]", source), path
+        assert not re.search(r"\[(bold|red|yellow|green)\b[^\]\n]*\]|\[/[a-z]*\]", source), path
 
 
 def test_prompts_and_answers_with_brackets(bundle: Path, run: Callable[..., Result]) -> None:

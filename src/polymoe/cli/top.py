@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -24,11 +25,11 @@ Snapshot = dict[str, Any]
 
 def top(
     url: Annotated[str, typer.Option(help="of the running server")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="POLYMOE_API_KEY", help="the server's key")] = None,
     once: Annotated[bool, typer.Option("--once", help="show the next second and end")] = False,
 ) -> None:
-    """Watch a running server: requests, tokens a second and latencies of each variant, every second."""
-    run_top(url, api_key, once, Console())
+    """Watch a running server: requests, tokens a second and latencies of each variant, every second. The server's key,
+    if it has one, comes from $POLYMOE_API_KEY: command lines are seen by everybody."""
+    run_top(url, os.environ.get("POLYMOE_API_KEY"), once, Console())
 
 
 def run_top(url: str, api_key: str | None, once: bool, console: Console) -> None:
@@ -64,7 +65,7 @@ def snapshots(url: str, api_key: str | None) -> Generator[Snapshot, None, None]:
         raise PolymoeError(f"the server at {url} has stopped.")
     except urllib.error.HTTPError as error:
         if error.code == 401:
-            raise PolymoeError("the server wants a key: give it with --api-key or in $POLYMOE_API_KEY.") from error
+            raise PolymoeError("the server wants a key: give it in $POLYMOE_API_KEY.") from error
         raise PolymoeError(f"{url} answers {error.code}; is it a polymoe server of this version?") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise PolymoeError(

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from polymoe.errors import RequestError
@@ -92,17 +92,24 @@ class ChatMessage(Strict):
     unsupported = OF_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = Field(
+        None, validate_default=True
+    )
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
     reasoning: str | None = None
     reasoning_content: str | None = None  # its older name
 
+    @field_validator("content")
+    @classmethod
+    def check_content(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("missing", "only an assistant's message may be without content")
+        return content
+
     @model_validator(mode="after")
-    def check_content(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise RequestError(f"content of a {self.role} message must not be null.", param="messages")
+    def check_calls(self) -> "ChatMessage":
         if self.role != "assistant" and (self.tool_calls or self.thoughts):
             raise RequestError(
                 f"Only assistant messages have tool_calls and reasoning, not {self.role} ones.", param="messages"
