@@ -114,7 +114,7 @@ def _dense_mask(
 
 def _layer_of(module: Any) -> int:
     """The layer of the cache that a module's own code, or that of a part of it, uses."""
-    return next(part.layer_idx for part in module.modules() if hasattr(part, "layer_idx"))
+    return int(next(part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")))
 
 
 def argument_names(module: Any) -> list[str]:
@@ -130,10 +130,11 @@ def flat_call(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def attend_as_stock(module: torch.nn.Module) -> None:
     """Let attention inside `module` be transformers' plainest, with a mask: it sees the rows of one call only."""
+    part: Any
     for part in module.modules():
         config = getattr(part, "config", None)
         if config is not None and hasattr(config, "_attn_implementation_internal"):
-            part.config = copy.copy(config)  # type: ignore[assignment]
+            part.config = copy.copy(config)
             part.config._attn_implementation_internal = "eager"
 
 

@@ -68,16 +68,16 @@ class SequenceStates:
                 variant, _, last = next(spans)
             fresh = attention.seq_lens[i] == end - start
             alone = -1 if fresh or self._together else i
-            alike.setdefault((variant, end - start, fresh, alone), []).append(i)
+            alike.setdefault((variant, end - start, int(fresh), alone), []).append(i)
         groups = []
-        for (variant, length, fresh, _), members in alike.items():
+        for (variant, length, is_fresh, _), members in alike.items():
             starts = [bounds[i][0] for i in members]
             rows: slice | torch.Tensor = slice(starts[0], starts[0] + len(members) * length)
             if starts != list(range(starts[0], starts[0] + len(members) * length, length)):
                 rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
                 rows = rows.to(batch.tokens.token_variant.device)
             computed = attention.seq_lens[members[0]] - length
-            cache = self._take([keys[i] for i in members], bool(fresh))
+            cache = self._take([keys[i] for i in members], bool(is_fresh))
             groups.append(Group(variant, rows, (len(members), length), computed, cache))
         self.groups = tuple(groups)
         self._held = keys  # states of sequences that nobody keeps live as long as the pass

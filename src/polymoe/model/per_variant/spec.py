@@ -35,8 +35,8 @@ class TokenAxes:
             picked = x.index_select(self.tokens, rows)
         if self.batch is None:
             return picked
-        picked = picked.unflatten(self.tokens, shape).squeeze(self.batch)  # B now stands before the axis of tokens
-        return picked.movedim(self.tokens - 1, self.batch)
+        apart = torch.unflatten(picked, self.tokens, shape).squeeze(self.batch)  # B now stands before the tokens' axis
+        return apart.movedim(self.tokens - 1, self.batch)
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """The other way: what a call returned, as rows of a pass."""

@@ -8,6 +8,7 @@ One module of each kind is given made-up weights and a made-up sequence, and mus
 Stock code that forgets the cache when it is given several tokens is found out so, and given its tokens one by one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,17 +184,17 @@ def _made_up_weights(module: torch.nn.Module, initialise: Callable[[Any], object
 
     try:
         for part in module.modules():
-            buffers = [name for name, value in part._buffers.items() if value is not None and value.is_meta]
-            for name in buffers:
-                replace_by(part, part._buffers, name, torch.zeros_like(part._buffers[name], device="cpu"))
+            buffers = {name: value for name, value in part._buffers.items() if value is not None and value.is_meta}
+            for name, value in buffers.items():
+                replace_by(part, part._buffers, name, torch.zeros_like(value, device="cpu"))
             if buffers:
                 initialise(part)
             for name in buffers:
                 if not vars(part)[name].any():
                     vars(part)[name] = _noise(vars(part)[name], generator)
-            for name, value in list(part._parameters.items()):
-                if value is not None and value.is_meta:
-                    replace_by(part, part._parameters, name, _noise(value, generator))
+            for name, weight in list(part._parameters.items()):
+                if weight is not None and weight.is_meta:
+                    replace_by(part, part._parameters, name, _noise(weight, generator))
         yield
     finally:
         for part, holder, name, value in kept:
@@ -208,4 +209,5 @@ def _noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     strides = _STRIDES[: len(shape)][::-1]
     length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     inputs = torch.Size(shape[1:]).numel() if len(shape) > 1 else 4
-    return (torch.randn(length, generator=generator) * max(inputs, 1) ** -0.5).as_strided(shape, strides)
+    strip: torch.Tensor = torch.randn(length, generator=generator) / math.sqrt(max(inputs, 1))
+    return strip.as_strided(shape, strides)

@@ -13,7 +13,7 @@ tried as one that runs once for each variant, and so are all of its class: `modu
 the module around it is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,11 @@ from polymoe.model.attention.paged import AttentionLayer, check_attention_argume
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.per_variant.module import argument_names, attend_as_stock, flat_call
-from polymoe.model.per_variant.spec import MaskFunction, PerVariantSpec, TokenAxes
+from polymoe.model.per_variant.spec import PerVariantSpec, TokenAxes
+from polymoe.model.stock.asked_mask import AskedMask, ask_mask
+from polymoe.model.stock.choice import Choice
 from polymoe.model.stock.kind import kind_of
-from polymoe.model.stock.module_trial import Learned, ModuleTrial, NotPerVariantError
+from polymoe.model.stock.module_trial import Learned, ModuleTrial
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     build_skeleton,
@@ -38,7 +40,7 @@ from polymoe.model.stock.skeleton import (
     retie,
     set_weight,
 )
-from polymoe.model.stock.stateful import cache_argument, cache_factory, enclosing, stateful_modules
+from polymoe.model.stock.stateful import cache_argument, cache_factory, stateful_modules
 from polymoe.model.variants.variant_stack import VariantStack
 
 _TRIAL = "polymoe_trial"
@@ -55,41 +57,11 @@ class Trial:
     per_variant: dict[str, PerVariantSpec] = field(default_factory=dict)  # module -> how it runs by itself
 
 
-@dataclass(frozen=True)
-class _AskedMask:
-    """Stands for the mask of a layer: a token sees the last `window` tokens, itself included; None: all."""
-
-    window: int | None
-    length: int  # up to which this was looked at
-    function: MaskFunction
-    is_window: bool  # whether it is causal, full or over a sliding window
-
-    def __getattr__(self, name: str) -> Any:
-        raise UnsupportedModelError("it computes with its attention mask, which paged attention never makes.")
-
-    def __getitem__(self, index: object) -> Any:
-        return self.__getattr__("")
-
-
-def _ask_mask(*, mask_function: Callable[..., Any], config: Any, **_: Any) -> _AskedMask:
-    """The function registered with transformers' mask registry: look at some rows of the mask instead of making it."""
-    length = min(getattr(config, "max_position_embeddings", None) or 1 << 17, 1 << 24)
-    keys = torch.arange(length)
-    window = length
-    for query in (length - 1, length - 1 - length // 3, length // 2):
-        visible = torch.as_tensor(mask_function(0, 0, torch.tensor(query), keys)).expand(length)
-        if query == length - 1:
-            window = int(visible.sum())
-        if not torch.equal(visible, (keys <= query) & (keys > query - window)):
-            return _AskedMask(None, length, mask_function, is_window=False)
-    return _AskedMask(window if window < length else None, length, mask_function, is_window=True)
-
-
 def _trial_attention_forward(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Stands where `polymoe_attention_forward` stands in service; zeros of the right shape."""
-    mask = attention_mask if isinstance(attention_mask, _AskedMask) else None
+    mask = attention_mask if isinstance(attention_mask, AskedMask) else None
     if mask is not None and not mask.is_window:
         raise UnsupportedModelError("its attention mask is neither causal nor a causal sliding window.")
     check_attention_arguments(module, attention_mask if mask is None else None, kwargs)
@@ -108,7 +80,7 @@ def _trial_attention_forward(
 
 
 AttentionInterface.register(_TRIAL, _trial_attention_forward)
-AttentionMaskInterface.register(_TRIAL, _ask_mask)
+AttentionMaskInterface.register(_TRIAL, ask_mask)
 
 
 class _TrialAttention:
@@ -170,7 +142,7 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
     """
     name = type(config).__name__
     try:
-        choice: _Choice | None = None
+        choice: Choice | None = None
         while True:
             model = build_skeleton(config, _TRIAL)
             name = type(model).__name__
@@ -179,7 +151,7 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
             layers = kind_of(config).attention_layers(model)
             if layers is not None:
                 return Trial(layers, {})
-            choice = choice or _Choice(stateful_modules(model))
+            choice = choice or Choice(stateful_modules(model))
             attempt = _Attempt(model, config, choice.paths)
             try:
                 return attempt.run()
@@ -190,46 +162,6 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
     except Exception as error:  # a stock definition can fail in any way when it meets what it does not expect
         kind = type(error).__name__
         raise UnsupportedModelError(f"{name} cannot be served: a trial run of it fails ({kind}: {error})") from error
-
-
-class _Choice:
-    """Which modules run once for each variant: those with a state, and, attempt after attempt, where one failed."""
-
-    def __init__(self, stateful: list[str]) -> None:
-        self.paths = _outermost(stateful)
-        self._impossible: set[type] = set()
-        self._first: Exception | None = None
-
-    def widen(self, model: PreTrainedModel, inside: str, error: Exception) -> None:
-        """Choose the module at which an attempt failed, or the one around it, and all of its class.
-
-        Raises the error where there is none.
-        """
-        if isinstance(error, NotPerVariantError):
-            self._impossible.add(type(model.get_submodule(inside)))
-        elif self._first is None:
-            self._first = error
-        kinds = {type(model.get_submodule(path)) for path in self.paths}
-        path: str | None = inside
-        while path and self._is_out_of_question(model, path, kinds):
-            path = enclosing(model, path)
-        if not path:
-            raise self._first or error
-        chosen = type(model.get_submodule(path))
-        more = [p for p, module in model.named_modules() if type(module) is chosen]
-        kept = [p for p in self.paths if type(model.get_submodule(p)) not in self._impossible]
-        self.paths = _outermost([*kept, *more])
-
-    def _is_out_of_question(self, model: PreTrainedModel, path: str, kinds: set[type]) -> bool:
-        module = model.get_submodule(path)
-        experts = any(name == path or name.startswith(f"{path}.") for name, _ in expert_modules(model))
-        return experts or type(module) in self._impossible | kinds
-
-
-def _outermost(paths: Iterable[str]) -> list[str]:
-    """Those that lie in no other."""
-    known = set(paths)
-    return sorted(p for p in known if not any(p.startswith(f"{other}.") for other in known))
 
 
 class _TrialModule:
@@ -247,7 +179,7 @@ class _TrialModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         attempt = self.attempt
         leaves, tree = flat_call(self.names, args, kwargs)
-        masks = {i: leaf.function for i, leaf in enumerate(leaves) if isinstance(leaf, _AskedMask)}
+        masks = {i: leaf.function for i, leaf in enumerate(leaves) if isinstance(leaf, AskedMask)}
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
                 attempt.check_local(leaf, self.path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.skeleton import expert_modules
@@ -27,13 +27,13 @@ def cache_argument(module: torch.nn.Module) -> str | None:
     return next((name for name in CACHE_ARGUMENTS if name in names), None)
 
 
-def stateful_modules(model: torch.nn.Module) -> list[str]:
+def stateful_modules(model: PreTrainedModel) -> list[str]:
     """Paths of the modules whose own code reads or writes a state.
 
     Raises `UnsupportedModelError` where that is code around the routed experts, which run for all variants at once.
     """
     found = []
-    experts = [name for name, _ in expert_modules(model)]  # type: ignore[arg-type]
+    experts = [name for name, _ in expert_modules(model)]
     for path, module in model.named_modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is not None and _STATE_METHODS & set(code.co_names) and cache_argument(module) is not None:
@@ -43,9 +43,9 @@ def stateful_modules(model: torch.nn.Module) -> list[str]:
     return found
 
 
-def enclosing(model: torch.nn.Module, path: str) -> str | None:
+def enclosing(model: PreTrainedModel, path: str) -> str | None:
     """The module around `path`, if it is a part of the network that has no routed experts in it."""
-    experts = [name for name, _ in expert_modules(model)]  # type: ignore[arg-type]
+    experts = [name for name, _ in expert_modules(model)]
     while path:
         path = path.rpartition(".")[0]
         if not path or any(name.startswith(f"{path}.") for name in experts):
@@ -55,7 +55,7 @@ def enclosing(model: torch.nn.Module, path: str) -> str | None:
     return None
 
 
-def cache_factory(model: torch.nn.Module, config: Any) -> Callable[[], Cache]:
+def cache_factory(model: PreTrainedModel, config: Any) -> Callable[[], Cache]:
     """Makes empty caches of the kind that the stock model uses: its own, where its file has one, or the common one."""
     beside = vars(sys.modules[type(model).__module__])
     for kind in beside.values():
