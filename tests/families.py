@@ -104,6 +104,89 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "attention_bias": True,
     },
+    "qwen3_5_moe_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 40,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 20,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 5,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+        "head_dim": 16,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 5,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "jamba": {  # its code forgets the state when it is given several tokens
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+    },
+    "minimax": {  # has a cache of its own
+        "layer_types": ["full_attention", "linear_attention"],
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 5,
+    },
+    "deepseek_v32": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "index_topk": 6,
+        "index_head_dim": 16,
+        "index_n_heads": 16,  # with few, many scores are zero, and which of them count is not decided
+    },
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 
@@ -114,6 +197,12 @@ STORED: dict[str, tuple[str, dict[str, Any], list[Callable[[Path], object]]]] = 
     "gpt_oss_mxfp4": ("gpt_oss", {"intermediate_size": 32}, [store_mxfp4]),
     "qwen3_moe_mixed": ("qwen3_moe", {}, [store_int4, lambda _: None, store_block_fp8]),
 }
+
+# Those whose sequences keep more than keys and values in blocks: their prompts are always computed.
+WITH_STATES = (
+    *("qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "lfm2_moe", "jamba", "minimax", "deepseek_v32"),
+    "switch_transformers",
+)
 
 # An encoder and a decoder of a dense and a sparse layer each; with few buckets, so that far tokens share the last one.
 SWITCH: dict[str, Any] = {
@@ -142,13 +231,21 @@ def make_config(arch: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(arch, **{**COMMON, **ARCHITECTURES[arch], **overrides})
 
 
+def is_decay(name: str) -> bool:
+    """Whether a tensor is one of several powers of the same decay."""
+    return "decay" in name or name.endswith("slope_rate")
+
+
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter and persistent buffer so that each of them changes the logits."""
+    """Fill every parameter and persistent buffer so that each of them changes the logits.
+
+    Decays stay as computed: a state that is kept between tokens is right only with those that belong together.
+    """
     generator = torch.Generator().manual_seed(seed)
     tied = getattr(model, "all_tied_weights_keys", {})
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name in tied:  # its other end is filled
+            if name in tied or is_decay(name):  # tied: its other end is filled
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
@@ -212,7 +309,7 @@ def make_family(
         if index:
             with torch.no_grad():
                 for name, tensor in model.state_dict().items():
-                    if perturb is not None:
+                    if perturb is not None and not is_decay(name):
                         spread = start[name].std(unbiased=False)
                         noise = torch.randn(tensor.shape, generator=generator)
                         tensor.copy_(start[name] + perturb * spread * noise)

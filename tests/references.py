@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompressedTensorsConfig
 
-from families import make_family
+from families import WITH_STATES, make_family
 from polymoe.engine.core import EngineCore
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.plan import separate_plan
@@ -47,6 +47,10 @@ class ReferenceFamily:
     @property
     def is_encoder_decoder(self) -> bool:
         return self.arch == "switch_transformers"
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        return self.arch not in WITH_STATES
 
     @cached_property
     def models(self) -> dict[str, Any]:

@@ -370,10 +370,6 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 16, "num_hidde
     ("model_type", "fields", "reason"),
     [
         ("llama", TINY, r"LlamaConfig \(model_type llama\) cannot be served: it has no routed experts.*dense"),
-        ("qwen3_next", TINY | {"num_hidden_layers": 4}, "3 of its 4 layers are linear_attention layers"),
-        ("jamba", TINY | {"num_key_value_heads": 2}, "2 of its 2 layers are linear_attention layers"),
-        ("lfm2_moe", TINY | {"layer_types": ["conv", "full_attention"]}, "1 of its 2 layers are conv layers"),
-        ("zaya", {}, "conv_qk_depthwise is a Conv1d"),
         ("qwen3_vl_moe", {}, "it takes images or sound"),
         (
             "t5",

@@ -6,20 +6,25 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.lfm2_moe import modeling_lfm2_moe as lfm2_moe
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.phimoe import modeling_phimoe as phimoe
 
-from families import ARCHITECTURES, make_config
+from families import ARCHITECTURES, WITH_STATES, make_config
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention.paged import AttentionLayer
-from polymoe.model.stock import probe as trial
 from polymoe.model.stock.probe import trace
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_proven_architectures_pass(arch: str) -> None:
     config = make_config(arch)
-    assert sorted(trace(config).attention_layers) == list(range(config.num_hidden_layers))
+    trial = trace(config)
+    if arch not in WITH_STATES:
+        assert sorted(trial.attention_layers) == list(range(config.num_hidden_layers))
+        assert not trial.per_variant
+    else:
+        assert any(spec.state.fixed or spec.state.per_token for spec in trial.per_variant.values())
 
 
 def test_shape_of_the_cache() -> None:
@@ -60,10 +65,7 @@ def test_a_full_sized_model_takes_seconds_and_no_memory() -> None:
 @pytest.mark.parametrize(
     ("model_type", "fields", "reason"),
     [
-        ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}, "has conv layers"),
-        ("deepseek_v32", {}, "has indexed_attention layers"),
-        ("llama4_text", {}, "has chunked_attention layers"),
-        ("gpt2", {}, "addmm is not supported on weights"),
+        ("qwen4_exp_text", {}, "keeps a state for all of its layers together"),
         ("bert", {"is_decoder": False}, "cannot be served"),
     ],
 )
@@ -72,10 +74,50 @@ def test_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -
         trace(AutoConfig.for_model(model_type, **{"num_hidden_layers": 2, **fields}))
 
 
-def test_a_chunked_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_PLAIN_LAYERS", {"full_attention", "chunked_attention"})
-    with pytest.raises(UnsupportedModelError, match="neither causal nor a causal sliding window"):
-        trace(AutoConfig.for_model("llama4_text", num_hidden_layers=2, attention_chunk_size=64))
+def test_an_operation_that_stacks_do_not_know_runs_once_for_each_variant() -> None:
+    """GPT-2 multiplies by `addmm`; llama 4 masks in chunks, which paged attention does not."""
+    modules = trace(AutoConfig.for_model("gpt2", num_hidden_layers=1)).per_variant
+    products = "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"
+    assert set(modules) == {f"transformer.h.0.{name}" for name in products}
+    assert not any(spec.state.fixed or spec.state.per_token for spec in modules.values())
+
+
+def test_a_chunked_mask_is_no_paged_attentions() -> None:
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=2, head_dim=16, attention_chunk_size=64, **small)
+    assert not trace(config).attention_layers
+
+
+def test_state_that_a_module_forgets_between_chunks_is_fed_token_by_token() -> None:
+    """Jamba's state space starts anew when it is given several tokens at once; others go on."""
+    assert all(spec.one_by_one for spec in trace(make_config("jamba")).per_variant.values())
+    assert not any(spec.one_by_one for spec in trace(make_config("qwen3_5_moe_text")).per_variant.values())
+
+
+def test_a_state_outside_the_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = lfm2_moe.Lfm2MoeShortConv.forward
+
+    def shifted(self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.get_conv_state(self.layer_idx, 0)
+        return stock(self, hidden_states + torch.roll(hidden_states, 1, dims=1), past_key_values, **kwargs)
+
+    monkeypatch.setattr(lfm2_moe.Lfm2MoeShortConv, "forward", shifted)
+    with pytest.raises(UnsupportedModelError, match="by other ways than transformers' cache"):
+        trace(make_config("lfm2_moe"))
+
+
+def test_sequences_that_meet_in_a_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = lfm2_moe.Lfm2MoeShortConv.forward
+
+    def mixed(self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.get_conv_state(self.layer_idx, 0)
+        return stock(self, hidden_states + hidden_states.mean(dim=0, keepdim=True), past_key_values, **kwargs)
+
+    monkeypatch.setattr(lfm2_moe.Lfm2MoeShortConv, "forward", mixed)
+    with pytest.raises(UnsupportedModelError, match="mixes the sequences of a batch"):
+        trace(make_config("lfm2_moe"))
 
 
 def test_a_window_that_the_mask_does_not_show_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

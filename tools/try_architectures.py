@@ -66,6 +66,12 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "first_k_dense_replace": 1, "num_dense_layers": 1},
     **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"linear_num_heads": 4, "linear_head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16},
+    **{"mamba_d_state": 8, "mamba_n_heads": 4, "n_groups": 2, "block_size": 5, "chunk_size": 5, "mamba_chunk_size": 5},
+    **{"index_topk": 6, "index_head_dim": 16, "index_n_heads": 16, "index_block_size": 4, "index_topk_blocks": 2},
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 8},
+    **{"rel_extent": 12, "d_rel": 4},
     **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "eod_token_id": 1, "sep_token_id": None},
 }
 
@@ -83,11 +89,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         **{"final_logit_softcapping": 30.0},
     },
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "shared_intermediate_size": 20},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_d_head": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8], "layer_types": PLAIN},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},  # as the published model
+    # as the published model, which has one index head for each of keys and values
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_n_heads": 2},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
         **{"indexer_compress_ratio": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 2, "hc_lowrank": 4},
@@ -159,6 +167,8 @@ def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
                 tensor.copy_(torch.randint(0, 8, tensor.shape))
             elif name.endswith(("scale", "scalar")):  # about one, as norms: small ones multiply rounding errors
                 tensor.add_(1)
+            elif name.endswith("balancing_biases"):
+                tensor[-1] = -1  # transformers puts it there whenever it loads a checkpoint
         paths[f"v{index}"] = folder / f"v{index}"
         model.save_pretrained(paths[f"v{index}"])
     return paths

@@ -90,7 +90,9 @@ class EngineCore:
         kind = engine_kind(bundle.config)
         kind.check(backend)
         stock = StockModel.of(bundle.config)
-        self.kv_bytes_per_block = stock.kv_bytes_per_block(config.block_size, dtype)
+        # At least 1: a model without attention has blocks of no size.
+        self.kv_bytes_per_block = max(stock.kv_bytes_per_block(config.block_size, dtype), 1)
+        self.state_bytes = stock.state_bytes
         self.memory_plan: MemoryPlan | None = None  # of a GPU
         if facts is not None:
             num_rows = sum(slot_rows(slots, len(bundle.variants), config.prefetch))
@@ -110,7 +112,9 @@ class EngineCore:
             ) from error
         num_blocks = self._num_kv_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching and kind.keeps_prefixes)
+        # A state has no blocks that others could take over.
+        prefix_caching = config.enable_prefix_caching and kind.keeps_prefixes and not stock.has_states
+        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
         policies = Policies.of(
             shares,
             num_slots=self.model.slots.num_slots,
@@ -123,7 +127,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             self.blocks,
             policies,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self._max_num_seqs(),
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             max_model_len=lengths,
@@ -166,18 +170,30 @@ class EngineCore:
             )
         return asked or limit
 
+    def _cache_room(self) -> int:
+        """Bytes for KV blocks and the states of sequences."""
+        if self.memory_plan is not None:
+            return self.memory_plan.kv_cache
+        return DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
+
+    def _max_num_seqs(self) -> int:
+        """Sequences that may run: at most half of the room is for their states."""
+        if not self.state_bytes:
+            return self.config.max_num_seqs
+        return max(1, min(self.config.max_num_seqs, self._cache_room() // 2 // self.state_bytes))
+
     def _num_kv_blocks(self, longest: int) -> int:
         """As many blocks as the budget holds and the sequences can use; at least one sequence of full length."""
         size = self.config.block_size
         needed = (longest + size - 1) // size
-        room = DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
-        if self.memory_plan is not None:
-            room = self.memory_plan.kv_cache
-        count = self.config.num_kv_blocks or min(room // self.kv_bytes_per_block, needed * self.config.max_num_seqs)
+        num_seqs = self._max_num_seqs()
+        room = max(self._cache_room() - num_seqs * self.state_bytes, 0)
+        count = self.config.num_kv_blocks or min(room // self.kv_bytes_per_block, needed * num_seqs)
         if count < needed:
+            least = needed * self.kv_bytes_per_block + 2 * self.state_bytes
             raise ConfigError(
                 f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
-                f"at least {format_bytes(needed * self.kv_bytes_per_block)} (--kv-cache) or lower --max-model-len to "
+                f"at least {format_bytes(least)} (--kv-cache) or lower --max-model-len to "
                 f"{count * size}."
             )
         return count
@@ -188,6 +204,8 @@ class EngineCore:
         """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
         resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
         if not self.model.context.backend.pads_steps or not resident:
+            return None
+        if self.model.runs_per_variant:  # which rows are whose is known on the host only
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))

@@ -17,14 +17,15 @@ def memory_request(
     """The workspace is that of the largest step; `longest`: tokens of the longest sequence."""
     text, manifest = bundle.config.get_text_config(), bundle.manifest
     per_block, needed = stock.kv_bytes_per_block(config.block_size, dtype), math.ceil(longest / config.block_size)
+    states = stock.state_bytes
     asked = config.kv_cache_bytes
     if config.num_kv_blocks is not None:
-        asked = config.num_kv_blocks * per_block
+        asked = config.num_kv_blocks * per_block + config.max_num_seqs * states
     return MemoryRequest(
         facts=facts,
         kv_bytes=asked,
-        kv_minimum=needed * per_block,
-        kv_maximum=needed * config.max_num_seqs * per_block,
+        kv_minimum=needed * per_block + 2 * states,  # states get half of the room at most
+        kv_maximum=config.max_num_seqs * (needed * per_block + states),
         expert_cache_bytes=config.expert_cache_bytes if any(manifest.host_experts) else 0,
         workspace_bytes=workspace_bytes(
             tokens=config.max_num_batched_tokens,

@@ -203,6 +203,7 @@ class ModelRunner:
             token_sequence=to(np.repeat(np.arange(len(step.order)), step.counts)),
             token_visible=to(step.positions + 1),
             device_lengths=lengths,
+            state_keys=[item.state_key or item.key for item in step.order],
         )
         tokens = segments_from_variants(step.variants, step.counts, device)
         rows_kept = segments_from_variants(step.variants, list(step.num_rows), device)

@@ -1,6 +1,6 @@
 """What every operation of a loaded model runs on, for its operator: see `polymoe.protocol.fast_path`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,11 +18,16 @@ def fast_paths(
     layers: Sequence[LayerExperts],
     attention: Iterable[AttentionLayer],
     dtype: torch.dtype,
+    per_variant: Collection[str] = (),
 ) -> list[FastPath]:
-    """Experts first, then linear maps, norms and attention; those that run alike as one."""
+    """Experts first, then linear maps, norms, attention and the modules at the paths `per_variant`, whose parts do not
+    count; those that run alike as one."""
     paths = [layer.compute.path for layer in layers]
     paths += [path for layer in layers if (path := layer.path_of_absent()) is not None]
-    others = [*_linear_maps(network, backend), *_norms(network, backend), *_attention(attention, dtype, backend)]
+    alone = {part for path in per_variant for part in network.get_submodule(path).modules()}
+    parts = [module for module in network.modules() if module not in alone]
+    others = [*_linear_maps(parts, backend), *_norms(parts, backend), *_attention(attention, dtype, backend)]
+    others += [_alone(network.get_submodule(path)) for path in per_variant]
     return merged([*paths, *others])
 
 
@@ -31,8 +36,8 @@ def _path(backend: Backend, part: str, reason: str) -> FastPath:
     return FastPath(part=part, runs_on="torch" if reason else backend.runs_on, count=1, reason=reason)
 
 
-def _linear_maps(network: torch.nn.Module, backend: Backend) -> Iterator[FastPath]:
-    for module in network.modules():
+def _linear_maps(modules: Iterable[torch.nn.Module], backend: Backend) -> Iterator[FastPath]:
+    for module in modules:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
             continue
@@ -43,8 +48,8 @@ def _linear_maps(network: torch.nn.Module, backend: Backend) -> Iterator[FastPat
             yield FastPath(part="linear", runs_on="torch", count=1, reason=reason)
 
 
-def _norms(network: torch.nn.Module, backend: Backend) -> Iterator[FastPath]:
-    for module in network.modules():
+def _norms(modules: Iterable[torch.nn.Module], backend: Backend) -> Iterator[FastPath]:
+    for module in modules:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or "norm" not in type(module).__name__.lower():
             continue
@@ -59,3 +64,8 @@ def _attention(layers: Iterable[AttentionLayer], dtype: torch.dtype, backend: Ba
     for layer in layers:
         reason = backend.why_not_attention(dtype, layer.key_dim, layer.value_dim, layer.extras)
         yield _path(backend, "attention", reason)
+
+
+def _alone(module: torch.nn.Module) -> FastPath:
+    reason = f"{type(module).__name__} is stock code, which runs once for each variant of a step"
+    return FastPath(part="per-variant", runs_on="torch", count=1, reason=reason)

@@ -17,6 +17,8 @@ from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
+from polymoe.model.per_variant.module import install
+from polymoe.model.per_variant.sequence_states import SequenceStates
 from polymoe.model.stock.fused_norm import fuse_norms
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
@@ -26,6 +28,7 @@ from polymoe.model.stock.skeleton import (
     retie,
     set_weight,
 )
+from polymoe.model.stock.stateful import cache_factory
 from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.transfer.copies import ThreadCopier
 from polymoe.model.transfer.staging import Staging
@@ -76,6 +79,7 @@ class ServedModel:
         self.context = ForwardContext(backend)
         self.attention_layers: dict[int, AttentionLayer] = stock.trial.attention_layers
         self._token_axes = stock.trial.token_axes
+        self._per_variant = stock.trial.per_variant
         self.model = stock.skeleton
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
@@ -123,7 +127,12 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, backend)
-        self.fast_paths = fast_paths(self.model, backend, self.pool.layers, self.attention_layers.values(), dtype)
+        self.fast_paths = fast_paths(
+            self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
+        )
+        together = all(spec.together for spec in self._per_variant.values())
+        self.states = SequenceStates(cache_factory(self.model, bundle.config), together)
+        install(self.model, self._per_variant, self.states)
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
@@ -202,6 +211,11 @@ class ServedModel:
         return self.kv_cache
 
     @property
+    def runs_per_variant(self) -> bool:
+        """Whether some modules run once for each variant of a step."""
+        return bool(self._per_variant)
+
+    @property
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held on the device, by kind; `expert_cache`: what it holds now; `host_pinned`: on the host."""
         mapped = self.pool.mapped
@@ -211,6 +225,7 @@ class ServedModel:
             "expert_cache": self.pool.cache.used + (mapped.row_bytes if mapped else 0),
             **({"host_pinned": mapped.host_bytes} if mapped else {}),
             "kv_cache": self.kv_cache.nbytes,
+            **({"states": self.states.nbytes} if self._per_variant else {}),
         }
 
     @torch.inference_mode()
@@ -263,9 +278,12 @@ class ServedModel:
         assert input_ids.shape == positions.shape == (batch.tokens.num_tokens,)
         assert sampled_rows is None or sampled_rows.shape == (batch.sampled.num_tokens,)
         self.context.set(batch)
+        if self._per_variant:
+            self.states.begin(batch)
         options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
         with one_torch_thread() if self._by_kernels and len(input_ids) <= _FEW_TOKENS else nullcontext():
             output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
         self.context.set(None)
+        self.states.end()
         logits: torch.Tensor = output.logits[0]
         return logits if sampled_rows is None or self._keeps_rows else logits[sampled_rows]

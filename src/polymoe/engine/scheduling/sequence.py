@@ -46,6 +46,7 @@ class Sequence:
     added_time: float = field(default_factory=time.monotonic)
     number: int = field(default_factory=lambda: next(_numbers))  # tells apart what is equal otherwise
     key: SequenceKey = field(default_factory=SequenceKey)
+    state_key: SequenceKey = field(default_factory=SequenceKey)  # of its state beside its blocks, lost with those
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -92,6 +93,7 @@ class Sequence:
         samples = num_tokens == self.num_uncomputed
         return ScheduledSequence(
             key=self.key,
+            state_key=self.state_key,
             request=self.request,
             start=start,
             input_ids=self.token_ids[start : start + num_tokens],

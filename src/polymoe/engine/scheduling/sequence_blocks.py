@@ -2,6 +2,7 @@
 
 from polymoe.engine.scheduling.block_manager import BlockManager, hash_block
 from polymoe.engine.scheduling.sequence import Sequence
+from polymoe.engine.scheduling.step_record import SequenceKey
 
 
 class SequenceBlocks:
@@ -37,6 +38,7 @@ class SequenceBlocks:
         """Take everything back; what was computed is found again as a known prefix, or computed again."""
         self.blocks.release(sequence.block_ids)
         sequence.block_ids, sequence.block_hashes, sequence.num_computed_tokens = [], [], 0
+        sequence.state_key = SequenceKey()
 
     def remember_full(self, sequence: Sequence) -> None:
         """Make the blocks findable that the last step has filled."""

@@ -34,6 +34,7 @@ class ScheduledSequence:
     num_output_tokens: int = 0  # known or pending
     token_ids: Sequence[int] = ()  # the whole sequence, where its next token depends on them
     grammar: CompiledGrammar | None = None  # that its output follows
+    state_key: SequenceKey | None = None  # of what it keeps beside its blocks; another one after it lost them
 
     @property
     def num_tokens(self) -> int:

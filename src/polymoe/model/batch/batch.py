@@ -1,5 +1,6 @@
 """Which rows of a forward pass belong to which variant, and where each sequence's keys and values are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -145,6 +146,7 @@ class AttentionBatch:
     token_encoder_len: torch.Tensor | None = (
         None  # [T] int64, how many of its sequence's first tokens are the encoder's
     )
+    state_keys: Sequence[object] = ()  # B; by what each sequence's own state is found; empty: nobody comes back to it
 
     # Where there is no kernel, sequences with one query token are computed together and all others one by one.
 

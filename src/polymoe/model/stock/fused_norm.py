@@ -5,6 +5,7 @@ Which modules are such norms is not read off their names: a module is tried, on 
 """
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def _is_rms_norm(module: torch.nn.Module, eps: float) -> bool:
     others = [name for name in module._parameters if name != "weight"]
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or others or next(module.children(), None):
         return False
+    if len(inspect.signature(module.forward).parameters) != 1:  # it may be given a gate as well
+        return False
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         trial = copy.copy(module)
@@ -48,7 +51,7 @@ def _is_rms_norm(module: torch.nn.Module, eps: float) -> bool:
         x = (3 * torch.randn(1, 5, weight.shape[0], generator=generator)).to(dtype)
         try:
             out = trial(x)
-        except (RuntimeError, TypeError):  # it wants more than one tensor
+        except (RuntimeError, TypeError):  # it has a bias, or wants something else
             return False
         if not isinstance(out, torch.Tensor) or not torch.equal(out, rms_norm(x, plain, eps)):
             return False

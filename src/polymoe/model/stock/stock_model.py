@@ -30,5 +30,17 @@ class StockModel:
         return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
 
     def kv_bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
-        """Keys and values of `block_size` tokens, all layers."""
-        return sum(x.elements_per_token for x in self.trial.attention_layers.values()) * block_size * dtype.itemsize
+        """Keys and values of `block_size` tokens, all layers, and states that grow with the tokens."""
+        numbers = sum(x.elements_per_token for x in self.trial.attention_layers.values())
+        numbers += sum(spec.state.per_token for spec in self.trial.per_variant.values())
+        return numbers * block_size * dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """What each sequence keeps beside its blocks, whatever its length."""
+        return sum(spec.state.fixed for spec in self.trial.per_variant.values())
+
+    @property
+    def has_states(self) -> bool:
+        """Whether sequences keep anything that other sequences with the same first tokens cannot be given."""
+        return any(spec.state.fixed or spec.state.per_token for spec in self.trial.per_variant.values())

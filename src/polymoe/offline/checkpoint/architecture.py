@@ -1,12 +1,10 @@
 """Which architectures can be served, and where their routed experts are.
 
-Any decoder that goes through transformers' experts interface qualifies, unless it also has layers whose state does not
-fit a paged KV cache (state space, linear attention, convolution) or inputs other than text. Of encoder–decoder models,
-Switch Transformers do. The answer comes when a plan is made, by name, never at request time. A trial run of its forward
-pass follows (`polymoe.model.stock.probe`).
+Any decoder that goes through transformers' experts interface qualifies, unless it also has inputs other than text. Of
+encoder–decoder models, Switch Transformers do. The answer comes when a plan is made, by name, never at request time. A
+trial run of its forward pass follows (`polymoe.model.stock.probe`).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +16,6 @@ from polymoe.bundle.config_checks import OTHER_INPUTS
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.switch_experts import stack_switch_experts
-
-_RECURRENT = re.compile(r"linear|mamba|recurrent|conv|ssm|rwkv|delta|lightning|kda", re.IGNORECASE)
-_RECURRENT_CLASS = re.compile(
-    r"Mamba|GatedDelta|DeltaNet|DeltaAttention|ShortConv|LinearAttention|LightningAttention|Recurrent|RWKV|Rwkv|SSM"
-)
 
 
 @dataclass(frozen=True)
@@ -68,14 +61,6 @@ def check_supported_config(config: Any) -> None:
             f"it takes images or sound ({', '.join(other)}), and transformers has no text model for its language part"
         )
         raise refusal(config, reason, "Save its text model on its own (…ForCausalLM), where it has one.")
-    layer_types = getattr(config, "layer_types", None) or []
-    recurrent = sorted({kind for kind in layer_types if _RECURRENT.search(str(kind))})
-    if recurrent:
-        raise refusal(
-            config,
-            f"{sum(kind in recurrent for kind in layer_types)} of its {len(layer_types)} layers are "
-            f"{', '.join(recurrent)} layers, whose state does not fit a paged KV cache",
-        )
 
 
 def build_on_meta(config: Any) -> Any:
@@ -110,13 +95,6 @@ def check_supported(config: Any, model: Any) -> ArchitectureInfo:
     check_supported_config(config)
     if (reason := kind_of(config).why_not(model)) is not None:
         raise refusal(config, reason)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _RECURRENT_CLASS.search(type(module).__name__):
-            raise refusal(
-                config,
-                f"{path} is a {type(module).__name__}, a state-space, linear-attention or convolution layer, "
-                "whose state does not fit a paged KV cache",
-            )
     experts = {path: module for path, module in model.named_modules() if is_experts_module(module)}
     if not experts:
         raise refusal(
