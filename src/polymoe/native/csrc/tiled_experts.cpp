@@ -58,17 +58,20 @@ struct Product {
     const Inputs& x;
     const Tail& tail;
     uint16_t* y;
+    bool coarse_deltas;  // whether deltas are multiplied by the first 8 bits of activations only
 
     int64_t outputs() const { return paired ? 2 * out : out; }
 
     // sums [rows, stride] += rows o .. o + 16 of the matrix times rows first .. last of x.
     void add(const Stack& stack, int64_t index, float sign, int64_t o, int64_t first, int64_t last, float* sums,
-             int64_t stride, Buffers& buffers) const {
+             int64_t stride, bool high_only, Buffers& buffers) const {
         if (stack.table) {
             const int64_t groups = (in + stack.group - 1) / stack.group, tile = (index * outputs() + o) / LANES;
-            const TileOf of{stack.data + tile * in * LANES * stack.kind / 8, stack.scales + tile * groups * LANES,
-                            stack.table, stack.step * sign, stack.group};
-            return tile_rows(stack.kind, of, x.rounded.from(first), last - first, sums, stride);
+            const int64_t bytes = in * LANES * stack.kind / 8;
+            const TileOf of{stack.data + tile * bytes, stack.scales + tile * groups * LANES, stack.table, stack.step * sign, stack.group, bytes, groups * LANES};
+            Rounded rows = x.rounded.from(first);
+            if (high_only) rows.low = nullptr;
+            return tile_rows(stack.kind, of, rows, last - first, sums, stride);
         }
         const uint16_t* rows = reinterpret_cast<const uint16_t*>(stack.data) + (index * outputs() + o) * in;
         if (stack.kind != STORED) {
@@ -120,14 +123,14 @@ struct Product {
                 while (end < count && !is_exact(segments[end])) ++end;
                 if (end > s)
                     add(bases[segments[s].base.stack], segments[s].base.index, 1, at, segments[s].first,
-                        segments[end - 1].last, to + (segments[s].first - first) * stride, stride, buffers);
+                        segments[end - 1].last, to + (segments[s].first - first) * stride, stride, false, buffers);
                 s = std::max(end, s + 1);
             }
             for (int64_t s = 0; s < count; ++s) {
                 const Rows& own = segments[s];
                 float* its = to + (own.first - first) * stride;
                 if (is_exact(own)) add_exact(own, at, its, stride, buffers);
-                else if (own.delta.stack >= 0) add(deltas[own.delta.stack], own.delta.index, own.sign, at, own.first, own.last, its, stride, buffers);
+                else if (own.delta.stack >= 0) add(deltas[own.delta.stack], own.delta.index, own.sign, at, own.first, own.last, its, stride, coarse_deltas, buffers);
             }
         }
         for (int64_t r = 0; r < rows; ++r, sums += stride) {
@@ -201,6 +204,7 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
     static thread_local Workspace kept;
     auto& [groups, place, order, segments, sorted, active, out, token_rows, rows] = kept;  // helpers see the caller's
     const int64_t pairs = tokens * top_k;
+    const bool coarse = std::min(up_bits, down_bits) == 8;
 
     const int64_t num_absent = sort_pairs(base, delta, sign, pairs, order, place);
     const int64_t here = static_cast<int64_t>(order.size());
@@ -240,13 +244,13 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
             memcpy(const_cast<int32_t*>(to.sums), from.sums, up.groups * 2 * sizeof(int32_t));
         }
     });
-    run_product({width, inner, true, gate_up_bases, gate_up_deltas, {sorted.data(), up}, Tail(width), active.data()},
+    run_product({width, inner, true, gate_up_bases, gate_up_deltas, {sorted.data(), up}, Tail(width), active.data(), coarse},
                 segments, groups, num_threads);
     const Rounded down = rows.make(down_bits ? here : 0, inner, down_group, down_bits == 16);
     if (down_bits) parallel_for(here, 4, num_threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) round_one(down, i, active.data() + i * inner, down_group);
     });
-    run_product({inner, width, false, down_bases, down_deltas, {active.data(), down}, Tail(inner), out.data()},
+    run_product({inner, width, false, down_bases, down_deltas, {active.data(), down}, Tail(inner), out.data(), coarse},
                 segments, groups, num_threads);
     if (num_absent) {
         std::copy(absent, absent + num_absent * width, out.data() + here * width);

@@ -127,6 +127,13 @@ struct TileOf {
     const uint8_t* table;
     float step;        // sign in it
     int64_t group;
+    int64_t ahead, scales_ahead;  // bytes and scales from here to the same of the tile that is read next
+
+    __m512 scale(int64_t g) const {
+        const uint16_t* its = scales + g * LANES;
+        _mm_prefetch(reinterpret_cast<const char*>(its + scales_ahead), _MM_HINT_T1);
+        return _mm512_mul_ps(load_bf16(its), _mm512_set1_ps(step));
+    }
 };
 
 // The first R rows of x, codes straight into products. to: [R, stride].
@@ -142,7 +149,7 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
             for (int r = 0; r < R; ++r) sum[c][r] = low[c][r] = _mm512_setzero_si512();
         for (int64_t k = start; k < stop; k += UNIT, codes += 64 * BITS) {
             const Unit<BITS> unit(codes);
-            for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+            for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + tile.ahead), _MM_HINT_T1);
 #define POLYMOE_VECTOR(Q)                                                                                  \
     {                                                                                                      \
         const __m512i w = unit.template bytes<Q>(table);                                                   \
@@ -156,7 +163,7 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
             POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
 #undef POLYMOE_VECTOR
         }
-        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        const __m512 scale = tile.scale(g);
         for (int r = 0; r < R; ++r) {
             for (int c = 1; c < CHAINS; ++c) {
                 sum[0][r] = _mm512_add_epi32(sum[0][r], sum[c][r]);
@@ -168,10 +175,10 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
 }
 
 template <int BITS>
-const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, uint8_t* to) {
+const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, int64_t ahead, uint8_t* to) {
     for (int64_t u = 0; u < units; ++u, codes += 64 * BITS, to += 64 * VECTORS) {
         const Unit<BITS> unit(codes);
-        for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+        for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + ahead), _MM_HINT_T1);
 #define POLYMOE_VECTOR(Q) _mm512_store_si512(to + 64 * Q, unit.template bytes<Q>(table));
         POLYMOE_VECTOR(0) POLYMOE_VECTOR(1) POLYMOE_VECTOR(2) POLYMOE_VECTOR(3)
         POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
@@ -211,8 +218,8 @@ void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, i
     const int64_t blocks = (count + MOST - 1) / MOST, most = (count + blocks - 1) / blocks;
     for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
         const int64_t size = std::min(tile.group, x.in - start);
-        codes = unpack_group<BITS>(codes, size / UNIT, table, bytes);
-        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        codes = unpack_group<BITS>(codes, size / UNIT, table, tile.ahead, bytes);
+        const __m512 scale = tile.scale(g);
         for (int64_t r = 0; r < count; r += most) {
             float* at = to + r * stride;
             switch (std::min(most, count - r)) {
