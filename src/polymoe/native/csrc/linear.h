@@ -233,12 +233,16 @@ void matmul_tile(const Problem& p, const Tile& tile, const uint32_t* x, const ui
     }
 }
 
-// `count` outputs from o on of the tiles' rows; their weights are rows of `first` and, when paired, of `second`.
-inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, const uint16_t* first,
-                   const uint16_t* second, const uint16_t* bias, int64_t o, int64_t count, uint32_t* packed) {
+// Pairs [in / 2][WEIGHT_ROWS] of `count` outputs from o on; their weights are rows of `first` and, when paired, of `second`.
+inline void pack_piece(const Problem& p, const uint16_t* first, const uint16_t* second, int64_t count, uint32_t* packed) {
     if (!p.paired) second = first + 16 * p.in;
     pack_weights(first, p.in, std::min<int64_t>(count, 16), packed, WEIGHT_ROWS);
     pack_weights(second, p.in, p.paired ? count : std::max<int64_t>(0, count - 16), packed + 16, WEIGHT_ROWS);
+}
+
+// `count` outputs from o on of the tiles' rows, whose pairs are x, by weights from pack_piece.
+inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, const uint32_t* packed,
+                   const uint16_t* bias, int64_t o, int64_t count) {
     for (int64_t t = 0; t < num_tiles; ++t) {
         switch (tiles[t].height) {
 #define POLYMOE_HEIGHT(H) \
@@ -261,14 +265,14 @@ struct Scratch {
     std::vector<uint32_t> pairs;
 };
 
-// Cut the groups of many rows into tiles.
-inline void make_tiles(const Problem& p, Scratch& scratch) {
+// Cut the groups of more than `few` rows into tiles.
+inline void make_tiles(const Problem& p, Scratch& scratch, int64_t few = FEW_ROWS) {
     scratch.tiles.clear();
     scratch.first_tile.assign(1, 0);
     scratch.tile_at.clear();
     int64_t pairs = 0;
     for (int64_t g = 0; g < p.num_groups; ++g) {
-        if (p.rows(g) > FEW_ROWS) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
+        if (p.rows(g) > few) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
         for (size_t t = scratch.tile_at.size(); t < scratch.tiles.size(); ++t) {
             scratch.tile_at.push_back(pairs);
             pairs += scratch.tiles[t].height * (p.in / 2);
@@ -285,21 +289,25 @@ inline T* aligned(std::vector<T>& buffer, int64_t size) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 }
 
-// A piece of a group of many rows, after make_tiles and pack_tile.
-inline void matmul_group(const Problem& p, const Scratch& scratch, int64_t g, const uint16_t* first,
-                         const uint16_t* second, const uint16_t* bias, int64_t o, int64_t count, uint32_t* packed) {
+// A piece of a group of many rows, after make_tiles and pack_tiles.
+inline void matmul_group(const Problem& p, const Scratch& scratch, int64_t g, const uint32_t* packed,
+                         const uint16_t* bias, int64_t o, int64_t count) {
     const int64_t tile = scratch.first_tile[g];
     matmul(p, scratch.tiles.data() + tile, scratch.first_tile[g + 1] - tile, scratch.pairs.data() + scratch.tile_at[tile],
-           first, second, bias, o, count, packed);
+           packed, bias, o, count);
+}
+
+inline void pack_tiles(const Problem& p, Scratch& scratch, int num_threads) {
+    parallel_for(static_cast<int64_t>(scratch.tiles.size()), 2, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
+    });
 }
 
 inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     make_tiles(p, scratch);
     const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
     const int64_t step = p.outputs_a_piece(), pieces = (p.out + step - 1) / step;
-    parallel_for(num_tiles, 2, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
-    });
+    pack_tiles(p, scratch, num_threads);
     // A thread fetches weights ahead of itself, so it should have neighbouring pieces, but not too many of the last ones.
     const int64_t chunk = std::clamp<int64_t>(p.num_groups * pieces / (16 * num_threads), 2, 16);
     parallel_for(p.num_groups * pieces, chunk, num_threads, [&](int64_t begin, int64_t end) {
@@ -309,7 +317,8 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
             const int64_t g = piece / pieces, o = piece % pieces * step, count = std::min(step, p.out - o);
             if (p.rows(g) > FEW_ROWS) {
                 const uint16_t* first = p.weights[g] + o * p.in;
-                matmul_group(p, scratch, g, first, first + p.out * p.in, p.biases ? p.biases[g] + o : nullptr, o, count, packed);
+                pack_piece(p, first, first + p.out * p.in, count, packed);
+                matmul_group(p, scratch, g, packed, p.biases ? p.biases[g] + o : nullptr, o, count);
             } else if (p.paired) {
                 dots<true>(p, g, o, count);
             } else {
