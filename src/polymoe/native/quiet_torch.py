@@ -1,12 +1,13 @@
-"""torch, loaded so that its idle threads sleep and large tensors lie in large pages. Imported before anything that imports
-torch by who runs an engine.
+"""torch, loaded so that its idle threads sleep and large tensors lie in large pages. Imported before anything that
+imports torch by who runs an engine.
 
 After each parallel operation the threads of torch's OpenMP spin for milliseconds, unless the environment forbids it
 when they are loaded. The compiled kernels have threads of their own (`csrc/threads.h`), which would have to share the
 cores with them. `SLEEPS` is False where torch was there before.
 
-Where Linux gives pages of 2 MiB to who asks (`madvise`), torch asks for tensors of 2 MiB and more if the environment says
-so. Packed experts are read from dozens of places at once: with pages of 4 KiB a tenth of a step was looking up pages.
+Where Linux gives pages of 2 MiB to who asks (`madvise`), torch asks for tensors of 2 MiB and more if the environment
+says so. Packed experts are read from dozens of places at once: with pages of 4 KiB a tenth of a step was looking up
+pages.
 """
 
 import os
