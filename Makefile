@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-slow sanitize wheel-test ui test-ui lint types tests format bench compare vllm \
+.PHONY: install dev demo test test-bounds test-slow sanitize emulate-amx wheel-test ui test-ui lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
@@ -74,6 +74,10 @@ test-bounds:
 # The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
 sanitize: dev
 	$(BIN)/python tools/sanitize.py $(SANITIZE)
+
+# The tests of what multiplies on AMX, with its instructions emulated.
+emulate-amx: dev
+	$(BIN)/python tools/emulate_amx.py
 
 # Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found; options
 # in WHEEL, for example make wheel-test WHEEL=--build-only.

@@ -23,7 +23,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("src/polymoe/native")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
-MORE_FLAGS = {"tiled_experts.cpp": ["-mavx512vnni", "-mavx512vbmi"]}  # called where the processor has these too
+_TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the processor has these too
+MORE_FLAGS = {"amx.cpp": _TILES, "make_tiles.cpp": _TILES, "tiled_experts.cpp": _TILES}
 
 
 class CustomBuildHook(BuildHookInterface):

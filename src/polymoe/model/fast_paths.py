@@ -42,7 +42,9 @@ def _linear_maps(modules: Iterable[torch.nn.Module], backend: Backend) -> Iterat
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
             continue
         if isinstance(weight, VariantStack):
-            yield _path(backend, "linear", backend.why_not_linear(weight.dtype, weight.shape[1]))
+            reason = backend.why_not_linear(weight.dtype, weight.shape[1])
+            runs_on = "torch" if reason else backend.multiplies_on
+            yield FastPath(part="linear", runs_on=runs_on, count=1, reason=reason)
         else:
             reason = "the same in all variants, one product of torch's"
             yield FastPath(part="linear", runs_on="torch", count=1, reason=reason)

@@ -1,8 +1,8 @@
 """The compiled CPU kernels (the .cpp files beside this), where they are built and the processor can run them.
 
 hatch_build.py compiles them when the package is installed; they need AVX512-BF16. Each has a torch implementation with
-the same result that is used everywhere else; `POLYMOE_NO_KERNELS=1` turns them off, and `POLYMOE_KERNELS=FILE` names
-another build of them (`make sanitize`).
+the same result that is used everywhere else. `POLYMOE_NO_KERNELS=1` turns them off, `POLYMOE_CPU_LEVEL=avx512` what
+they have for AMX, and `POLYMOE_KERNELS=FILE` names another build of them (`make sanitize`).
 """
 
 import ctypes
@@ -96,7 +96,15 @@ def cpu_kernels() -> ctypes.CDLL | None:
     library.polymoe_spin.argtypes, library.polymoe_spin.restype = [_NUMBER], None
     library.polymoe_spin(_SPIN if quiet_torch.SLEEPS else _SPIN_BESIDE_TORCH)
     linear.restype = attention.restype = combine.restype = experts.restype = None
+    library.polymoe_amx.argtypes, library.polymoe_amx.restype = [], _INT
     return library
+
+
+def matrix_unit() -> str:
+    """What multiplies beside the processor's vectors, for its operator: "AMX", which of two products where it is not
+    both, or nothing. It was tried when first asked, and is not used where vectors are faster (csrc/amx.cpp)."""
+    kernels = cpu_kernels()
+    return ("", "AMX in bfloat16", "AMX in 8 bits", "AMX")[kernels.polymoe_amx()] if kernels is not None else ""
 
 
 def _is_current(library: ctypes.CDLL) -> bool:

@@ -123,6 +123,11 @@ class Backend(ABC):
     holds_outputs_first: ClassVar[bool] = True
     has_own_threads: bool = False
 
+    @property
+    def multiplies_on(self) -> str:
+        """What `FastPath` calls its way of products with weights."""
+        return self.runs_on
+
     @abstractmethod
     def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """`x [T, I]` times each token's own row of `stack [R, O, I]` -> `[T, O]`."""

@@ -17,6 +17,7 @@ from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, Sco
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+from polymoe.native.library import matrix_unit
 
 
 class CpuBackend(ReferenceBackend):
@@ -32,6 +33,11 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, dtype: torch.dtype, activations: Activations = ACTIVATIONS["int16"]) -> None:
         self.has_own_threads = dtype == torch.bfloat16
         self.activations = activations
+
+    @property
+    def multiplies_on(self) -> str:
+        """See the base class."""
+        return f"{self.runs_on} ({matrix_unit()})" if matrix_unit() else self.runs_on
 
     def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call."""
@@ -81,11 +87,14 @@ class CpuBackend(ReferenceBackend):
                 reason = why_not_fused(module, layer.dtype, weights)
                 path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
             if weights.is_tiled:
-                path = experts_path(f"compiled packed ({self.activations})")
+                beside = f", {matrix_unit()}" if matrix_unit() else ""
+                path = experts_path(f"compiled packed ({self.activations}{beside})")
             product = partial(experts_compressed, activation_bits=self.activations)
             return PackedExperts(path, module, layer, weights, product)
         prepared = super().prepare_experts(module, layer)
-        path = prepared.path if why_not_grouped(layer.dtype, stored_inputs(layer)) else experts_path("compiled stored")
+        path = experts_path(self.multiplies_on.replace("compiled", "compiled stored"))
+        if why_not_grouped(layer.dtype, stored_inputs(layer)):
+            path = prepared.path
         resident = experts_by_group if why_not_one_call(module, layer.dtype, weights) else experts_in_one_call
         beside = None
         if layer.num_absent and weights and layer.dtype == torch.bfloat16:

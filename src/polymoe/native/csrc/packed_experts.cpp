@@ -176,13 +176,13 @@ struct Shared {
 void run_piece(const Product& product, const Scratch& scratch, int64_t first, int64_t last, int64_t o, int64_t count,
                Buffers& buffers) {
     const Problem& p = product.p;
-    const int64_t step = p.paired ? SUB_ROWS / 2 : SUB_ROWS;
+    const int64_t step = p.paired ? SUB_ROWS / 2 : SUB_ROWS, most_few = amx::few_rows();
     bool few = false;
-    for (int64_t g = first; g < last; ++g) few |= p.rows(g) <= FEW_ROWS;
+    for (int64_t g = first; g < last; ++g) few |= p.rows(g) <= most_few;
     for (int64_t at = o; few && at < o + count; at += step) {
         Shared shared{product, at, step, buffers};
         for (int64_t g = first; g < last; ++g) {
-            if (p.rows(g) > FEW_ROWS) continue;
+            if (p.rows(g) > most_few) continue;
             const Rows<> rows = shared.rows(g);
             const bool apart = product.is_apart(g);
             const Rows<> delta = apart ? product.delta(product.segments[g], at, step, buffers.own) : rows;
@@ -192,23 +192,23 @@ void run_piece(const Product& product, const Scratch& scratch, int64_t first, in
     }
     Shared shared{product, o, count, buffers};
     for (int64_t g = first; g < last; ++g) {
-        if (p.rows(g) <= FEW_ROWS) continue;
+        if (p.rows(g) <= most_few) continue;
         const Rows<> rows = shared.rows(g);
-        matmul_group(p, scratch, g, rows.first, rows.second, p.biases ? p.biases[g] + o : nullptr, o, count,
-                     aligned(buffers.packed, p.in / 2 * WEIGHT_ROWS));
+        uint32_t* packed = aligned(buffers.packed, p.in / 2 * WEIGHT_ROWS);
+        pack_piece(p, rows.first, rows.second, count, packed);
+        matmul_group(p, scratch, g, packed, p.biases ? p.biases[g] + o : nullptr, o, count);
     }
 }
 
 void run_segments(const Product& product, const std::vector<int64_t>& groups, Scratch& scratch, int num_threads) {
     const Problem& p = product.p;
-    make_tiles(p, scratch);
-    const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size()), num_groups = static_cast<int64_t>(groups.size()) - 1;
+    make_tiles(p, scratch, amx::few_rows());
+    pack_tiles(p, scratch, num_threads);
+    const int64_t num_groups = static_cast<int64_t>(groups.size()) - 1;
     const int64_t step = p.outputs_a_piece(), pieces = p.out / step;
-    parallel_for(num_tiles, 2, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) pack_tile(p, scratch.tiles[t], scratch.pairs.data() + scratch.tile_at[t]);
-    });
     parallel_for(num_groups * pieces, 2, num_threads, [&](int64_t begin, int64_t end) {
         static thread_local Buffers buffers;
+        const amx::Tiles tiles;
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t g = piece / pieces;
             run_piece(product, scratch, groups[g], groups[g + 1], piece % pieces * step, step, buffers);

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "bf16.h"
 
 namespace polymoe {
@@ -25,6 +26,11 @@ namespace polymoe {
 constexpr int64_t LANES = 16, UNIT = 32, VECTORS = 8;  // outputs of a tile; inputs and vectors of a unit
 constexpr int64_t MOST_GROUP = 256;                    // inputs of a group at most
 constexpr float LOW_STEPS = 254;                       // steps of the second 8 bits in one of the first
+
+inline int64_t group_of(int64_t in) {  // values that share a scale, as polymoe/quant/formats.py has it
+    const int64_t groups = (in + MOST_GROUP - 1) / MOST_GROUP;
+    return ((in + groups - 1) / groups + 63) / 64 * 64;
+}
 
 template <int BITS>
 struct Width {
@@ -127,6 +133,13 @@ struct TileOf {
     const uint8_t* table;
     float step;        // sign in it
     int64_t group;
+    int64_t ahead, scales_ahead;  // bytes and scales from here to the same of the tile that is read next
+
+    __m512 scale(int64_t g) const {
+        const uint16_t* its = scales + g * LANES;
+        _mm_prefetch(reinterpret_cast<const char*>(its + scales_ahead), _MM_HINT_T1);
+        return _mm512_mul_ps(load_bf16(its), _mm512_set1_ps(step));
+    }
 };
 
 // The first R rows of x, codes straight into products. to: [R, stride].
@@ -142,7 +155,7 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
             for (int r = 0; r < R; ++r) sum[c][r] = low[c][r] = _mm512_setzero_si512();
         for (int64_t k = start; k < stop; k += UNIT, codes += 64 * BITS) {
             const Unit<BITS> unit(codes);
-            for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+            for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + tile.ahead), _MM_HINT_T1);
 #define POLYMOE_VECTOR(Q)                                                                                  \
     {                                                                                                      \
         const __m512i w = unit.template bytes<Q>(table);                                                   \
@@ -156,7 +169,7 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
             POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
 #undef POLYMOE_VECTOR
         }
-        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        const __m512 scale = tile.scale(g);
         for (int r = 0; r < R; ++r) {
             for (int c = 1; c < CHAINS; ++c) {
                 sum[0][r] = _mm512_add_epi32(sum[0][r], sum[c][r]);
@@ -168,10 +181,10 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
 }
 
 template <int BITS>
-const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, uint8_t* to) {
+const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, int64_t ahead, uint8_t* to) {
     for (int64_t u = 0; u < units; ++u, codes += 64 * BITS, to += 64 * VECTORS) {
         const Unit<BITS> unit(codes);
-        for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + 1024), _MM_HINT_T0);
+        for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + ahead), _MM_HINT_T1);
 #define POLYMOE_VECTOR(Q) _mm512_store_si512(to + 64 * Q, unit.template bytes<Q>(table));
         POLYMOE_VECTOR(0) POLYMOE_VECTOR(1) POLYMOE_VECTOR(2) POLYMOE_VECTOR(3)
         POLYMOE_VECTOR(4) POLYMOE_VECTOR(5) POLYMOE_VECTOR(6) POLYMOE_VECTOR(7)
@@ -202,6 +215,26 @@ void block_rows(const uint8_t* bytes, int64_t vectors, const Rounded& x, int64_t
     for (int r = 0; r < R; ++r) add_group(sum[r], low[r], TWO, x, r, g, scale, to + r * stride);
 }
 
+// At most 16 rows, the same on AMX. Past `vectors` and up to a multiple of 16 of them bytes are zero.
+template <bool TWO>
+void amx_rows(const uint8_t* bytes, int64_t vectors, const Rounded& x, int64_t start, int64_t g, int64_t rows, __m512 scale,
+              float* to, int64_t stride) {
+    alignas(64) int32_t sums[2][amx::ROWS][LANES];
+    amx::zero<0>();
+    if (TWO) amx::zero<1>();
+    for (int64_t v = 0; v < vectors; v += 16) {
+        amx::load<2>(bytes + 64 * v, 64);
+        amx::load<3>(x.high + start + 4 * v, x.in);
+        amx::add_int8<0, 3, 2>();
+        if (TWO) amx::load<4>(x.low + start + 4 * v, x.in), amx::add_int8<1, 4, 2>();
+    }
+    amx::store<0>(sums[0], 64);
+    if (TWO) amx::store<1>(sums[1], 64);
+    for (int64_t r = 0; r < rows; ++r)
+        add_group(_mm512_load_si512(sums[0][r]), TWO ? _mm512_load_si512(sums[1][r]) : _mm512_setzero_si512(), TWO, x, r, g,
+                  scale, to + r * stride);
+}
+
 template <int BITS, bool TWO>
 void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, int64_t stride) {
     alignas(64) static thread_local uint8_t bytes[MOST_GROUP * LANES];
@@ -211,8 +244,14 @@ void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, i
     const int64_t blocks = (count + MOST - 1) / MOST, most = (count + blocks - 1) / blocks;
     for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
         const int64_t size = std::min(tile.group, x.in - start);
-        codes = unpack_group<BITS>(codes, size / UNIT, table, bytes);
-        const __m512 scale = _mm512_mul_ps(load_bf16(tile.scales + g * LANES), _mm512_set1_ps(tile.step));
+        codes = unpack_group<BITS>(codes, size / UNIT, table, tile.ahead, bytes);
+        const __m512 scale = tile.scale(g);
+        if (amx::chosen() & amx::INT8) {
+            if (size % 64) memset(bytes + size * LANES, 0, UNIT * LANES);
+            for (int64_t r = 0; r < count; r += amx::ROWS)
+                amx_rows<TWO>(bytes, size / 4, x.from(r), start, g, std::min(amx::ROWS, count - r), scale, to + r * stride, stride);
+            continue;
+        }
         for (int64_t r = 0; r < count; r += most) {
             float* at = to + r * stride;
             switch (std::min(most, count - r)) {
