@@ -8,7 +8,8 @@ A *base* is a stored expert that one or more variants build on, a *delta* a corr
 as stored: variant v's expert at (l, e) is decode(base) + sign · decode(delta).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +46,8 @@ class Plan:
     delta_owner: int [V, L, E], the variant whose delta v uses, −1 for none. Default: everyone has an own one, but not
         where it is zero (the owner of a base stored as it is).
     predicted_error: float [V], nats a token; None when it was not predicted.
+    nonexperts: name -> (format of the bases, format of the deltas): how matrices beside the experts are packed, each
+        version by itself (`NO_DELTA`) or all on one base. What is not named is as the checkpoints store it.
 
     The fields [L, E] may be given as anything that broadcasts to that shape.
     """
@@ -58,6 +61,7 @@ class Plan:
     delta: StrArray = NO_DELTA  # type: ignore[assignment]
     delta_owner: IntArray = None  # type: ignore[assignment]
     predicted_error: NDArray[np.float64] | None = None
+    nonexperts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("base", "merge", "delta"):
