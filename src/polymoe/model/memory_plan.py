@@ -80,9 +80,9 @@ def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: i
     for name in bundle.nonexpert_names:
         distinct = len(set(bundle.nonexpert_sources(name)))
         size = math.prod(shapes[name]) * itemsize
-        if (packed := bundle.packed_nonexpert(name)) is not None:  # stays as it is
-            size = get_format(packed.delta or packed.base).num_bytes(tuple(packed.shape), torch.float32)
-            shared += get_format(packed.base).num_bytes(tuple(packed.shape), torch.float32) if packed.delta else 0
+        if (found := bundle.packed_nonexpert(name)) is not None:  # stays as it is
+            size = get_format(found.delta or found.base).num_bytes(tuple(found.shape), torch.float32)
+            shared += get_format(found.base).num_bytes(tuple(found.shape), torch.float32) if found.delta else 0
         if distinct == 1:
             shared += size
         else:

@@ -85,7 +85,7 @@ class NonexpertProbes:
 
     def nats(self) -> dict[str, FloatArray]:
         """name -> float [V], as `QuantisationErrors.nonexpert_nats`; without matrices that no probe reached."""
-        found = {}
+        found: dict[str, FloatArray] = {}
         for g, names in enumerate(self.groups):
             if (self._weight[g] > 0).all():
                 scale = _TOGETHER * self.kl[g] / self._weight[g]

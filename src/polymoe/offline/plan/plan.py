@@ -61,7 +61,7 @@ class Plan:
     delta: StrArray = NO_DELTA  # type: ignore[assignment]
     delta_owner: IntArray = None  # type: ignore[assignment]
     predicted_error: NDArray[np.float64] | None = None
-    nonexperts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    nonexperts: Mapping[str, tuple[str, str]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("base", "merge", "delta"):

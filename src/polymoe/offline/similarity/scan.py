@@ -65,7 +65,7 @@ class FamilyScan:
     def model_bytes(self) -> int:
         """Bytes of all weights of one model, the largest variant's."""
         own = (sum(sizes[v] for sizes in self.nonexpert_bytes.values()) for v in range(len(self.variant_names)))
-        return self.expert_bytes * self.expert_same_as[0].size + max(own)
+        return self.expert_bytes * int(self.expert_same_as[0].size) + max(own)
 
     @property
     def table_bytes(self) -> int:
