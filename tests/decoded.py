@@ -66,7 +66,7 @@ def _changed(parts: dict[str, torch.Tensor], index: int, base: torch.Tensor) -> 
 
 
 class DecodedFamily(ReferenceFamily):
-    """Reference answers of stock models that run with a bundle's decoded experts."""
+    """Reference answers of stock models that run with a bundle's decoded experts and non-experts."""
 
     def __init__(self, original: ReferenceFamily, bundle: Path) -> None:
         self.arch, self.folder, self.paths = original.arch, original.folder, original.paths
@@ -78,6 +78,8 @@ class DecodedFamily(ReferenceFamily):
         opened = Bundle.open(self.bundle, verify=True)
         with torch.no_grad():
             for index, model in enumerate(models.values()):
+                packed = opened.manifest.packed_nonexperts
+                put_weights(model, ((name, opened.nonexpert(index, name)) for name in packed))
                 for layer, path in enumerate(opened.expert_modules):
                     stacks = decoded_experts(opened, index, layer)
                     put_weights(model, ((f"{path}.{name}", stack) for name, stack in stacks.items()))

@@ -162,8 +162,8 @@ def test_a_budget_below_the_minimum_says_what_the_minimum_costs(family: Family) 
     ):
         auto_plan(family, scan_family(family), budget_bytes=one_model(family) // 20)
     scan = scan_family(family)
-    cost = r"below the minimum of .*: .* non-experts and tables, and .*x of one model's\) of experts, .* cost .* nats"
-    for memory in ("1KiB", str(scan.nonexpert_bytes_total + 9 * scan.expert_same_as.size + one_model(family) // 20)):
+    cost = r"below the minimum of .*: .* of norms, routers and tables, and .*x of one model's\) of all else, .* cost .*"
+    for memory in ("1KiB", "0.1x-all"):
         with pytest.raises(PlanError, match=cost):
             build_plan(scan, "auto", memory, None, family)
 

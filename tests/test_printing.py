@@ -193,6 +193,9 @@ def test_a_budget_without_a_unit_is_asked_about(text: str, message: str) -> None
 
 def test_budgets() -> None:
     assert (parse_memory("1.0x").multiple, parse_memory("0X").multiple, parse_memory("2×").multiple) == (1, 0, 2)
+    found = parse_memory(" 1.5x-all ")
+    assert (found.multiple, found.of_all, found.num_bytes, found.text) == (1.5, True, None, "1.5x-all")
+    assert not parse_memory("1.5x").of_all
     assert parse_memory("24G").num_bytes == parse_memory("24GiB").num_bytes == 24 << 30
     assert parse_memory(str(24 << 30)).num_bytes == 24 << 30  # as `serve` writes it
 

@@ -10,8 +10,9 @@ import pytest
 
 from damage import Liar
 from families import make_family
+from polymoe.bundle.fidelity import record_fidelity
 from polymoe.bundle.manifest import Fidelity, VariantRecord
-from polymoe.bundle.reader import Bundle, record_fidelity
+from polymoe.bundle.reader import Bundle
 from polymoe.console import Console
 from polymoe.errors import BundleError, PlanError, PolymoeError
 from polymoe.evaluate.target import meet_target

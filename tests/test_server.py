@@ -7,8 +7,8 @@ import httpx
 import openai
 import pytest
 
+from polymoe.bundle.fidelity import record_fidelity
 from polymoe.bundle.manifest import MANIFEST, Fidelity
-from polymoe.bundle.reader import record_fidelity
 from servers import CONTEXT, ThreadServer, engine_config, events, make_bundle
 
 PROMPT = "the quick brown fox"

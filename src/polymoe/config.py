@@ -126,8 +126,8 @@ class PlanConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory: Annotated[
         str | None,
         Option(
-            "1.0x: expert bytes in multiples of one model's; 24GiB (or 24G): all weights on the device. K, M, G, T "
-            "are powers of 1024, KB, MB, GB, TB of 1000"
+            "1.0x: expert bytes in multiples of one model's; 1.0x-all: all weights, in multiples of one whole model; "
+            "24GiB (or 24G): all weights on the device. K, M, G, T are powers of 1024, KB, MB, GB, TB of 1000"
         ),
     ] = None
     cache: Annotated[

@@ -15,6 +15,7 @@ import torch
 
 from polymoe.bundle.reader import Bundle
 from polymoe.model.stock.kind import kind_of
+from polymoe.quant.formats import get_format
 
 _BUFFER_BYTES = 512 << 20  # far beyond any cache
 _ROUNDS = 6
@@ -99,7 +100,15 @@ def _nonexpert_bytes(bundle: Bundle, variants: list[int]) -> int:
             or (name.endswith("embed_tokens.weight") and name not in tied)
         ):
             continue
-        for source in {bundle.nonexpert_sources(name)[variant] for variant in variants}:
+        sources = {bundle.nonexpert_sources(name)[variant] for variant in variants}
+        if (packed := bundle.packed_nonexpert(name)) is not None:
+            base, own = (
+                get_format(fmt).num_bytes(tuple(packed.shape), torch.float32) if fmt else 0
+                for fmt in (packed.base, packed.delta)
+            )
+            total += base + own * len(sources) if packed.delta else base * len(sources)
+            continue
+        for source in sources:
             tensor = bundle.nonexpert(source, name)
             total += tensor.numel() * tensor.element_size()
     return total

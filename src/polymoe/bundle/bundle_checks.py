@@ -15,6 +15,7 @@ from polymoe.bundle.manifest import (
     Manifest,
     delta_file,
     host_file,
+    nonexpert_format,
     own_file,
     packed_name,
     resident_file,
@@ -138,10 +139,10 @@ def _wanted(manifest: Manifest, path: str) -> dict[str, Wanted]:
         shape = (len(manifest.variants), len(layers), manifest.num_experts)
         return {"table": ({"I32"}, shape), "delta": ({"I32"}, shape), "sign": ({"I8"}, shape)}
     if path == SHARED:
-        return {name: (set(), None) for name, sources in manifest.nonexperts.items() if not any(sources)}
+        return _nonexperts(manifest, None)
     for index, variant in enumerate(manifest.variants):
         if path == own_file(variant.name):
-            return {name: (set(), None) for name, s in manifest.nonexperts.items() if any(s) and index in s}
+            return _nonexperts(manifest, index)
     for layer in layers:
         if path == resident_file(layer):
             count = manifest.base_pools[layer].get(STORED.name, 0)
@@ -157,6 +158,21 @@ def _wanted(manifest: Manifest, path: str) -> dict[str, Wanted]:
                 for name, shape in manifest.expert_shapes.items()
             }
     raise AssertionError(f"{path} is no tensor file of a bundle")
+
+
+def _nonexperts(manifest: Manifest, variant: int | None) -> dict[str, Wanted]:
+    """Of the file of one variant, or of all together."""
+    wanted: dict[str, Wanted] = {}
+    for name in manifest.nonexperts:
+        fmt = nonexpert_format(manifest, name, variant)
+        if fmt is None:
+            continue
+        if (packed := manifest.packed_nonexperts.get(name)) is None:
+            wanted[name] = set(), None
+            continue
+        for part, (dtype, shape) in get_format(fmt).parts(tuple(packed.shape), torch.float32).items():
+            wanted[packed_name(fmt, name, part)] = {dtype_name(dtype)}, shape
+    return wanted
 
 
 def _packed(manifest: Manifest, pools: dict[str, int]) -> dict[str, Wanted]:

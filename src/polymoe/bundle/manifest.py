@@ -7,8 +7,10 @@ experts/layer-000.safetensors       resident bases of expert layer 0: one stack 
 deltas/layer-000.safetensors        deltas of expert layer 0: `{format}.{name}.{part}` [D, …]; exact ones have their
                                     `values` back to back, delta d's are starts[d] : starts[d + 1]
 host/layer-000.safetensors          host tier of expert layer 0: `{h}.{tensor name}`, one expert's tensors each
-nonexperts/shared.safetensors       tensors that are identical in all variants
-nonexperts/variant.NAME.safetensors NAME's own; a tensor that some variants share is with the lowest of them
+nonexperts/shared.safetensors       tensors that are identical in all variants, and the bases that packed ones share:
+                                    `{format}.{name}.{part}`
+nonexperts/variant.NAME.safetensors NAME's own, packed or as stored, and its deltas; what some variants share is with
+                                    the lowest of them
 variants/NAME/                      config, generation config, tokenizer and chat template, as they came
 """
 
@@ -123,6 +125,15 @@ class WeightBytes(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.by_kind.values())
 
 
+class PackedNonexpert(msgspec.Struct, frozen=True, kw_only=True):
+    """How a non-expert matrix is packed: each version in format `base`, or, with a `delta`, one base and a delta of
+    that format for each version. shape: [out, in]."""
+
+    base: str
+    delta: str | None = None
+    shape: list[int]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about a bundle but the weights. Sizes are bytes."""
 
@@ -140,6 +151,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     expert_bytes: int  # one expert
     expert_parameters: int  # one expert
     nonexperts: dict[str, list[int]]  # name -> per variant, the lowest variant with the identical tensor
+    packed_nonexperts: dict[str, PackedNonexpert] = {}  # those that are not as the checkpoints store them
     tied: dict[str, str]  # parameter -> the one it shares its tensor with
     transposed: bool  # the stock module holds its matrices as [in, out]; packed ones are [out, in] all the same
     base_pools: list[dict[str, int]]  # per layer: format -> physical bases, in the order of their ids
@@ -170,6 +182,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             )
             for name in names
         }
+
+
+def nonexpert_format(manifest: Manifest, name: str, variant: int | None) -> str | None:
+    """The format in which the file of one variant holds the non-expert `name`, or (None) the file of all together does;
+    None where it does not hold it. "stored" for what is not packed."""
+    sources, packed = manifest.nonexperts[name], manifest.packed_nonexperts.get(name)
+    if packed is not None and packed.delta is not None:
+        return packed.base if variant is None else packed.delta if variant in sources else None
+    here = not any(sources) if variant is None else any(sources) and variant in sources
+    if not here:
+        return None
+    return "stored" if packed is None else packed.base
 
 
 class _VersionOnly(msgspec.Struct):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+import msgspec
+
 from polymoe.bundle.manifest import (
     SHARED,
     TABLES,
@@ -66,6 +68,11 @@ def check_manifest(path: str, manifest: Manifest) -> None:
             0 <= source <= v and sources[source] == source for v, source in enumerate(sources)
         )
         check(right, "nonexperts", f"of {name} is {sources}, which are not the variants with the same tensor")
+    coded = {fmt.name for fmt in (*BASE_FORMATS, *DELTA_FORMATS) if fmt.is_coded}
+    for name, packed in m.packed_nonexperts.items():
+        known = name in m.nonexperts and packed.base in coded and (packed.delta is None or packed.delta in coded)
+        right = known and len(packed.shape) == 2 and all(0 < size < 1 << 31 for size in packed.shape)
+        check(right, "packed_nonexperts", f"of {name} is {msgspec.structs.asdict(packed)}")
     check(set(_POSITIONS) <= set(m.positions), "positions", f"lacks one of {', '.join(_POSITIONS)}")
     for field, found in (("resident_bytes", m.resident_bytes.by_kind), ("positions", m.positions)):
         check(all(0 <= count < _MOST for count in found.values()), field, "has a number below 0")

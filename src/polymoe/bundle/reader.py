@@ -4,15 +4,13 @@
 """
 
 import copy
-import fcntl
 import logging
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,14 +19,13 @@ from polymoe.bundle.manifest import (
     MANIFEST,
     SHARED,
     TABLES,
-    UNFINISHED_MANIFEST,
-    Fidelity,
     Manifest,
+    PackedNonexpert,
     VariantRecord,
     WeightBytes,
     delta_file,
-    encode_manifest,
     host_file,
+    nonexpert_format,
     own_file,
     packed_name,
     read_manifest,
@@ -220,11 +217,49 @@ class Bundle:
         return tuple(self.manifest.nonexperts[name])
 
     def nonexpert(self, variant: int, name: str) -> Tensor:
-        """One tensor as the variant stores it; a smaller vocabulary's embeddings have fewer rows than `config` says."""
+        """One tensor as the variant stores it, or what a packed one stands for. A smaller vocabulary's embeddings have
+        fewer rows than `config` says."""
+        if (packed := self.packed_nonexpert(name)) is not None:
+            return self._decoded(variant, name, packed)
+        source = self._nonexpert_source(variant, name)
+        return self._tensor(SHARED if source is None else own_file(self.manifest.variants[source].name), name)
+
+    def nonexpert_dtype(self, variant: int, name: str) -> torch.dtype:
+        """The dtype of `nonexpert`: of packed ones that of the experts."""
+        if name in self.manifest.packed_nonexperts:
+            packed: torch.dtype = getattr(torch, self.manifest.variants[variant].dtype)
+            return packed
+        return self.nonexpert(variant, name).dtype
+
+    def packed_nonexpert(self, name: str) -> PackedNonexpert | None:
+        """How a non-expert is packed; None for one as the variants store it."""
+        return self.manifest.packed_nonexperts.get(name)
+
+    def nonexpert_parts(self, variant: int | None, name: str) -> dict[str, Tensor]:
+        """Part -> tensor of a packed non-expert: a variant's own base or delta, or (None) the base that all share."""
+        fmt = nonexpert_format(self.manifest, name, variant)
+        packed = self.packed_nonexpert(name)
+        assert fmt is not None
+        assert packed is not None
+        file = SHARED if variant is None else own_file(self.manifest.variants[variant].name)
+        parts = get_format(fmt).parts(tuple(packed.shape), torch.float32)
+        return {part: self._tensor(file, packed_name(fmt, name, part)) for part in parts}
+
+    def _nonexpert_source(self, variant: int, name: str) -> int | None:
+        """The variant whose file has it; None: the file of all together."""
         sources = self.manifest.nonexperts[name]
-        if not any(sources):  # all variants have variant 0's
-            return self._tensor(SHARED, name)
-        return self._tensor(own_file(self.manifest.variants[sources[variant]].name), name)
+        return sources[variant] if any(sources) else None
+
+    def _decoded(self, variant: int, name: str, packed: PackedNonexpert) -> Tensor:
+        shape, source = tuple(packed.shape), self._nonexpert_source(variant, name)
+        base = get_format(packed.base, self.levels)
+        if packed.delta is None:
+            weight = base.decode(self.nonexpert_parts(source, name), shape, torch.float32)
+        else:
+            delta = self.nonexpert_parts(self.manifest.nonexperts[name][variant], name)
+            weight = base.decode(self.nonexpert_parts(None, name), shape, torch.float32)
+            weight = get_format(packed.delta, self.levels).corrected(weight, delta)
+        return weight.to(self.nonexpert_dtype(variant, name))
 
     def drop_pages(self) -> None:
         """Let go of what was read: tensors stay valid, and are read again where they are looked at again."""
@@ -242,41 +277,3 @@ class Bundle:
         except (KeyError, SafetensorError) as error:
             raise BundleError(f"{self.path / file} does not hold {name} ({error}); plan the bundle again.") from error
         return tensor
-
-
-def record_fidelity(path: str | Path, fidelity: Mapping[str, Fidelity]) -> None:
-    """Write how close variants were measured to be into the bundle's manifest, in one step.
-
-    Variants that are not named keep what they have. What the planner predicted is added where it is missing.
-    Raises `BundleError` for a name that no variant has or a bundle that cannot be written.
-    """
-    folder = Path(path).expanduser()
-    temporary = folder / UNFINISHED_MANIFEST
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two measurements at a time must not lose each other's figures
-            manifest = read_manifest(folder)
-            names = [variant.name for variant in manifest.variants]
-            for name in fidelity:
-                if name not in names:
-                    raise BundleError(f"{folder} has no variant {name}; there are {', '.join(names)}.")
-            variants = [_measured(variant, fidelity.get(variant.name)) for variant in manifest.variants]
-            with temporary.open("wb") as file:
-                file.write(encode_manifest(msgspec.structs.replace(manifest, variants=variants)))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / MANIFEST)
-            os.fsync(lock)
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise BundleError(f"{folder} cannot be written: {error.strerror or error}.") from error
-
-
-def _measured(variant: VariantRecord, fidelity: Fidelity | None) -> VariantRecord:
-    if fidelity is None:
-        return variant
-    if fidelity.predicted_error is None:
-        fidelity = msgspec.structs.replace(fidelity, predicted_error=variant.predicted_error)
-    return msgspec.structs.replace(variant, fidelity=fidelity)

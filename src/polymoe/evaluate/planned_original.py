@@ -28,7 +28,7 @@ def _as_planned(bundle: Bundle, variant: int, checkpoint: Checkpoint) -> Checkpo
         checkpoint = checkpoint.untied()
     info, planned = checkpoint.architecture, {}
     for name in set(bundle.nonexpert_names) & set(checkpoint.target_names):
-        planned[name] = bundle.nonexpert(variant, name).dtype
+        planned[name] = bundle.nonexpert_dtype(variant, name)
     for tensor, stack in bundle.resident_experts(0).items():  # it has a dtype, if no rows
         if tensor in info.expert_shapes:
             planned |= {info.expert_tensor(layer, tensor): stack.dtype for layer in range(info.num_layers)}

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 import torch
 
+from polymoe.bundle.fidelity import record_fidelity
 from polymoe.bundle.manifest import Fidelity
-from polymoe.bundle.reader import Bundle, record_fidelity
+from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
 from polymoe.console import Console
 from polymoe.engine.core import EngineCore

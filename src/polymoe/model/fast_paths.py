@@ -8,6 +8,7 @@ from polymoe.model.attention.paged import AttentionLayer
 from polymoe.model.backends.base import Backend
 from polymoe.model.experts.layer import LayerExperts
 from polymoe.model.stock.fused_norm import is_fused
+from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.variant_stack import VariantStack
 from polymoe.protocol.fast_path import FastPath, merged
 
@@ -41,7 +42,11 @@ def _linear_maps(modules: Iterable[torch.nn.Module], backend: Backend) -> Iterat
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
             continue
-        if isinstance(weight, VariantStack):
+        if isinstance(weight, PackedVariants):
+            reason = backend.why_not_packed_linear(weight.dtype, weight.packed)
+            runs_on = "torch packed" if reason else f"{backend.runs_on} packed"
+            yield FastPath(part="linear", runs_on=runs_on, count=1, reason=reason, slow=bool(reason))
+        elif isinstance(weight, VariantStack):
             reason = backend.why_not_linear(weight.dtype, weight.shape[1])
             runs_on = "torch" if reason else backend.multiplies_on
             yield FastPath(part="linear", runs_on=runs_on, count=1, reason=reason)

@@ -18,7 +18,7 @@ from polymoe.bundle.manifest import WeightBytes
 from polymoe.config import format_bytes
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability
-from polymoe.quant.formats import STORED
+from polymoe.quant.formats import STORED, get_format
 
 if TYPE_CHECKING:
     from polymoe.bundle.reader import Bundle
@@ -80,6 +80,9 @@ def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: i
     for name in bundle.nonexpert_names:
         distinct = len(set(bundle.nonexpert_sources(name)))
         size = math.prod(shapes[name]) * itemsize
+        if (found := bundle.packed_nonexpert(name)) is not None:  # stays as it is
+            size = get_format(found.delta or found.base).num_bytes(tuple(found.shape), torch.float32)
+            shared += get_format(found.base).num_bytes(tuple(found.shape), torch.float32) if found.delta else 0
         if distinct == 1:
             shared += size
         else:

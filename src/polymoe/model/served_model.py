@@ -33,6 +33,8 @@ from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.transfer.copies import ThreadCopier
 from polymoe.model.transfer.staging import Staging
 from polymoe.model.transfer.stream_copies import StreamCopier
+from polymoe.model.variants.packed_place import place_packed, reader_of
+from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.slot_gates import gate_slots
 from polymoe.model.variants.slots import Slots, slot_rows
 from polymoe.model.variants.variant_stack import VariantStack
@@ -92,7 +94,7 @@ class ServedModel:
         num_variants = len(bundle.variants)
         slots, spare = slot_rows(slots, num_variants, staging)
         copier = StreamCopier(device) if device.type == "cuda" else ThreadCopier()
-        self.slots = Slots(slots, spare, RowMap([-1] * num_variants), self._read, copier=copier)
+        self.slots = Slots(slots, spare, RowMap([-1] * num_variants), reader_of(bundle), copier=copier)
         self._row_maps: dict[tuple[int, ...], RowMap] = {}
         self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
         if backend.keeps_tables_on_device:
@@ -145,20 +147,21 @@ class ServedModel:
         if not all(path.is_compiled for path in self.fast_paths if path.part in ("experts", "absent experts")):
             return False
         weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
-        plain = sum(w.numel() for w in weights if not isinstance(w, VariantStack))
+        plain = sum(w.numel() for w in weights if not isinstance(w, VariantStack | PackedVariants))
         return plain <= _SMALL_SHARE * sum(w.numel() for w in weights)
 
     def _weight_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
 
-    def _row_map(self, rows: list[int]) -> RowMap:
-        row_map = RowMap(rows)
-        if self.context.backend.keeps_tables_on_device:
-            row_map.keep_on(self.device)
-        return row_map
-
-    def _read(self, variant: int, name: str) -> torch.Tensor:
-        return self.bundle.nonexpert(variant, name)
+    def _rows_of(self, sources: Sequence[int]) -> RowMap:
+        """Where every version has a row. sources: per variant, the lowest with the identical tensor."""
+        distinct = sorted(set(sources))
+        assignment = tuple(distinct.index(source) for source in sources)
+        if assignment not in self._row_maps:
+            row_map = self._row_maps[assignment] = RowMap(list(assignment))
+            if self.context.backend.keeps_tables_on_device:
+                row_map.keep_on(self.device)
+        return self._row_maps[assignment]
 
     def _place(self, name: str) -> None:
         """Put a non-expert where the stock model looks for it: one tensor if all variants share it, else a stack."""
@@ -169,7 +172,8 @@ class ServedModel:
             )
         sources = self.bundle.nonexpert_sources(name)
         distinct = sorted(set(sources))
-        shape = self._read(distinct[0], name).shape
+        packed = self.bundle.packed_nonexpert(name)
+        shape = torch.Size(packed.shape) if packed else self.bundle.nonexpert(distinct[0], name).shape
         lengths = (*meta.shape[:1], self.bundle.variants[distinct[0]].vocab_size)  # embeddings may have fewer
         if len(shape) != meta.ndim or shape[1:] != meta.shape[1:] or (shape and shape[0] not in lengths):
             raise BundleError(
@@ -177,9 +181,12 @@ class ServedModel:
                 "again or copy it again."
             )
         dtype = self._weight_dtype(name)
+        if packed:
+            self._place_packed(name, sources, dtype)
+            return
         if len(distinct) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)
-            self._staging.copy(value, self._read(distinct[0], name))
+            self._staging.copy(value, self.bundle.nonexpert(distinct[0], name))
             self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
             set_weight(self.model, name, value)
             return
@@ -192,10 +199,16 @@ class ServedModel:
             row_map = self.slots.row_map
         else:
             for row, source in enumerate(distinct):
-                self._staging.copy(rows[row], self._read(source, name))
-            assignment = tuple(distinct.index(s) for s in sources)
-            row_map = self._row_maps.setdefault(assignment, self._row_map(list(assignment)))
+                self._staging.copy(rows[row], self.bundle.nonexpert(source, name))
+            row_map = self._rows_of(sources)
         set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes.get(name)))
+
+    def _place_packed(self, name: str, sources: Sequence[int], dtype: torch.dtype) -> None:
+        placed = place_packed(self.bundle, name, self.slots, self._staging, self.device)
+        self._bytes["nonexperts_shared"] += placed.shared_bytes
+        self._bytes["nonexperts_own"] += placed.rows.num_bytes - placed.shared_bytes
+        row_map = self.slots.row_map if placed.in_slots else self._rows_of(sources)
+        set_weight(self.model, name, PackedVariants(placed.rows, row_map, self.context, dtype))
 
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""

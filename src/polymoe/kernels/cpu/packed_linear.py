@@ -13,9 +13,12 @@ from torch import Tensor
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_pool import ExactPool
-from polymoe.kernels.cpu.packed_stack import address
+from polymoe.kernels.cpu.packed_stack import Matrix, address
 from polymoe.kernels.cpu.routing import Routing
 from polymoe.native.library import cpu_kernels, kernel_threads
+
+# int64, on the CPU: G + 1 offsets of the segments of rows, and the base, the delta (−1: none) and the sign of each
+PackedSegments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def packed_linear(x: Tensor, name: str, layer: CompressedLayer, routing: Routing) -> Tensor | None:
@@ -23,20 +26,32 @@ def packed_linear(x: Tensor, name: str, layer: CompressedLayer, routing: Routing
 
     Returns: `[S, O]` in x's dtype; None where there are no kernels, or for tensors that they cannot read.
     """
-    kernels = cpu_kernels() if x.device.type == "cpu" else None
-    stacks = None if kernels is None else layer.stacks
-    if kernels is None or stacks is None:
+    stacks = layer.stacks if cpu_kernels() is not None and x.device.type == "cpu" else None
+    if stacks is None:
         return None
     matrix = stacks.matrices[name]
+    bias = _segment_biases(f"{name}_bias", layer, routing) if stacks.has_biases else None
+    return packed_product(x, matrix, routing.arrays, bias)
+
+
+def packed_product(x: Tensor, matrix: Matrix, segments: PackedSegments, bias: Tensor | None = None) -> Tensor:
+    """The product itself, where there are kernels.
+
+    Args:
+        bias: `[G, O]`, what each segment adds.
+
+    Returns: `[S, O]` in x's dtype.
+    """
+    kernels = cpu_kernels()
+    assert kernels is not None
     assert x.shape[1] == matrix.inputs
     small = x.dtype == torch.bfloat16 and matrix.fits_bf16
     dtype = torch.bfloat16 if small else torch.float32
     function = kernels.polymoe_packed_linear_bf16 if small else kernels.polymoe_packed_linear_f32
     rows = x.to(dtype).contiguous()
-    bias = _segment_biases(f"{name}_bias", layer, routing) if stacks.has_biases else None
     bias = None if bias is None else bias.to(dtype)
     out = torch.empty(len(x), matrix.outputs, dtype=dtype)
-    starts, base, delta, sign = routing.arrays
+    starts, base, delta, sign = segments
     function(
         rows.data_ptr(), matrix.inputs, matrix.outputs, len(base), starts.data_ptr(), base.data_ptr(),
         delta.data_ptr(), sign.data_ptr(), matrix.bases, matrix.deltas, address(bias), out.data_ptr(),

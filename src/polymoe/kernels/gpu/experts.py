@@ -222,5 +222,10 @@ def _pools(weights: Weights | CompressedLayer, name: str, dtype: torch.dtype, tr
     return bases, sorted(deltas, key=lambda matrix: not matrix.format.is_lossless)  # theirs is the pass with the base
 
 
+def pools_of(layer: CompressedLayer, dtype: torch.dtype) -> Pools:
+    """Of a layer with one matrix, called "weight", for activations of `dtype`."""
+    return _pools(layer, "weight", dtype, transposed=False)
+
+
 def _num_stored(stored: Weights) -> int:
     return next(iter(stored.values())).shape[0] if stored else 0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
+from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
 from polymoe.protocol.fast_path import FastPath
 
@@ -133,6 +134,10 @@ class Backend(ABC):
         """`x [T, I]` times each token's own row of `stack [R, O, I]` -> `[T, O]`."""
 
     @abstractmethod
+    def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """The same with packed rows."""
+
+    @abstractmethod
     def rows_of_tokens(self, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """Each token's own row of `stack [R, …]` -> `[T, …]`, perhaps a view."""
 
@@ -163,6 +168,10 @@ class Backend(ABC):
     @abstractmethod
     def why_not_linear(self, dtype: torch.dtype, inputs: int) -> str:
         """Why torch multiplies by stacks with so many inputs; empty where it does not."""
+
+    @abstractmethod
+    def why_not_packed_linear(self, dtype: torch.dtype, rows: PackedRows) -> str:
+        """The same of packed rows."""
 
     @abstractmethod
     def why_not_norm(self, dtype: torch.dtype, width: int) -> str:

@@ -10,6 +10,7 @@ from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_in_one_call, why_not_one_call
 from polymoe.kernels.cpu.grouped_linear import grouped_linear, why_not_grouped
 from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
+from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows_linear
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
 from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer
@@ -43,6 +44,11 @@ class CpuBackend(ReferenceBackend):
         """All runs in one call."""
         groups = segments.row_groups(row_map)
         return grouped_linear(x, stack, groups.ids, groups.starts)
+
+    def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """All runs in one call; a base is decoded once for all of them."""
+        groups = segments.row_groups(row_map)
+        return packed_rows_linear(x, rows, groups.on_one_base if rows.has_one_base else groups.on_own_bases)
 
     def rms_norm(
         self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float

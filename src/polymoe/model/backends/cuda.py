@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from polymoe.kernels.cpu.grouped_experts import experts_by_loop
+from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.model.backends.base import AbsentExperts, Cache, ExpertLayer, PreparedExperts, Routed, ScoreOptions
 from polymoe.model.backends.reference import ReferenceBackend, experts_path
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
@@ -36,18 +37,20 @@ class CudaBackend(ReferenceBackend):
 
     def __init__(self, reference: bool = False) -> None:
         # Here, since they import Triton, which not every torch brings.
-        from polymoe.kernels.gpu import experts, paged_attention, segmented_linear, varlen_attention
+        from polymoe.kernels.gpu import experts, packed_linear, paged_attention, segmented_linear, varlen_attention
         from polymoe.kernels.gpu import rms_norm as rms_norm_triton
 
         self._supported, self._matrices = experts.supported, experts.expert_matrices
         self._attention: Callable[..., torch.Tensor]
         if reference:
             self._linear = segmented_linear.segmented_linear_torch
+            self._packed_linear = packed_linear.packed_linear_torch
             self._attention = paged_attention.paged_attention_torch
             self._experts = experts.experts_torch
             self._rms_norm = rms_norm_triton.rms_norm_torch
         else:
             self._linear = segmented_linear.segmented_linear
+            self._packed_linear = packed_linear.packed_linear_gpu
             self._attention = varlen_attention.ChosenAttention()
             self._experts = experts.experts_gpu
             self._rms_norm = rms_norm_triton.rms_norm_gpu
@@ -58,6 +61,11 @@ class CudaBackend(ReferenceBackend):
             return _linear_by_runs(x, stack, segments, row_map)
         assert row_map.device_rows is not None
         return self._linear(x, stack, None, row_map.device_rows, segments.start_loc(len(row_map.rows)))
+
+    def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """The experts' kernels, with one expert a token."""
+        assert row_map.device_rows is not None
+        return self._packed_linear(x, rows, segments.token_variant, row_map.device_rows)
 
     def rows_of_tokens(self, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """A gather: which rows these are only the device knows."""
@@ -93,6 +101,11 @@ class CudaBackend(ReferenceBackend):
             return replace(prepared, path=experts_path("torch", "the GPU kernels do not know this module", slow=True))
         matrices = self._matrices(layer.weights, layer.dtype, module.is_transposed)
         return _CudaExperts(experts_path(self.runs_on), self, module, layer, matrices)
+
+    def why_not_packed_linear(self, dtype: torch.dtype, rows: PackedRows) -> str:
+        """See the base class."""
+        del dtype, rows
+        return ""
 
     def _reason(self, of_cpu: str) -> str:  # noqa: ARG002
         return ""  # we know of none

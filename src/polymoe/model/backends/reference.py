@@ -10,6 +10,7 @@ from polymoe.kernels.cpu.compressed_experts import experts_compressed_torch
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import experts_by_group, experts_by_grouped_mm
 from polymoe.kernels.cpu.grouped_linear import grouped_linear_by_loop, why_not_grouped
+from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows_linear_torch
 from polymoe.kernels.cpu.paged_attention import why_not_attention
 from polymoe.kernels.cpu.rms_norm import rms_norm, why_not_fast_norm
 from polymoe.model.backends import reference_attention
@@ -31,6 +32,11 @@ class ReferenceBackend(Backend):
         """One matmul for each run of rows."""
         groups = segments.row_groups(row_map)
         return grouped_linear_by_loop(x, stack, groups.ids, groups.starts)
+
+    def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
+        """One version after the other."""
+        groups = segments.row_groups(row_map)
+        return packed_rows_linear_torch(x, rows, groups.on_one_base if rows.has_one_base else groups.on_own_bases)
 
     def rows_of_tokens(self, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """One version for all is a view, no gather."""
@@ -74,6 +80,11 @@ class ReferenceBackend(Backend):
     def why_not_linear(self, dtype: torch.dtype, inputs: int) -> str:
         """See the base class."""
         return self._reason(why_not_grouped(dtype, [inputs]))
+
+    def why_not_packed_linear(self, dtype: torch.dtype, rows: PackedRows) -> str:
+        """See the base class."""
+        del dtype
+        return self._reason("" if rows.matrix is not None else "packed in a layout that the kernels do not know")
 
     def why_not_norm(self, dtype: torch.dtype, width: int) -> str:
         """See the base class."""

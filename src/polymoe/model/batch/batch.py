@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from polymoe.kernels.cpu.packed_linear import PackedSegments
 from polymoe.model.transfer.upload import upload
 
 
@@ -41,6 +42,16 @@ class RowGroups:
 
     ids: torch.Tensor  # [G] int64, on the CPU
     starts: torch.Tensor  # [G + 1] int64, on the CPU
+
+    @cached_property
+    def on_one_base(self) -> PackedSegments:
+        """The groups where one packed base serves all rows, and row r of the deltas corrects it. Made once a pass."""
+        return self.starts, torch.zeros_like(self.ids), self.ids, torch.ones_like(self.ids)
+
+    @cached_property
+    def on_own_bases(self) -> PackedSegments:
+        """The groups where row r has a packed base of its own and no delta."""
+        return self.starts, self.ids, torch.full_like(self.ids, -1), torch.ones_like(self.ids)
 
 
 class Segments:

@@ -41,10 +41,11 @@ from polymoe.model.stock.skeleton import (
     set_weight,
 )
 from polymoe.model.stock.stateful import cache_argument, cache_factory, stateful_modules
-from polymoe.model.variants.variant_stack import VariantStack
+from polymoe.model.variants.variant_stack import METADATA, VariantStack
 
 _TRIAL = "polymoe_trial"
 _EXPERT_TENSORS = {f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")}
+_PRODUCTS = {(F.linear, 1): "product", (F.embedding, 1): "look-up"}  # and the argument that is the weight
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 
 
@@ -55,6 +56,7 @@ class Trial:
     attention_layers: dict[int, AttentionLayer]  # layer index -> shape of its cache
     token_axes: dict[str, dict[int, int]]  # weight -> what its `VariantStack` must know
     per_variant: dict[str, PerVariantSpec] = field(default_factory=dict)  # module -> how it runs by itself
+    products: frozenset[str] = frozenset()  # matrices that are multiplied by or looked up in, and nothing else
 
 
 def _trial_attention_forward(
@@ -121,12 +123,30 @@ class _TrialExperts:
 
 
 class _TrialStack(VariantStack):
-    """A stack of zeros whose matmuls cost nothing, whatever its size."""
+    """A stack of zeros whose matmuls cost nothing, whatever its size.
+
+    uses: the operations that it met; "product" and "look-up" for those in which it is the weight.
+    """
+
+    uses: set[str]
+
+    @staticmethod
+    def __new__(
+        cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext, token_axes: dict[int, int] | None = None
+    ) -> "_TrialStack":
+        stack: Any = VariantStack.__new__(cls, rows, row_map, context, token_axes)
+        stack.uses = set()
+        found: _TrialStack = stack
+        return found
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in METADATA:
+            for place, stack in enumerate((*args, *(kwargs or {}).values())):
+                if isinstance(stack, _TrialStack):
+                    stack.uses.add(_PRODUCTS.get((func, place), str(func)))
         if func is F.linear and isinstance(args[1], VariantStack) and not kwargs:
             x, weight = args[0], args[1]
             weight.context.batch.segments(x.numel() // x.shape[-1])
@@ -270,10 +290,15 @@ class _Attempt:
         _check_local(logits, self.tainted - (num_tokens - num_sampled), "the logits")
         if not layers and not any(spec.cache_argument for spec in self.specs.values()):
             raise UnsupportedModelError("its attention does not go through transformers' registry.")
-        return Trial(layers, {weight: stack.token_axes for weight, stack in stacks.items()}, self.specs)
+        products = {
+            name for name, stack in stacks.items()
+            if stack.ndim == 2 and stack.uses and stack.uses <= set(_PRODUCTS.values())
+        }  # fmt: skip
+        axes = {weight: stack.token_axes for weight, stack in stacks.items()}
+        return Trial(layers, axes, self.specs, frozenset(products))
 
 
-def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, VariantStack]:
+def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, _TrialStack]:
     """Replace every weight but the experts, and those below the modules `alone`, by zeros for two variants.
 
     Each gets a row map of its own, as in service, where variants may share one weight and not another: two weights
@@ -281,7 +306,7 @@ def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: 
     """
     experts = {f"{path}.{leaf}" for path, module in expert_modules(model) for leaf in expert_tensor_names(module)}
     tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    stacks: dict[str, VariantStack] = {}
+    stacks: dict[str, _TrialStack] = {}
     for name, tensor in list(model.state_dict().items()):
         if name not in experts and name not in tied and not any(name.startswith(f"{path}.") for path in alone):
             dtype = tensor.dtype if not tensor.is_floating_point() else torch.float32

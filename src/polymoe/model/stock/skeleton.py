@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.kind import IMPLEMENTATION, kind_of
+from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.variant_stack import VariantStack
 
 
@@ -66,13 +67,13 @@ def expert_tensor_names(module: Any) -> list[str]:
 
 
 def set_weight(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
-    """Put `value` (plain tensor or `VariantStack`) where the parameter or buffer `name` is."""
+    """Put `value` (plain tensor, `VariantStack` or `PackedVariants`) where the parameter or buffer `name` is."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     is_buffer = leaf in module._buffers
     module._buffers.pop(leaf, None)
     module._parameters.pop(leaf, None)
-    if isinstance(value, VariantStack):
+    if isinstance(value, VariantStack | PackedVariants):
         setattr(module, leaf, value)
     elif is_buffer:
         module.register_buffer(leaf, value)
@@ -106,7 +107,7 @@ def retie(model: PreTrainedModel, tied: dict[str, str]) -> None:
     for target, source in tied.items():
         path, _, leaf = source.rpartition(".")
         value = getattr(model.get_submodule(path), leaf)
-        if isinstance(value, VariantStack):
+        if isinstance(value, VariantStack | PackedVariants):
             set_weight(model, target, value)
         else:
             target_path, _, target_leaf = target.rpartition(".")

@@ -80,7 +80,7 @@ class VariantStack(torch.Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise NotImplementedError(
@@ -92,7 +92,7 @@ class VariantStack(torch.Tensor):
         raise NotImplementedError(f"{func} is not supported on weights that differ between variants")
 
 
-_METADATA = {
+METADATA = {
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

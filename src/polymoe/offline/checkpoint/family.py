@@ -18,6 +18,8 @@ from polymoe.offline.checkpoint.configs import check_same_model, max_model_len, 
 from polymoe.offline.checkpoint.source import some
 from polymoe.offline.checkpoint.vocabulary import check_vocabularies
 
+_FEW_ROWS = 16  # a matrix with fewer outputs is a gate, or not worth packing
+
 __all__ = ["Family", "max_model_len", "parse_variant_specs"]
 
 
@@ -54,6 +56,7 @@ def _check_names(names: Sequence[str]) -> None:
 class Family:
     """Checked variants, in the order given. `config`, `architecture` and dtypes are the first variant's.
 
+    `packable`: the non-experts that may be stored in fewer bits.
     `notes`: what a user should know about the variants before their weights are read, one line each.
     """
 
@@ -72,7 +75,8 @@ class Family:
         _check_tensors(checkpoints)
         self.checkpoints = self._in_one_dtype(checkpoints)
         with named(self.names[0], checkpoints[0].path):
-            trace(self.config)  # what cannot be served is refused now, not when a bundle is loaded
+            trial = trace(self.config)  # what cannot be served is refused now, not when a bundle is loaded
+        self.packable = tuple(name for name in self.architecture.nonexperts if self._is_packable(name, trial.products))
 
     @classmethod
     def open(cls, specs: Mapping[str, str | Path] | Sequence[str]) -> Self:
@@ -122,6 +126,19 @@ class Family:
             elif rounding.counts:
                 notes.append(f"{name}: the cast lost nothing.")
         return notes
+
+    def _is_packable(self, name: str, products: frozenset[str]) -> bool:
+        """Whether a non-expert may be stored in fewer bits: matrices of one shape, and of the experts' dtype, that
+        tokens are multiplied by or looked up in, but for routers and gates: their errors send tokens elsewhere."""
+        first, info = self.checkpoints[0], self.architecture
+        dtype = first.dtype(info.expert_tensor(0, next(iter(info.expert_shapes))))
+        if name not in products or first.dtype(name) != dtype:
+            return False
+        if any(c.shape(name) != first.shape(name) or c.dtype(name) != first.dtype(name) for c in self.checkpoints):
+            return False
+        rows = first.shape(name)[0]
+        beside = any(name.startswith(path.rpartition(".")[0] + ".") for path in info.expert_modules)
+        return rows >= _FEW_ROWS and not (beside and rows == info.num_experts)
 
     @property
     def architecture(self) -> ArchitectureInfo:

@@ -46,6 +46,8 @@ class ServedVariant:
             for layer in range(len(bundle.expert_modules))
             for tensor in bundle.expert_tensor_names
         }
+        packed = bundle.manifest.packed_nonexperts
+        self.packed = {name: bundle.nonexpert(variant, name).float() for name in packed}  # as they will be served
         self.names = [name for name in bundle.nonexpert_names if self._is_own(name) and self._is_trained(name)]
 
     def stored(self) -> dict[Any, Tensor]:
@@ -89,7 +91,7 @@ class ServedVariant:
 
     def logits(self, windows: Tensor, values: Mapping[Any, Tensor]) -> Tensor:
         """float32 [windows, length, vocabulary] of what is served with `values` as `stored` gives them."""
-        weights = {name: values[name].float() for name in self.names}
+        weights = {**self.packed, **{name: values[name].float() for name in self.names}}
         for (layer, tensor), stack in self.stacks.items():
             whole = stack.fixed
             for fmt, (experts, levels, _, _) in stack.deltas.items():

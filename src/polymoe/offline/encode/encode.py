@@ -68,12 +68,12 @@ class PlainEncoder:
                 for group in groups:
                     alike = same_as[:, group.expert].tolist()
                     own = {v: as_matrix(stacks[alike[v]][group.expert], self.transposed) for v in group.members}
-                    encoded.add(group.leader, group.expert, tensor, _in_pieces(group, own, alike, pool))
+                    encoded.add(group.leader, group.expert, tensor, in_pieces(group, own, alike, pool))
                 del stacks  # before the next tensor is read
         return encoded
 
 
-def _in_pieces(
+def in_pieces(
     group: Group, own: Mapping[int, Tensor], same_as: Sequence[int], pool: ThreadPoolExecutor
 ) -> PackedTensor:
     """`encode_tensor` by rows, which have their own scales: its float32 copies stay small."""

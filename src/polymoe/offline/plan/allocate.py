@@ -14,15 +14,16 @@ import numpy as np
 from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
-from polymoe.offline.plan.correction import NO_DELTA, Correction, correction
+from polymoe.offline.plan.correction import NO_DELTA, correction, lossy_deltas, undominated_bases
 from polymoe.offline.plan.dial import dial
 from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
 from polymoe.offline.plan.merge import exact_delta_bytes
+from polymoe.offline.plan.nonexperts import NonexpertOptions, nonexpert_options, with_nonexperts
 from polymoe.offline.plan.options import PlanOptions
 from polymoe.offline.plan.plan import STORED, Plan
 from polymoe.offline.plan.quantisation_error import FloatArray, Partition, QuantisationErrors
 from polymoe.offline.plan.sizes import ExpertSizes
-from polymoe.quant.formats import BASE_FORMATS, DELTA_FORMATS, EXACT
+from polymoe.quant.formats import EXACT
 
 if TYPE_CHECKING:
     from polymoe.offline.calibrate.calibrate import Calibration
@@ -32,21 +33,6 @@ if TYPE_CHECKING:
 HOST = "host"  # in place of a base: not on the device
 
 
-def _bases() -> tuple[str, ...]:
-    """By bits; without those that others of no more bits leave less error than."""
-    return tuple(
-        fmt.name
-        for fmt in reversed(BASE_FORMATS)
-        if not any(other.bits <= fmt.bits and other.distortion < fmt.distortion for other in BASE_FORMATS)
-    )
-
-
-def _deltas() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(names of all deltas that are not lossless, the same between two variants, one of which takes the negative)."""
-    formats = [fmt for fmt in DELTA_FORMATS if not fmt.is_lossless]
-    return tuple(fmt.name for fmt in formats), tuple(str(Correction(fmt, mirrored=True)) for fmt in formats)
-
-
 def auto_plan(
     family: Family,
     scan: FamilyScan,
@@ -54,13 +40,14 @@ def auto_plan(
     options: PlanOptions | None = None,
     calibration: Calibration | None = None,
     console: Console | None = None,
-    beside: int = 0,
+    of_all: bool = False,
 ) -> Plan:
     """The plan with the least predicted error for `budget_bytes` of bases and deltas or, without a budget, the fewest
     bytes for which every variant is predicted to agree with its original on a share `options.min_top1` of tokens.
 
-    Everything is resident but what `options.host_share` allows. `beside`: bytes of what else is on the device, where
-    the budget was asked for as a whole. Raises `PlanError` for a budget below the minimum, with what that would cost.
+    Everything is resident but what `options.host_share` allows. `of_all`: the budget is for every weight on the
+    device, and non-experts are chosen for too; else they stay as stored. Raises `PlanError` for a budget below the
+    minimum, with what that would cost.
     """
     options = options or PlanOptions()
     assert (budget_bytes is None) != (options.min_top1 is None)
@@ -69,11 +56,19 @@ def auto_plan(
     else:
         from polymoe.offline.plan.error_on_text import errors_on_text
 
-        errors = errors_on_text(family, scan, calibration, console)
+        errors = errors_on_text(family, scan, calibration, console, of_all)
     found = position_options(family, scan, errors)
     if options.host_share:
         offer_host(found, errors.traffic, options.host_share, console)
-    choices, on_text = Choices(found, uniform_answers(found)), calibration is not None
+    uniform, others, beside = uniform_answers(found), NonexpertOptions({}, {}), 0
+    if of_all:
+        assert budget_bytes is not None
+        others = nonexpert_options(family, scan, errors)
+        uniform = with_nonexperts(uniform, others)
+        # What is not chosen for: norms, routers, and tables of bases and deltas int32, signs int8.
+        beside = scan.nonexpert_bytes_total - others.bytes_as_stored + 9 * scan.expert_same_as.size
+        budget_bytes -= beside
+    choices, on_text = Choices([*found, *others.options.values()], uniform), calibration is not None
     if options.min_top1 is not None:
         missed = max(0.0, 1 - options.min_top1) / errors.top1_per_root_kl
         limit = missed**2 / (errors.caution * options.caution)
@@ -82,7 +77,7 @@ def auto_plan(
         assert budget_bytes is not None
         _check_minimum(choices, budget_bytes, beside, scan)
         chosen = choices.best(budget_bytes, trusted=on_text)
-    plan = _plan(choices, chosen, scan, "mean" if calibration is None else "regmean")
+    plan = _plan(choices, chosen, scan, "mean" if calibration is None else "regmean", list(others.options))
     return replace(plan, dial=dial(choices, errors.top1_per_root_kl, trusted=on_text))
 
 
@@ -110,7 +105,7 @@ def position_options(family: Family, scan: FamilyScan, errors: QuantisationError
     """All options of each position, layer-major: merged bases of each format with and without deltas of each format,
     in one group, in two, and in one for each that differs; separate experts as stored; exact deltas."""
     sizes = ExpertSizes.of(family)
-    bases, (all_deltas, all_mirrored) = _bases(), _deltas()
+    bases, (all_deltas, all_mirrored) = undominated_bases(), lossy_deltas()
     each = {name: sizes(name) for name in (*bases, *all_deltas)}
     exact = exact_delta_bytes(family, scan) if len(scan.variant_names) > 1 else None
     num_variants, num_layers, num_experts = scan.expert_same_as.shape
@@ -148,8 +143,8 @@ def uniform_answers(options: list[list[Option]]) -> dict[str, IntArray]:
     """{"int4 + d2": int [P]}: all positions in one format with one width of deltas, all variants on one base, and, as
     "int4 apart", each on its own. Where the variants are identical it may be without loss instead."""
     found = {}
-    deltas, mirrored = _deltas()
-    for base in _bases():
+    deltas, mirrored = lossy_deltas()
+    for base in undominated_bases():
         ways = [(together, delta) for together in (True, False) for delta in (NO_DELTA, *deltas, *mirrored)]
         for together, delta in ways:
             chosen = [_find(row, base, delta, together) for row in options]
@@ -181,7 +176,7 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
     if beside:
         said = (
             f"--memory {format_bytes(budget + beside)} is below the minimum of {format_bytes(least + beside)}: "
-            f"{format_bytes(beside)} of non-experts and tables, and {experts} of experts"
+            f"{format_bytes(beside)} of norms, routers and tables, and {experts} of all else"
         )
     else:
         said = f"the experts are left {format_bytes(budget)} ({budget / one_model:.3g}x); the minimum is {experts}"
@@ -191,12 +186,14 @@ def _check_minimum(choices: Choices, budget: int, beside: int, scan: FamilyScan)
     )
 
 
-def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> Plan:
+def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str, nonexperts: list[str]) -> Plan:
+    """`nonexperts`: the names of what follows the positions."""
     same_as = scan.expert_same_as
     _, num_layers, num_experts = same_as.shape
     serving, on_device = np.zeros_like(same_as), np.ones(same_as.shape, dtype=np.bool_)
     base, merges, delta = (np.empty((num_layers, num_experts), dtype=object) for _ in range(3))
-    for p, option in enumerate(chosen.tolist()):
+    num_positions = num_layers * num_experts
+    for p, option in enumerate(chosen[:num_positions].tolist()):
         layer, expert = divmod(p, num_experts)
         one = choices.options[p][option]
         for group in one.groups:
@@ -205,9 +202,14 @@ def _plan(choices: Choices, chosen: IntArray, scan: FamilyScan, merge: str) -> P
         base[layer, expert], delta[layer, expert] = STORED if one.base == HOST else one.base, one.delta
         merges[layer, expert] = "own" if one.merge == "own" else merge
     error = choices.total(chosen)[1]
-    by_position = choices.error[np.arange(len(chosen)), chosen].mean(axis=1).reshape(num_layers, num_experts)
+    by_position = choices.error[np.arange(num_positions), chosen[:num_positions]].mean(axis=1)
+    packed = {}
+    for p, name in enumerate(nonexperts, start=num_positions):
+        one = choices.options[p][int(chosen[p])]
+        if one.base != STORED:
+            packed[name] = one.base, one.delta
     plan = Plan(
         "auto", serving, on_device, base=base, merge=merges, delta=delta, predicted_error=error,
-        position_error=by_position,
+        position_error=by_position.reshape(num_layers, num_experts), nonexperts=packed,
     )  # fmt: skip
     return plan.with_shared_deltas(same_as)

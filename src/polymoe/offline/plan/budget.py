@@ -25,33 +25,42 @@ _MOST_MULTIPLES = 1e6
 
 @dataclass(frozen=True)
 class Memory:
-    """`multiple` of one model's expert bytes, for the experts alone, or `num_bytes` for every weight on the device."""
+    """`multiple` of one model's expert bytes, for the experts alone, or `num_bytes` for every weight on the device, or
+    `multiple` of all bytes of one model for every weight (`of_all`)."""
 
     text: str
     multiple: float | None = None
     num_bytes: int | None = None
+    of_all: bool = False
+
+    def total(self, scan: FamilyScan) -> int | None:
+        """Bytes for every weight on the device; None for a budget of the experts alone."""
+        if self.of_all:
+            assert self.multiple is not None
+            return int(self.multiple * scan.model_bytes + 1e-6)
+        return self.num_bytes
 
 
 def parse_memory(text: str) -> Memory:
-    """`1.0x` -> a multiple, `24GiB` -> bytes. `0x` is allowed: then every expert comes from the host tier.
+    """`1.0x` or `1.0x-all` -> a multiple, `24GiB` -> bytes. `0x`: every expert comes from the host tier.
 
     Raises `PlanError` for anything else, and asks back where `1.0` may have been meant as `1.0x`.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[xX×]\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[xX×]\s*(-\s*all\s*)?", text)
     if match is not None and float(match[1]) <= _MOST_MULTIPLES:
-        return Memory(text.strip(), multiple=float(match[1]))
+        return Memory(text.strip(), multiple=float(match[1]), of_all=match[2] is not None)
     number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", text)
     if number is not None and float(number[1]) < _FEWEST_BYTES:
         raise PlanError(
             f"--memory {number[1]} would be {number[1]} bytes; did you mean {number[1]}x, multiples of one model's "
-            f"experts, or {number[1]}GiB for all weights?"
+            f"experts, {number[1]}x-all, multiples of one whole model, or {number[1]}GiB for all weights?"
         )
     try:
         return Memory(text.strip(), num_bytes=parse_bytes(text))
     except ConfigError as error:
         raise PlanError(
-            f"{text[:40]!r} is not a memory budget; write 1.0x (multiples of one model's experts) or 24GiB (or 24G, "
-            "which is the same)."
+            f"{text[:40]!r} is not a memory budget; write 1.0x (multiples of one model's experts), 1.0x-all (multiples "
+            "of one whole model, for all weights) or 24GiB (or 24G, which is the same)."
         ) from error
 
 
@@ -61,18 +70,19 @@ def expert_budget(memory: Memory, scan: FamilyScan, table_bytes: int | None = No
     table_bytes: of the tables on the device; default that of plans without deltas.
     """
     _, num_layers, num_experts = scan.expert_same_as.shape
-    if memory.multiple is not None:
+    total = memory.total(scan)
+    if total is None:
+        assert memory.multiple is not None
         # A product such as 1.1 · 40 may end in …999; nobody means one expert less.
         return int((memory.multiple * num_layers * num_experts + 1e-6) * scan.expert_bytes)
-    assert memory.num_bytes is not None
     fixed = scan.nonexpert_bytes_total + (scan.table_bytes if table_bytes is None else table_bytes)
-    if memory.num_bytes < fixed:
+    if total < fixed:
         raise PlanError(
             f"--memory {memory.text} is below the minimum of {format_bytes(fixed)} ({fixed} bytes): the non-experts of "
             f"{len(scan.variant_names)} variants must be on the device, and each expert there adds "
             f"{format_bytes(scan.expert_bytes)}."
         )
-    return memory.num_bytes - fixed
+    return total - fixed
 
 
 def expert_capacity(memory: Memory, scan: FamilyScan) -> int:
@@ -173,10 +183,8 @@ def _auto_plan(
     if options.min_top1 is not None:
         return auto_plan(family, scan, None, options, calibration, console)
     budget = parse_memory("1.0x" if memory is None else memory)
-    beside = 0
-    if budget.num_bytes is not None:  # for all weights: non-experts, and tables of bases and deltas int32, signs int8
-        beside = scan.nonexpert_bytes_total + 9 * scan.expert_same_as.size
-    # May be below zero: what the minimum is, and what it costs, is said where that is known.
-    num_bytes = expert_budget(budget, scan) if budget.num_bytes is None else budget.num_bytes - beside
-    plan = auto_plan(family, scan, num_bytes, options, calibration, console, beside)
+    if (total := budget.total(scan)) is None:
+        plan = auto_plan(family, scan, expert_budget(budget, scan), options, calibration, console)
+    else:
+        plan = auto_plan(family, scan, total, options, calibration, console, of_all=True)
     return replace(plan, memory=budget.text)

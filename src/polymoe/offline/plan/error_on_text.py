@@ -1,8 +1,9 @@
 """What `polymoe.offline.plan.quantisation_error` predicts from, measured on text in one pass of all variants.
 
 Some windows of each variant's text run along in L + 1 copies: in copy l the experts of layer l alone are disturbed, the
-last copy is clean. KL between their logits, over the error put into the layer's output, turns the errors of outputs
-into nats: κ of a layer and variant.
+last copy is clean; between them, where non-experts are planned too, are copies for these (`nonexpert_probes.py`). KL
+between their logits, over the error put into the layer's output, turns the errors of outputs into nats: κ of a layer
+and variant.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from polymoe.offline.calibrate.calibrate import (
 from polymoe.offline.calibrate.family_run import FamilyRun, Routed
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.plan.merge import regmean, weighted_mean
+from polymoe.offline.plan.nonexpert_probes import Copies, NonexpertProbes
 from polymoe.offline.plan.quantisation_error import (
     TOP1_PER_ROOT_KL,
     ErrorTable,
@@ -59,10 +62,15 @@ Matrices = dict[str, Tensor]  # tensor -> float32 [out, in] or [out], of one exp
 
 
 def errors_on_text(
-    family: Family, scan: FamilyScan, calibration: Calibration, console: Console | None = None
+    family: Family,
+    scan: FamilyScan,
+    calibration: Calibration,
+    console: Console | None = None,
+    of_all: bool = False,
 ) -> QuantisationErrors:
-    """Measure on `calibration`. Finished layers are kept in its folder; a later run only repeats the forward pass."""
-    pass_ = _Pass(family, scan, calibration)
+    """Measure on `calibration`, of non-experts too with `of_all`. Finished layers are kept in its folder; a later run
+    only repeats the forward pass."""
+    pass_ = _Pass(family, scan, calibration, of_all)
     info = family.architecture
     with pass_.run, step_progress("Measuring on text", info.num_layers * info.num_experts, console) as advance:
         layers = [pass_.layer(layer, advance) for layer in range(info.num_layers)]
@@ -73,22 +81,28 @@ def errors_on_text(
         for kind, target in enumerate((table.coherent, table.spread, table.base)):
             values = errors[kind]  # [E, N, V]
             target[layer, :, : values.shape[1]] = values[:, : target.shape[2]] * factor[:, layer] * _OTHER_TEXT
-    return table.result(top1, np.array(pass_.traffic))
+    nonexpert_nats = {} if pass_.probes is None else pass_.probes.nats()
+    return replace(table.result(top1, np.array(pass_.traffic)), nonexpert_nats=nonexpert_nats)
 
 
 class _Pass:
     """One run of the family with the probes appended to every variant's windows."""
 
-    def __init__(self, family: Family, scan: FamilyScan, calibration: Calibration) -> None:
+    def __init__(self, family: Family, scan: FamilyScan, calibration: Calibration, of_all: bool) -> None:
         self.family, self.scan = family, scan
         info = family.architecture
-        self.copies = info.num_layers + 1
+        self.probes = NonexpertProbes(family, scan) if of_all else None
+        self.copies = info.num_layers + (len(self.probes.groups) if self.probes is not None else 0) + 1
         texts = calibration.texts
         probes = [text.spread(_PROBES if text.inputs is None else _PROBE_PAIRS) for text in texts]
         whole = [text.followed_by(probe, self.copies) for text, probe in zip(texts, probes, strict=True)]
         rows = [range(len(text), len(with_copies)) for text, with_copies in zip(texts, whole, strict=True)]
         size = max(self.copies * probe.count() * v for probe, v in zip(probes, family.vocab_sizes, strict=True))
         self.run = FamilyRun(family, whole, rows, math.ceil(size / _LOGITS))
+        for v, (text, probe) in enumerate(zip(texts, probes, strict=True)):
+            if self.probes is not None:
+                copies = Copies(len(text), len(probe), self.copies)
+                self.probes.attach(self.run.model(v), v, copies, info.num_layers)
         sides = [kind_of(family.config).in_encoder(path) for path in info.expert_modules]
         self.tokens = [[text.count(side) for text in texts] for side in sides]  # [L, V], of the text
         self.copy_tokens = [[probe.count(side) for probe in probes] for side in sides]  # [L, V], of one copy
@@ -165,7 +179,7 @@ class _Pass:
 
     def nats_per_error(self) -> tuple[FloatArray, FloatArray]:
         """(κ [V, L], 1 − top-1 agreement for a root of KL [V]), after the last layer."""
-        logits = self.run.logits()
+        logits, num_layers = self.run.logits(), self.family.architecture.num_layers
         factor, top1 = np.zeros_like(self.noise), np.zeros(len(logits))
         for v, whole in enumerate(logits):
             copies = whole.reshape(self.copies, -1, whole.shape[1])
@@ -174,6 +188,10 @@ class _Pass:
             for layer, copy in enumerate(copies[:-1]):
                 served = copy.log_softmax(dim=-1)
                 kl = float((clean.exp() * (clean - served)).sum(dim=-1).mean())
+                if layer >= num_layers:
+                    assert self.probes is not None
+                    self.probes.kl[layer - num_layers, v] = max(kl, 0.0)
+                    continue
                 factor[v, layer] = max(kl, 0.0) / max(self.noise[v, layer], 1e-30)
                 agreed = float((clean.argmax(dim=-1) == served.argmax(dim=-1)).float().mean())
                 shares.append((1 - agreed) / math.sqrt(max(kl, 1e-9)))

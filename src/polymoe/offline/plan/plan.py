@@ -8,7 +8,8 @@ A *base* is a stored expert that one or more variants build on, a *delta* a corr
 as stored: variant v's expert at (l, e) is decode(base) + sign · decode(delta).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -47,6 +48,8 @@ class Plan:
         where it is zero (the owner of a base stored as it is).
     predicted_error: float [V], nats a token; None when it was not predicted.
     position_error: float [L, E], its parts, mean of the variants; dial: what other budgets would buy. Likewise.
+    nonexperts: name -> (format of the bases, format of the deltas): how matrices beside the experts are packed, each
+        version by itself (`NO_DELTA`) or all on one base. What is not named is as the checkpoints store it.
 
     The fields [L, E] may be given as anything that broadcasts to that shape.
     """
@@ -62,6 +65,7 @@ class Plan:
     predicted_error: NDArray[np.float64] | None = None
     position_error: NDArray[np.float64] | None = None
     dial: tuple[DialPoint, ...] = ()
+    nonexperts: Mapping[str, tuple[str, str]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("base", "merge", "delta"):

@@ -22,8 +22,8 @@ turns it into KL: each layer's experts are disturbed alone, and the KL of the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from polymoe.offline.plan.correction import correction
 from polymoe.offline.plan.merge import spread, ward_groups
-from polymoe.quant.formats import get_format
+from polymoe.quant.formats import Format, get_format
 
 if TYPE_CHECKING:
     from polymoe.offline.similarity.scan import FamilyScan
@@ -67,9 +67,15 @@ def importance(norm_square: FloatArray) -> FloatArray:
     measured on text, ‖W‖⁴ and 1, 1/2, 1/3, 1/4, 1/4, … by layer rank the positions of three families with coefficients
     of 0.4 to 0.8, relative errors alone with −0.5 to 0.
     """
-    by_layer = np.maximum(1 / np.arange(1, len(norm_square) + 1), 0.25)[:, None]
+    by_layer = layer_weights(len(norm_square))[:, None]
     weight: FloatArray = (norm_square / max(float(norm_square.mean()), 1e-30)) ** 2 * by_layer
     return weight / max(float(weight.mean()), 1e-30)
+
+
+def layer_weights(num_layers: int) -> FloatArray:
+    """float [L]: what an error counts by the layer that it is in, the first's 1."""
+    weights: FloatArray = np.maximum(1 / np.arange(1, num_layers + 1), 0.25)
+    return weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +86,8 @@ class QuantisationErrors:
     top1_per_root_kl: float [V], 1 − top-1 agreement of a variant for a root of KL.
     traffic: float [L, E], share of a layer's routed tokens (mean over the variants) that an expert gets.
     caution: a target must be met for so many times the predicted error.
+    nonexpert_nats: name -> float [V], nats a token for each unit of relative error of a matrix beside the experts,
+        where that was measured.
     measured_repair: R_bd is as measured, else D_d. (With text, error feedback fits the deltas to what matters, and
         plans by the measured ones were no better.)
     """
@@ -92,6 +100,11 @@ class QuantisationErrors:
     traffic: FloatArray
     caution: float = 1.0
     measured_repair: bool = False
+    nonexpert_nats: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def repaired(self, base: Format, delta: Format) -> float:
+        """Share of a base's rounding error that is left below deltas that repair it."""
+        return base.repair.get(delta.name, delta.distortion) if self.measured_repair else delta.distortion
 
     def of(self, layer: int, expert: int, partition: int, base: str, delta: str) -> FloatArray:
         """float [V], nats a token, for a merged base in format `base` with deltas of format `delta` ("none": none)."""
@@ -107,7 +120,7 @@ class QuantisationErrors:
             return np.stack((self.coherent[where], np.zeros_like(rounding), rounding))
         share = deltas.fmt.distortion
         if not deltas.mirrored:  # which is against the exact midpoint and does not repair the base's rounding
-            rounding = rounding * (fmt.repair.get(deltas.fmt.name, share) if self.measured_repair else share)
+            rounding = rounding * self.repaired(fmt, deltas.fmt)
         # Of W_v − M the share is left of itself, shrunk towards M, and the rest of it as noise.
         return np.stack((share**2 * self.coherent[where], share * (1 - share) * self.spread[where], rounding))
 

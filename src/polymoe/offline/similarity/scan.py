@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 
 import numpy as np
@@ -39,6 +39,7 @@ class FamilyScan:
     nonexpert_same_as: Mapping[str, tuple[int, ...]]  # name -> per variant, the lowest with the identical tensor
     nonexpert_hash: Mapping[str, tuple[bytes, ...]]  # name -> per variant
     nonexpert_bytes: Mapping[str, tuple[int, ...]]  # name -> per variant
+    nonexpert_square: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)  # packable ones, as `pair_square`
 
     @property
     def relative_distance(self) -> NDArray[np.float64]:
@@ -59,6 +60,12 @@ class FamilyScan:
         return sum(
             self.nonexpert_bytes[name][v] for name, sources in self.nonexpert_same_as.items() for v in set(sources)
         )
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all weights of one model, the largest variant's."""
+        own = (sum(sizes[v] for sizes in self.nonexpert_bytes.values()) for v in range(len(self.variant_names)))
+        return self.expert_bytes * int(self.expert_same_as[0].size) + max(own)
 
     @property
     def table_bytes(self) -> int:
@@ -99,6 +106,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
     changed_bytes = np.zeros(shape, dtype=np.int64)
     same_as, hashes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 32), dtype=np.uint8)
     nonexpert_hash: dict[str, tuple[bytes, ...]] = {}
+    nonexpert_square: dict[str, NDArray[np.float64]] = {}
 
     with (
         thread_pool() as pool,
@@ -143,6 +151,10 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
                         "it again."
                     )
             nonexpert_hash[name] = tuple(pool.map(tensor_hash, tensors))
+            if name in family.packable:
+                apart = LayerDistances(len(variants), 1)
+                apart.add(0, tensors, [[digest] for digest in nonexpert_hash[name]])
+                nonexpert_square[name] = apart.squares[0]
 
     return FamilyScan(
         variant_names=family.names,
@@ -158,6 +170,7 @@ def scan_family(family: Family, console: Console | None = None) -> FamilyScan:
         nonexpert_same_as={name: tuple(_lowest_equal(column)) for name, column in nonexpert_hash.items()},
         nonexpert_hash=nonexpert_hash,
         nonexpert_bytes={name: tuple(c.num_bytes(name) for c in variants) for name in info.nonexperts},
+        nonexpert_square=nonexpert_square,
     )
 
 

@@ -1,5 +1,7 @@
 """What a bundle holds, for people: bytes by kind, formats by layer, fidelity by variant."""
 
+from collections import Counter
+
 import numpy as np
 from rich.table import Table
 
@@ -31,6 +33,13 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"{counts['separate']} separate, {counts['absent']} absent (fetched from the host).",
         soft_wrap=True,
     )
+    if manifest.packed_nonexperts:
+        ways = Counter(f"{p.base} + {p.delta}" if p.delta else p.base for p in manifest.packed_nonexperts.values())
+        console.print(
+            f"{len(manifest.packed_nonexperts)} matrices beside the experts packed: "
+            f"{', '.join(f'{count} in {way}' for way, count in ways.most_common())}.",
+            soft_wrap=True,
+        )
     if any(get_format(name).is_packed for name in manifest.format_counts()):
         console.print(_format_table(manifest))
 

@@ -4,7 +4,7 @@ the folder appears at once."""
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,12 @@ from polymoe.bundle.manifest import (
     FOLDERS,
     FORMAT_VERSION,
     MANIFEST,
-    SHARED,
     TABLES,
     FileRecord,
     Manifest,
     VariantRecord,
     WeightBytes,
     encode_manifest,
-    own_file,
     variant_folder,
 )
 from polymoe.bundle.reader import Bundle
@@ -42,6 +40,7 @@ from polymoe.offline.plan.plan import Plan
 from polymoe.offline.plan.sizes import ExpertSizes, plan_bytes
 from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.offline.write.layer_writer import LayerWriter, open_tensors
+from polymoe.offline.write.nonexpert_writer import NonexpertWriter
 from polymoe.progress import byte_progress
 from polymoe.quant.formats import GRID_LEVELS
 from polymoe.version import __version__
@@ -88,25 +87,16 @@ class _Writer:
         self.family, self.scan, self.plan = family, scan, plan
         self.layout: PhysicalLayout = lay_out(plan)
         self.files: list[FileRecord] = []
-        same_as = scan.nonexpert_same_as
-        self.shared = [name for name, sources in same_as.items() if len(set(sources)) == 1]
-        self.own = {
-            v: [name for name, sources in same_as.items() if len(set(sources)) > 1 and v in sources]
-            for v in range(len(family.names))
-        }
         sizes = ExpertSizes.of(family)
         self.layers = LayerWriter(family, plan, self.layout, is_transposed(family))
         self.base_bytes, self.delta_bytes = plan_bytes(self.layout, sizes)  # an upper bound where deltas are exact
-        self.nonexpert_bytes = {
-            "nonexperts_shared": sum(scan.nonexpert_bytes[name][0] for name in self.shared),
-            "nonexperts_own": sum(scan.nonexpert_bytes[name][v] for v, names in self.own.items() for name in names),
-        }
+        self.nonexperts = NonexpertWriter(family, scan, plan)
         self.host_bytes = scan.expert_bytes * sum(len(layer) for layer in self.layout.host)
 
     @property
     def weight_bytes(self) -> int:
         packed = self.base_bytes + self.delta_bytes + self.layout.table_bytes
-        return packed + sum(self.nonexpert_bytes.values()) + self.host_bytes
+        return packed + self.nonexperts.shared_bytes + self.nonexperts.own_bytes + self.host_bytes
 
     def check_disk(self, target: Path) -> None:
         """Raise `PlanError` when the disk of `target` has less room than the bundle needs."""
@@ -129,9 +119,8 @@ class _Writer:
         for layer in range(self.family.architecture.num_layers):
             self._expert_layer(folder, layer, advance)
         self.files += self.layers.files
-        self._nonexperts(folder, SHARED, 0, self.shared, advance)
-        for variant, names in self.own.items():
-            self._nonexperts(folder, own_file(self.family.names[variant]), variant, names, advance)
+        self.nonexperts.write(folder, advance)
+        self.files += self.nonexperts.files
         records = [self._variant(folder, variant) for variant in range(len(self.family.names))]
         # Last: a folder with a manifest is whole.
         _write_synced(folder / MANIFEST, encode_manifest(self._manifest(records)))
@@ -153,15 +142,6 @@ class _Writer:
     def _expert_layer(self, folder: Path, layer: int, advance: Callable[[int], None]) -> None:
         self.layers.write(folder, layer, self.encoder.layer(layer) if self.encoder else EncodedLayer(), advance)
 
-    def _nonexperts(
-        self, folder: Path, file: str, variant: int, names: Iterable[str], advance: Callable[[int], None]
-    ) -> None:
-        checkpoint = self.family.checkpoints[variant]
-        declared = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in names}
-        with open_tensors(folder, file, declared, self.files) as output:
-            for name in output.names:
-                advance(output.append(name, checkpoint.tensor(name)))
-
     def _tensors(self, folder: Path, file: str, tensors: dict[str, Tensor], advance: Callable[[int], None]) -> None:
         declared = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         with open_tensors(folder, file, declared, self.files) as output:
@@ -172,7 +152,7 @@ class _Writer:
         """Copy a variant's small files and describe it."""
         checkpoint, name = self.family.checkpoints[variant], self.family.names[variant]
         served = self.scan.weights_hash(variant, self.plan.serving[variant], self._packed_hashes(variant))
-        digest = hashlib.sha256(served.encode())
+        digest = hashlib.sha256(served.encode() + self.nonexperts.hash(variant))
         copied = side_files(checkpoint.path)
         for file in copied:
             data = (checkpoint.path / file).read_bytes()
@@ -237,6 +217,7 @@ class _Writer:
             expert_bytes=self.scan.expert_bytes,
             expert_parameters=info.expert_parameters,
             nonexperts={name: list(sources) for name, sources in self.scan.nonexpert_same_as.items()},
+            packed_nonexperts=self.nonexperts.packed,
             tied=dict(self.family.checkpoints[0].tied),
             transposed=self.layers.transposed,
             base_pools=[{name: len(pool) for name, pool in pools.items()} for pools in self.layout.bases],
@@ -244,7 +225,11 @@ class _Writer:
             host_experts=[len(layer) for layer in self.layout.host],
             positions=self.plan.position_counts(),
             resident_bytes=WeightBytes(
-                resident_experts=base_bytes, deltas=delta_bytes, **self.nonexpert_bytes, tables=self.layout.table_bytes
+                resident_experts=base_bytes,
+                deltas=delta_bytes,
+                nonexperts_shared=self.nonexperts.shared_bytes,
+                nonexperts_own=self.nonexperts.own_bytes,
+                tables=self.layout.table_bytes,
             ),
             host_bytes=self.host_bytes,
             bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
