@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from families import make_family
+from polymoe.bundle.fidelity import record_fidelity
 from polymoe.bundle.manifest import Fidelity
-from polymoe.bundle.reader import record_fidelity
 from polymoe.offline.api import make_plan
 from servers import ThreadServer, engine_config, free_port, wait_for
 

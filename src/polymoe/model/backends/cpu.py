@@ -93,8 +93,8 @@ class CpuBackend(ReferenceBackend):
                 reason = why_not_fused(module, layer.dtype, weights)
                 path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
             if weights.is_tiled:
-                beside = f", {matrix_unit()}" if matrix_unit() else ""
-                path = experts_path(f"compiled packed ({self.activations}{beside})")
+                unit = f", {matrix_unit()}" if matrix_unit() else ""
+                path = experts_path(f"compiled packed ({self.activations}{unit})")
             product = partial(experts_compressed, activation_bits=self.activations)
             return PackedExperts(path, module, layer, weights, product)
         prepared = super().prepare_experts(module, layer)
