@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.errors import ConfigError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import SamplingParams
@@ -20,7 +21,7 @@ from polymoe.server.http_request import HttpRequest
 from polymoe.server.logs import HumanFormatter, JsonFormatter
 from polymoe.server.metrics import Metrics
 from polymoe.server.request_log import RecordedRequest, RequestLog
-from polymoe.server.request_timer import CompletionChunk, RequestTimer
+from polymoe.server.request_timer import RequestTimer
 from polymoe.server.settings import ServerSettings
 from polymoe.server.traces import Tracer, tracer_from_environment
 from servers import ThreadServer, engine_config, make_bundle

@@ -16,6 +16,7 @@ import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -47,7 +48,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     loading = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=loading.run, daemon=True)
     thread.start()
-    options = {"api_key": KEY, "keys": folder / "keys.json", "aliases": ("alias=base",)}
+    options: dict[str, Any] = {"api_key": KEY, "keys": folder / "keys.json", "aliases": ("alias=base",)}
     try:
         with ThreadServer(engine_config(bundle), **options) as server:
             wait_for(lambda: loading.started)

@@ -58,4 +58,5 @@ class NamedEvents(Format):
 
     @staticmethod
     def event(event: Json) -> bytes:
-        return b"event: " + event["type"].encode() + b"\ndata: " + encode_json(event) + b"\n\n"
+        kind: str = event["type"]
+        return b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n"

@@ -51,7 +51,7 @@ class JsonRoute(APIRoute):
                 value = _read(body, model)
             del body
             # Here, for every endpoint that there will ever be.
-            if isinstance(getattr(value, "model", None), str):
+            if value is not None and isinstance(getattr(value, "model", None), str):
                 value.model = request.app.state.server.settings.variant_of(value.model)
                 if (tenant := tenant_of(request.scope)) is not None:
                     tenant.require(value.model)

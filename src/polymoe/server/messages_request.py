@@ -114,7 +114,7 @@ class MessageParam(Strict):
     def chat_messages(self) -> list[ChatMessage]:
         """Results of tools are messages of their own in a chat."""
         if isinstance(self.content, str):
-            return [ChatMessage(role=self.role, content=self.content)]
+            return [_message(self.role, self.content)]
         if self.role == "assistant":
             return [self._answer(self.content)]
         messages: list[ChatMessage] = []
@@ -122,7 +122,7 @@ class MessageParam(Strict):
 
         def end_text() -> None:
             if texts:
-                messages.append(ChatMessage.model_validate({"role": self.role, "content": _content(texts)}))
+                messages.append(_message(self.role, _content(texts)))
                 texts.clear()
 
         for block in self.content:
@@ -136,7 +136,7 @@ class MessageParam(Strict):
                     ChatMessage.model_validate({"role": "tool", "content": content, "tool_call_id": block.tool_use_id})
                 )
         end_text()
-        return messages or [ChatMessage(role=self.role, content="")]
+        return messages or [_message(self.role, "")]
 
     @staticmethod
     def _answer(blocks: list[Any]) -> ChatMessage:
@@ -249,7 +249,7 @@ class CountTokensRequest(TurnRequest):
 
     def _messages(self) -> list[ChatMessage]:
         system = self.system if isinstance(self.system, str) else "\n".join(b.text for b in self.system or ())
-        messages = [ChatMessage(role="system", content=system)] if system else []
+        messages = [_message("system", system)] if system else []
         for message in self.messages:
             messages += message.chat_messages()
         return messages
@@ -278,6 +278,10 @@ class MessagesRequest(CountTokensRequest):
 
     def chat_fields(self) -> dict[str, Any]:
         return super().chat_fields() | {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences or None}
+
+
+def _message(role: str, content: Any) -> ChatMessage:
+    return ChatMessage.model_validate({"role": role, "content": content})
 
 
 def _tool(tool: ToolParam) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def document(app: FastAPI, key_needed: bool, root_path: str = "") -> Json:
         servers=[{"url": root_path}] if root_path else None,
     )
     components = found["components"]
+    events: list[type[BaseModel]] = [CompletionChunk, ChatCompletionChunk, *NAMED_EVENTS]
     _, chunks = models_json_schema(
-        [(chunk, "serialization") for chunk in (CompletionChunk, ChatCompletionChunk, *NAMED_EVENTS)],
+        [(event, "serialization") for event in events],
         ref_template=_REFERENCE,
     )
     components["schemas"] |= chunks["$defs"]
