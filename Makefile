@@ -13,7 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-slow sanitize emulate-amx wheel-test ui test-ui lint types tests format bench compare vllm \
+.PHONY: install dev demo test test-bounds test-clients test-slow sanitize emulate-amx wheel-test ui test-ui lint types tests \
+	format bench compare vllm \
 	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
@@ -70,6 +71,10 @@ test-slow: dev
 # pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.
 test-bounds:
 	$(PYTHON) tools/try_bounds.py $(BOUNDS) $(TORCH_OPTION)
+
+# Clients that others wrote (tests/clients), in an environment of their own; names of scripts in CLIENTS.
+test-clients: dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS)
 
 # The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
 sanitize: dev
@@ -128,4 +133,4 @@ architectures: dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/time_architectures.py --out docs/architectures.md
 
 clean:
-	rm -rf $(VENV) .llama.cpp .venv-lowest .venv-newest .mypy_cache .ruff_cache
+	rm -rf $(VENV) .llama.cpp .venv-lowest .venv-newest .venv-clients .mypy_cache .ruff_cache

@@ -31,9 +31,9 @@ from polymoe.server.settings import ServerSettings
 from servers import ThreadServer, engine_config, events, make_bundle
 
 LARGEST = 2**53 - 1
-GENERATE = ("/v1/completions", "/v1/chat/completions")
-POSTED = (*GENERATE, "/tokenize", "/detokenize")
-OPEN = ("/health", "/ready")
+GENERATE = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+POSTED = (*GENERATE, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
+OPEN = ("/health", "/ready", "/ping")
 
 
 def document(**settings: Any) -> Any:
@@ -55,7 +55,7 @@ def operations(found: Any) -> dict[str, Any]:
 def test_every_answer_is_documented() -> None:
     """It knew only "4XX" and "5XX", and of the answers nothing but that they are JSON."""
     found = operations(document())
-    assert set(found) == {*POSTED, *OPEN, "/v1/models", "/v1/models/{model}", "/version", "/metrics"}
+    assert set(found) == {*POSTED, *OPEN, "/v1/models", "/v1/models/{model}", "/version", "/metrics", "/load"}
     for path, operation in found.items():
         statuses = {"200", "413", "500"}
         statuses |= {"400", "404", "408", "503"} if path in POSTED else set()
@@ -68,7 +68,8 @@ def test_every_answer_is_documented() -> None:
             assert response["description"]
             if status != "200":
                 schema = response["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+                error = "MessagesErrorResponse" if path.startswith("/v1/messages") else "ErrorResponse"
+                assert schema == {"$ref": f"#/components/schemas/{error}"}
             elif path != "/metrics":
                 assert "$ref" in response["content"]["application/json"]["schema"]
     for path in GENERATE:

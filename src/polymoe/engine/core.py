@@ -1,5 +1,6 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
+import bisect
 import concurrent.futures
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.variants.slots import slot_rows
-from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.protocol.info import STEP_TOKENS_BOUNDS, EngineInfo, EngineStats
 from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceId, TokenOutput, TokenSampling
 
 # Below this the threads of one operation wait for each other longer than they compute.
@@ -137,6 +138,7 @@ class EngineCore:
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
         self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
+        self._step_tokens, self._step_tokens_sum = [0] * (len(STEP_TOKENS_BOUNDS) + 1), 0
         # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
         automatic = graphs is not None and graphs.num_captured > 0
         self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
@@ -153,6 +155,7 @@ class EngineCore:
             max_concurrency=num_blocks * config.block_size / max(lengths),
             device=str(self.device),
             dtype=name,
+            prefix_caching=config.enable_prefix_caching and kind.keeps_prefixes,
             fast_paths=self.model.fast_paths,
             device_bytes=total_memory() if facts is None else facts.total_bytes,
             workspace_bytes=0 if self.memory_plan is None else self.memory_plan.workspace,
@@ -250,6 +253,10 @@ class EngineCore:
         that turns out to have ended may be given away at once.
         """
         scheduled = self.scheduler.schedule()
+        if scheduled:
+            num_tokens = sum(len(item.input_ids) for item in scheduled)
+            self._step_tokens[bisect.bisect_left(STEP_TOKENS_BOUNDS, num_tokens)] += 1
+            self._step_tokens_sum += num_tokens
         before = None if self._in_flight is None else self._in_flight[1]
         upcoming = self.scheduler.variants.upcoming
         launched = self.runner.launch(scheduled, before, upcoming) if scheduled else None
@@ -324,6 +331,8 @@ class EngineCore:
             expert_fetch_seconds=tier.seconds,
             resident_bytes=self.model.resident_bytes,
             routing=self.model.pool.routing_counts.take() if routing else None,
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=self._step_tokens_sum,
         )
 
     def check_integrity(self) -> None:

@@ -6,6 +6,9 @@ from polymoe.bundle.manifest import Fidelity
 from polymoe.errors import ContextLengthError, RequestError
 from polymoe.protocol.fast_path import FastPath
 
+# Tokens: upper bounds, inclusive.
+STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What clients may know of a variant."""
@@ -74,6 +77,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrency: float  # sequences of full length that the KV cache holds
     device: str
     dtype: str
+    prefix_caching: bool = True
     fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
     device_bytes: int | None = None  # all of the device's memory; None: not known
     workspace_bytes: int = 0  # kept free on a GPU for what a step computes
@@ -100,3 +104,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: dict[str, int]
     # Tokens routed since they were last asked for, of a part of the steps: little-endian uint32 [V, L, E].
     routing: bytes | None = None
+    # Steps by the tokens that they computed, a count for each of `STEP_TOKENS_BOUNDS` and one for what is above.
+    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS_BOUNDS) + 1)
+    step_tokens_sum: int = 0

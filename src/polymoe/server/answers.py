@@ -128,17 +128,26 @@ class AnswerReader:
         self._parser = None if form.parser is None else form.parser(form.tools)
         self.num_calls = 0
 
-    def push(self, text: str, last: bool) -> AnswerPart:
-        """`last`: this is the end of the answer."""
+    def read(self, text: str, last: bool) -> list[Event]:
+        """What the text turned out to be, in its order. `last`: this is the end of the answer."""
         thoughts = ""
         if self._splitter is not None:
             thoughts, text = self._splitter.push(text, last)
-        events: list[Event] = [Text(text)] if text else []
+        events: list[Event] = [Thought(thoughts)] if thoughts else []
         if self._parser is not None:
-            events = self._parser.push(text) + (self._parser.finish() if last else [])
+            events += self._parser.push(text) + (self._parser.finish() if last else [])
+        elif text:
+            events.append(Text(text))
+        shown = [event for event in events if self._is_shown(event)]
+        self.num_calls += sum(isinstance(event, Call) for event in shown)
+        return shown
+
+    def push(self, text: str, last: bool) -> AnswerPart:
+        """The same, sorted by what it is."""
+        events = self.read(text, last)
         content = "".join(event.text for event in events if isinstance(event, Text))
-        thoughts += "".join(event.text for event in events if isinstance(event, Thought))
-        return AnswerPart(content, thoughts if self._form.include_reasoning else "", self._calls(events))
+        thoughts = "".join(event.text for event in events if isinstance(event, Thought))
+        return AnswerPart(content, thoughts, self._calls(events))
 
     def finish_reason(self, reason: str | None) -> str | None:
         """As OpenAI has it: a call that the client demanded by name is no reason."""
@@ -148,20 +157,22 @@ class AnswerReader:
         """The pieces of one call in one entry."""
         calls: dict[int, dict[str, Any]] = {}
         for event in events:
-            if isinstance(event, Text | Thought) or (event.index > 0 and not self._form.parallel):
-                continue
             if isinstance(event, Call):
-                self.num_calls += 1
                 function = {"name": event.name, "arguments": ""}
                 calls[event.index] = {
-                    "index": event.index, "id": self._call_id(), "type": "function", "function": function
+                    "index": event.index, "id": self.call_id(), "type": "function", "function": function
                 }  # fmt: skip
             elif isinstance(event, Arguments):
                 call = calls.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
                 call["function"]["arguments"] += event.text
         return list(calls.values())
 
-    def _call_id(self) -> str:
+    def _is_shown(self, event: Event) -> bool:
+        if isinstance(event, Thought):
+            return self._form.include_reasoning
+        return isinstance(event, Text) or event.index == 0 or self._form.parallel
+
+    def call_id(self) -> str:
         """Templates of Mistral take nothing but nine letters and digits."""
         if self._form.parser is not None and self._form.parser.name.startswith("mistral"):
             return "".join(secrets.choice(_ALPHABET) for _ in range(9))

@@ -15,12 +15,14 @@ from polymoe.client.client import AsyncEngineClient
 from polymoe.errors import EngineDeadError, RequestError
 from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.server.cors import CorsMiddleware
-from polymoe.server.errors import install_error_handlers
+from polymoe.server.errors import MESSAGES_PATH, install_error_handlers
 from polymoe.server.generate import create_chat_completion, create_completion
+from polymoe.server.http_request import HttpRequestMiddleware
 from polymoe.server.json_body import JsonRoute
 from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, LastResortMiddleware
 from polymoe.server.openapi import METRICS_TYPE, answers, document, text_answer
 from polymoe.server.protocol import DetokenizeRequest, TokenizeRequest
+from polymoe.server.root_path import RootPathMiddleware
 from polymoe.server.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -28,6 +30,7 @@ from polymoe.server.schemas import (
     CompletionChunk,
     Detokenized,
     Health,
+    Load,
     ModelCard,
     ModelList,
     Readiness,
@@ -38,6 +41,15 @@ from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse, unless_gone
 from polymoe.server.tenants import Keyring, tenant_of
+from polymoe.server.turn_schemas import (
+    MessageObject,
+    MessagesErrorResponse,
+    MessagesEvent,
+    ResponsesEvent,
+    ResponsesObject,
+    TokenCount,
+)
+from polymoe.server.turns import count_tokens, create_message, create_response
 from polymoe.server.ui_routes import add_ui
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
@@ -79,12 +91,15 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],  # clients for JavaScript send many of their own
-            expose_headers=["Retry-After", "WWW-Authenticate"],
+            expose_headers=["Retry-After", "WWW-Authenticate", "x-request-id"],
         )
     app.add_middleware(LastResortMiddleware, state=app.state.server)
+    app.add_middleware(HttpRequestMiddleware, log_requests=settings.log_requests)
+    if settings.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
     _add_routes(app)
     add_ui(app)
-    schema = document(app, keys.is_needed)
+    schema = document(app, keys.is_needed, settings.root_path)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     for route in app.routes:
         methods = route.methods if isinstance(route, JsonRoute) else None
@@ -111,11 +126,26 @@ def _add_routes(app: FastAPI) -> None:
             "POST",
             answers(ChatCompletion, *posted, 429, stream=ChatCompletionChunk),
         ),
+        ("/v1/responses", create_response, "POST", answers(ResponsesObject, *posted, 429, stream=ResponsesEvent)),
+        (
+            MESSAGES_PATH,
+            create_message,
+            "POST",
+            answers(MessageObject, *posted, 429, stream=MessagesEvent, error=MessagesErrorResponse),
+        ),
+        (
+            MESSAGES_PATH + "/count_tokens",
+            count_tokens,
+            "POST",
+            answers(TokenCount, *posted, error=MessagesErrorResponse),
+        ),
         ("/v1/models", list_models, "GET", answers(ModelList, 401, 503)),
         ("/v1/models/{model:path}", get_model, "GET", answers(ModelCard, 401, 404, 503)),
         ("/tokenize", tokenize, "POST", answers(Tokenized, *posted)),
         ("/detokenize", detokenize, "POST", answers(Detokenized, *posted)),
         ("/health", health, "GET", answers(Health, 503)),
+        ("/ping", health, "GET", answers(Health, 503)),
+        ("/load", load, "GET", answers(Load, 401)),
         ("/ready", ready, "GET", answers(Readiness, 503)),
         ("/version", get_version, "GET", answers(Version, 401)),
         ("/metrics", metrics, "GET", text_answer(401)),
@@ -132,17 +162,22 @@ async def list_models(request: Request) -> Response:
     state: ServerState = request.app.state.server
     state.require_ready()
     info, served, tenant = state.client.info, state.client.processor.served, tenant_of(request.scope)
-    seen = [variant for variant in served if tenant is None or tenant.allows(variant.name)]
-    return JsonResponse({"object": "list", "data": [_card(info, variant) for variant in seen]})
+    seen = {variant.name: variant for variant in served if tenant is None or tenant.allows(variant.name)}
+    cards = [_card(info, variant) for variant in seen.values()]
+    cards += [_card(info, seen[name], alias) for alias, name in state.settings.targets.items() if name in seen]
+    return JsonResponse({"object": "list", "data": cards})
 
 
 async def get_model(request: Request, model: str) -> Response:
     """One variant."""
     state: ServerState = request.app.state.server
     state.require_ready()
+    name = state.settings.variant_of(model)
     if (tenant := tenant_of(request.scope)) is not None:
-        tenant.require(model)
-    return JsonResponse(_card(state.client.info, state.client.processor.variant(model)))
+        tenant.require(name)
+    return JsonResponse(
+        _card(state.client.info, state.client.processor.variant(name), None if name == model else model)
+    )
 
 
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
@@ -196,6 +231,12 @@ async def ready(request: Request) -> Response:
     return JsonResponse({"status": "ready"})
 
 
+async def load(request: Request) -> Response:
+    """How many requests are being answered, for balancers."""
+    state: ServerState = request.app.state.server
+    return JsonResponse({"server_load": len(state.client.open_streams)})
+
+
 async def get_version() -> Response:
     return JsonResponse({"version": version("polymoe")})
 
@@ -210,14 +251,15 @@ async def metrics(request: Request) -> Response:
     return Response(state.metrics.render(), media_type=METRICS_TYPE)
 
 
-def _card(info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
+def _card(info: EngineInfo, variant: VariantInfo, alias: str | None = None) -> dict[str, Any]:
+    """Of a variant, or of another name of it."""
     return {
-        "id": variant.name,
+        "id": variant.name if alias is None else alias,
         "object": "model",
         "created": variant.created or int(time.time()),
         "owned_by": "polymoe",
         "root": variant.root,
-        "parent": None,
+        "parent": None if alias is None else variant.name,
         "max_model_len": variant.max_model_len,
         "version": variant.version,
         "residency": {

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
 from polymoe.server.json_body import InvalidJsonError
 
+MESSAGES_PATH = "/v1/messages"
 _MAX_ECHO = 200  # characters of the client's input that a message repeats
 _MAX_MESSAGE = 1000
 _repr = reprlib.Repr()  # looks only at the first items of a list of millions
@@ -35,9 +36,21 @@ class AuthenticationError(RequestError):
 
 _STATUS_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+_MESSAGES_TYPES: dict[int | str | None, str] = {
+    404: "not_found_error", 413: "request_too_large",
+    "service_unavailable_error": "overloaded_error", "internal_server_error": "api_error",
+}  # fmt: skip
+
 
 def error_body(message: str, type: str, param: str | None, code: str) -> dict[str, dict[str, str | None]]:
     return {"error": {"message": printable(message), "type": type, "param": param, "code": code}}
+
+
+def messages_error(body: dict[str, Any], status: int | None = None) -> dict[str, Any]:
+    """The same in the words of the Messages API, whose clients look for these types. status: None within a stream."""
+    error = body["error"]
+    kind = _MESSAGES_TYPES.get(status) or _MESSAGES_TYPES.get(error["type"], error["type"])
+    return {"type": "error", "error": {**error, "type": kind}}
 
 
 def printable(text: str) -> str:
@@ -45,8 +58,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """The HTTP response for an exception. What is not deliberate says nothing about the inside of the server."""
+def error_response(error: Exception, path: str = "") -> JSONResponse:
+    """The HTTP response for an exception. What is not deliberate says nothing about the inside of the server.
+
+    Args: path: of the URL, which tells whose words the client understands.
+    """
     headers: dict[str, str] = {}
     match error:
         case RequestError():
@@ -69,12 +85,14 @@ def error_response(error: Exception) -> JSONResponse:
         case _:
             status = 500
             body = error_body("The server had an internal error.", "internal_server_error", None, "internal_error")
+    if path == MESSAGES_PATH or path.startswith(MESSAGES_PATH + "/"):
+        body = messages_error(body, status)
     return JSONResponse(body, status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request.scope["path"])
 
     for kind in (RequestError, EngineDeadError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

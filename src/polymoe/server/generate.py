@@ -1,7 +1,7 @@
 """`/v1/completions` and `/v1/chat/completions`: check, tokenize, submit, answer."""
 
-import time
-import uuid
+from collections.abc import Sequence
+from typing import Protocol
 
 from fastapi import Request
 from starlette.responses import Response
@@ -10,20 +10,22 @@ from polymoe.client.client import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
 from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.request import SamplingParams
-from polymoe.server.answers import answer_format, opened
-from polymoe.server.metrics import RequestTimer
+from polymoe.server.answers import AnswerFormat, answer_format, opened
+from polymoe.server.format import Format
+from polymoe.server.http_request import http_request_of
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.request_log import RecordedRequest
-from polymoe.server.responses import ChatFormat, CompletionFormat, Format
+from polymoe.server.request_timer import RequestTimer
+from polymoe.server.responses import ChatFormat, CompletionFormat
 from polymoe.server.state import ServerState
 from polymoe.server.stream import EventStream, collect, unless_gone
 from polymoe.server.tenants import tenant_of
+from polymoe.text.tokenizer import VariantTokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; chats may fill the context
 
 
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
-    arrival = time.monotonic()
     state: ServerState = request.app.state.server
     state.require_ready()
     processor = state.client.processor
@@ -55,23 +57,37 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         prompts += [(None, prompt) for prompt in given if not isinstance(prompt, str)]
     if body.truncate_prompt_tokens is not None:
         prompts = [(None, truncated(ids, body, variant, max_tokens)) for _, ids in prompts]
-    request_id = f"cmpl-{uuid.uuid4().hex}"
+    request_id = http_request_of(request.scope).name_for_engine("cmpl")
     form = CompletionFormat(request_id, body, prompts, tokenizer)
-    return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+    return await _answer(request, request_id, body, prompts, sampling, form)
 
 
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
-    arrival = time.monotonic()
+    return await answer_chat(request, body, "chatcmpl", ChatFormat)
+
+
+class MakeFormat(Protocol):
+    """How a door writes the answer to a chat."""
+
+    def __call__(
+        self,
+        request_id: str,
+        body: ChatCompletionRequest,
+        prompts: Sequence[Prompt],
+        tokenizer: VariantTokenizer | None,
+        answers: AnswerFormat,
+    ) -> Format: ...
+
+
+async def answer_chat(request: Request, body: ChatCompletionRequest, prefix: str, make_form: MakeFormat) -> Response:
+    """The one way from a chat to its answer, whichever door it came through. prefix: of the answer's id."""
     state: ServerState = request.app.state.server
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
     answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
-    messages = [message.for_template() for message in body.messages]
-    limit = variant if body.truncate_prompt_tokens is None else None
-    encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables(), limit)
-    token_ids = await unless_gone(request, encoding)
+    token_ids = await chat_token_ids(request, body)
     answers = opened(answers, tokenizer, token_ids)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     token_ids = truncated(token_ids, body, variant, max_tokens or 1)
@@ -90,19 +106,30 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     )
     sampling = answers.constrained(sampling, tokenizer.special_tokens)
     prompts: list[Prompt] = [(None, token_ids)]
-    request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    form = ChatFormat(request_id, body, prompts, tokenizer, answers)
+    request_id = http_request_of(request.scope).name_for_engine(prefix)
+    form = make_form(request_id, body, prompts, tokenizer, answers)
     try:
-        return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+        return await _answer(request, request_id, body, prompts, sampling, form)
     except RequestError as error:
         if error.param == "prompt":  # what the engine calls so; this client sent messages
             error.param = "messages"
         raise
 
 
+async def chat_token_ids(request: Request, body: ChatCompletionRequest) -> list[int]:
+    """The prompt that a chat becomes."""
+    state: ServerState = request.app.state.server
+    state.require_ready()
+    variant = state.client.processor.variant(body.model)
+    tokenizer = state.client.processor.require_tokenizer(variant.name, "a chat", "messages")
+    messages = [message.for_template() for message in body.messages]
+    limit = variant if body.truncate_prompt_tokens is None else None
+    encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables(), limit)
+    return await unless_gone(request, encoding)
+
+
 async def _answer(
     request: Request,
-    arrival: float,
     request_id: str,
     body: CompletionRequest | ChatCompletionRequest,
     prompts: list[Prompt],
@@ -118,34 +145,35 @@ async def _answer(
             if body.structured_outputs is None:
                 error.param = "response_format" if body.structure is not None else "tools"
             raise
-    tenant = tenant_of(request.scope)
+    tenant, http = tenant_of(request.scope), http_request_of(request.scope)
+    http.variant = body.model
+    state.metrics.set_engine(state.client.info)
     salt, qos = body.cache_salt or "", body.qos
     if tenant is not None:
         salt, qos = tenant.salt(salt), tenant.qos(qos)
-    num_prompt_tokens = sum(len(token_ids) for _, token_ids in prompts)
+    lengths = [len(token_ids) for _, token_ids in prompts]
     entry = state.requests.open(
         id=request_id, variant=body.model, version=state.client.processor.variant(body.model).version,
         tenant=qos.tenant, kind="chat" if isinstance(body, ChatCompletionRequest) else "completion",
-        prompt_tokens=num_prompt_tokens, prompt=_shown(state, body.model, prompts),
+        prompt_tokens=sum(lengths), prompt=_shown(state, body.model, prompts),
     )  # fmt: skip
-    record = RecordedRequest(state.requests, entry, arrival)
+    recorded = RecordedRequest(state.requests, entry, http.started)
     begun = False
     try:
         if tenant is not None:
-            tenant.begin(num_prompt_tokens)
+            tenant.begin(sum(lengths))
             begun = True
         stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=salt, qos=qos)
     except BaseException as error:
         if tenant is not None and begun:
             tenant.end()
-        record.close(f"{type(error).__name__}: {error}")
+        recorded.close(f"{type(error).__name__}: {error}")
         state.metrics.recent.error(body.model)
         if isinstance(error, OverloadedError):
-            state.metrics.rejected.labels(body.model).inc()
+            state.metrics.of(body.model).rejected.inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
-    num_sequences = len(prompts) * sampling.n
-    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, num_sequences, record, tenant)
+    timer = RequestTimer(state.metrics, http, lengths, sampling, recorded, tenant, state.tracer)
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)

@@ -50,9 +50,11 @@ class JsonRoute(APIRoute):
             else:
                 value = _read(body, model)
             del body
-            tenant, variant = tenant_of(request.scope), getattr(value, "model", None)
-            if tenant is not None and isinstance(variant, str):  # here, for every endpoint that there will ever be
-                tenant.require(variant)
+            # Here, for every endpoint that there will ever be.
+            if value is not None and isinstance(getattr(value, "model", None), str):
+                value.model = request.app.state.server.settings.variant_of(value.model)
+                if (tenant := tenant_of(request.scope)) is not None:
+                    tenant.require(value.model)
             return await handler(_ReadRequest(request.scope, request.receive, value))
 
         return handle

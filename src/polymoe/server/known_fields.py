@@ -90,6 +90,72 @@ OF_MESSAGES: Inert = {
     "refusal": (None,),
 }
 
+# Of the Responses API: what needs a memory of answers, tools that a server runs, or images.
+OF_RESPONSES: Inert = {
+    "access_programs": (None,),
+    "background": (None, False),
+    "background_options": (None,),
+    "context_management": (None, []),
+    "conversation": (None,),
+    "image": (None,),
+    "include": (None, []),
+    "max_tool_calls": (None,),
+    "moderation": (None,),
+    "previous_response_id": (None,),
+    "prompt": (None,),
+    "top_logprobs": (None, 0),
+    "truncation": (None, "disabled"),
+}
+# What openai-python's items carry besides, so that an answer's items can be sent back as they are.
+OF_RESPONSES_ITEMS: Inert = {
+    "allowed_callers": (None, []),
+    "annotations": (None, []),
+    "async": (None, False),
+    "async_": (None, False),  # as openai-python dumps it
+    "caller": (None,),
+    "defer_loading": (None, False),
+    "encrypted_content": (None,),
+    "logprobs": (None, []),
+    "name": (None,),
+    "namespace": (None,),
+    "output_schema": (None,),
+    "phase": (None, "final_answer"),
+    "prompt_cache_breakpoint": (None,),
+}
+OF_TEXT: Inert = {"verbosity": (None, "medium")}
+OF_REASONING: Inert = {
+    "context": (None, "auto"),
+    "generate_summary": (None,),
+    "mode": (None, "standard"),
+    "summary": (None,),
+}
+
+# Of the Messages API: what Anthropic's own service offers around a model.
+OF_ANTHROPIC: Inert = {
+    "container": (None,),
+    "context_management": (None, {}),
+    "diagnostics": (None,),
+    "fallbacks": (None, []),
+    "inference_geo": (None,),
+    "mcp_servers": (None, []),
+    "output_format": (None,),
+    "speed": (None, "standard"),
+    "user_profile_id": (None,),
+    "workspace_id": (None,),
+}
+OF_ANTHROPIC_BLOCKS: Inert = {
+    "caller": (None, {"type": "direct"}),
+    "citations": (None, [], {"enabled": False}),
+    "toolset_name": (None,),
+}
+OF_ANTHROPIC_TOOLS: Inert = {
+    "allowed_callers": (None, [], ["direct"]),
+    "defer_loading": (None, False),
+    "input_examples": (None, []),
+}
+OF_THINKING: Inert = {"budget_tokens": (None,), "display": (None, "summarized")}
+OF_OUTPUT_CONFIG: Inert = {"task_budget": (None,)}
+
 OF_TOKENIZING: Inert = {
     "chat_template": (None,),
     "media_io_kwargs": (None, {}),

@@ -17,7 +17,7 @@ from polymoe.server.tenants import Keyring, tenant_of
 
 logger = logging.getLogger(__name__)
 # Everything else needs the key, including what does not exist: probes of a supervisor carry none.
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 # The dashboard's page and its files: there the key is asked for, with which it gets the data.
 _OPEN_PAGES = frozenset({"/", "/ui"})
 _OPEN_FOLDER = "/ui/assets/"
@@ -40,18 +40,14 @@ class ApiKeyMiddleware:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
         if scope["type"] == "http" and not _is_open(scope["path"]) and not self._allowed(scope):
             error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
+        key = _given_key(scope)
+        if key is None:
             return False
-        scheme, _, key = given[0].partition(b" ")
-        if scheme.lower() != b"bearer":  # RFC 9110: the scheme in any case, and any number of spaces after it
-            return False
-        key = key.lstrip(b" ")
         if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
             return self._is_admin(key)
         if scope["path"].startswith(_DASHBOARD):
@@ -64,6 +60,19 @@ class ApiKeyMiddleware:
 
 def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
+
+
+def _given_key(scope: Scope) -> bytes | None:
+    """`Authorization: Bearer …`, or `x-api-key`, which clients of the Messages API send. Several are none."""
+    given = [(name, value) for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")]
+    if len(given) != 1:
+        return None
+    (name, value), *_ = given
+    if name == b"x-api-key":
+        return bytes(value)
+    scheme, _, key = value.partition(b" ")
+    # RFC 9110: the scheme in any case, and any number of spaces after it.
+    return bytes(key.lstrip(b" ")) if scheme.lower() == b"bearer" else None
 
 
 class BodyLimitMiddleware:
@@ -83,7 +92,7 @@ class BodyLimitMiddleware:
             return
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+            await error_response(self._too_large(), scope["path"])(scope, receive, send)
             return
         received = held = 0
         complete = False
@@ -157,6 +166,6 @@ class LastResortMiddleware:
             else:
                 logger.exception("A request failed.")
                 answer = RuntimeError()
-            await error_response(answer)(scope, receive, send)
+            await error_response(answer, scope["path"])(scope, receive, send)
         finally:
             self._state.in_flight -= counts

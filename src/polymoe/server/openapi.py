@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from polymoe.server.middleware import OPEN_PATHS
 from polymoe.server.schemas import ChatCompletionChunk, CompletionChunk, ErrorResponse
+from polymoe.server.turn_schemas import NAMED_EVENTS
 
 Json = dict[str, Any]
 
@@ -34,15 +35,21 @@ _RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer", "minimu
 _CHALLENGE = {"description": "The scheme of the key.", "schema": {"type": "string"}}
 
 
-def answers(ok: type[BaseModel] | None, *errors: int, stream: type[BaseModel] | None = None) -> dict[int | str, Json]:
-    """The `responses` of a route: `ok` is its 200 as JSON, `stream` what the events of its event stream hold."""
+def answers(
+    ok: type[BaseModel] | None,
+    *errors: int,
+    stream: type[BaseModel] | None = None,
+    error: type[BaseModel] = ErrorResponse,
+) -> dict[int | str, Json]:
+    """The `responses` of a route: `ok` is its 200 as JSON, `stream` what the events of its event stream hold, `error`
+    the body of its errors."""
     found: dict[int | str, Json] = {}
     if ok is not None:
         found[200] = {"model": ok, "description": "The answer."}
     if stream is not None:
         found[200]["content"] = {"text/event-stream": {"schema": _event(stream)}}
     for status in sorted({*errors, 413, 500}):
-        found[status] = {"model": ErrorResponse, "description": _ERRORS[status]}
+        found[status] = {"model": error, "description": _ERRORS[status]}
     if 429 in found:
         found[429]["headers"] = {"Retry-After": _RETRY_AFTER}
     if 401 in found:
@@ -52,6 +59,15 @@ def answers(ok: type[BaseModel] | None, *errors: int, stream: type[BaseModel] | 
 
 def _event(chunk: type[BaseModel]) -> Json:
     """One server-sent event: its data is JSON in a string."""
+    if chunk in NAMED_EVENTS:
+        reference = {"$ref": _REFERENCE.format(model=chunk.__name__)}
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference}
+        return {
+            "type": "object",
+            "description": "One of the events that `stream: true` asks for, named by the type of its data.",
+            "properties": {"event": {"type": "string"}, "data": data},
+            "required": ["event", "data"],
+        }
     held = [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (chunk, ErrorResponse)]
     json_data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": held}}
     return {
@@ -68,17 +84,20 @@ def text_answer(*errors: int) -> dict[int | str, Json]:
     return {200: {"description": "Prometheus text format.", "content": {METRICS_TYPE: text}}, **answers(None, *errors)}
 
 
-def document(app: FastAPI, key_needed: bool) -> Json:
-    """The OpenAPI document of `app`."""
+def document(app: FastAPI, key_needed: bool, root_path: str = "") -> Json:
+    """The OpenAPI document of `app`. root_path: where a proxy shows it."""
     found = get_openapi(
         title=app.title,
         version=app.version,
         description="Several fine-tuned variants of one model behind OpenAI's API; `model` names the variant.",
         routes=app.routes,
+        servers=[{"url": root_path}] if root_path else None,
     )
     components = found["components"]
+    events: list[type[BaseModel]] = [CompletionChunk, ChatCompletionChunk, *NAMED_EVENTS]
     _, chunks = models_json_schema(
-        [(CompletionChunk, "serialization"), (ChatCompletionChunk, "serialization")], ref_template=_REFERENCE
+        [(event, "serialization") for event in events],
+        ref_template=_REFERENCE,
     )
     components["schemas"] |= chunks["$defs"]
     for name in ("HTTPValidationError", "ValidationError"):

@@ -2,24 +2,24 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from polymoe.client.client import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.answers import AnswerFormat, AnswerPart, AnswerReader
+from polymoe.server.format import Format, Json
 from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs, prompt_logprobs_json
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.text.tokenizer import VariantTokenizer
 
-Json = dict[str, Any]
 Piece = CompletionChunk | CompletionOutput  # a part of a sequence, or all of it
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None
 
 
-class Format:
-    """Turns the output of one submission into JSON. Ids, time stamps, indices and usage are the same in both APIs."""
+class ChoicesFormat(Format):
+    """Completions and chats: `choices` in one envelope. Ids, time stamps, indices and usage are the same in both."""
 
+    end = b"data: [DONE]\n\n"
     object: str
     chunk_object: str
 
@@ -47,22 +47,21 @@ class Format:
         self._prompted: set[int] = set()  # indices whose prompt has been given
         self._cached_tokens: dict[int, int] = {}  # index of the prompt -> tokens of it found in the prefix cache
 
-    def opening(self) -> list[Json]:
-        """Chunks that come before any token."""
-        return []
-
-    def chunk(self, chunk: CompletionChunk) -> Json:
-        """An event of a stream."""
+    def chunks(self, chunk: CompletionChunk) -> list[Json]:
         p = chunk.prompt_index
         self._count(p, chunk.token_ids, chunk.num_cached_tokens)
-        return self._chunk([self._choice(p, self._index(p, chunk.index), chunk, chunk.prompt_logprobs)])
+        return [self._chunk([self._choice(p, self._index(p, chunk.index), chunk, chunk.prompt_logprobs)])]
 
-    def usage_chunk(self) -> Json:
-        """The last chunk when usage was asked for."""
-        return {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
+    def closing(self) -> list[Json]:
+        """The usage, where it was asked for."""
+        if not self.include_usage:
+            return []
+        return [{**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}]
+
+    def failed(self, error: Json) -> list[Json]:
+        return [error]
 
     def whole(self, results: Mapping[int, RequestOutput]) -> Json:
-        """The answer when nothing is streamed; `results` by the index of their prompts."""
         choices: dict[int, Json] = {}
         for p, result in results.items():
             for output in result.outputs:
@@ -115,7 +114,7 @@ class Format:
         }
 
 
-class CompletionFormat(Format):
+class CompletionFormat(ChoicesFormat):
     """`/v1/completions`. With `echo` the first text of a choice starts with the prompt, and so do its logprobs."""
 
     object = chunk_object = "text_completion"
@@ -173,7 +172,7 @@ class CompletionFormat(Format):
         return text
 
 
-class ChatFormat(Format):
+class ChatFormat(ChoicesFormat):
     """`/v1/chat/completions`. Each choice of a stream opens with a chunk that carries the role."""
 
     object, chunk_object = "chat.completion", "chat.completion.chunk"

@@ -246,5 +246,9 @@ class Readiness(BaseModel):
     status: Literal["ready"]
 
 
+class Load(BaseModel):
+    server_load: int
+
+
 class Version(BaseModel):
     version: str

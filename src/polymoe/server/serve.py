@@ -23,9 +23,11 @@ from polymoe.progress import say_stage
 from polymoe.server.app import create_app
 from polymoe.server.connection import ACCEPTED_AT_ONCE, Connection, ConnectionLimits
 from polymoe.server.errors import UnavailableError
+from polymoe.server.logs import configure_logging
 from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.summary import print_summary
+from polymoe.server.traces import Tracer, tracer_from_environment
 
 # After the grace time streams are ended with an error; this long they may take to send it, in seconds.
 _LAST_WORDS = 3.0
@@ -48,11 +50,15 @@ def run_server(config: EngineConfig, settings: ServerSettings, *, console: Conso
     Raises: `PolymoeError` for what prevents the start (the port is in use, the bundle cannot be loaded …).
     """
     console = console or Console()
+    configure_logging(settings.log_format, settings.log_level)
+    tracer = tracer_from_environment()
     sock = bind(settings.host, settings.port)  # before minutes are spent on loading
     try:
-        return asyncio.run(_serve(config, settings, sock, console))
+        return asyncio.run(_serve(config, settings, sock, console, tracer))
     finally:
         sock.close()
+        if tracer is not None:
+            tracer.close()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -80,11 +86,13 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _serve(config: EngineConfig, settings: ServerSettings, sock: socket.socket, console: Console) -> int:
+async def _serve(
+    config: EngineConfig, settings: ServerSettings, sock: socket.socket, console: Console, tracer: Tracer | None
+) -> int:
     client = AsyncEngineClient(config)
     app = create_app(client, settings)
     state: ServerState = app.state.server
-    state.preparing = True
+    state.preparing, state.tracer = True, tracer
     server = HttpServer(uvicorn_config(app, settings))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -149,6 +157,7 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         ws="none",
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         backlog=ACCEPTED_AT_ONCE,
+        log_config=None,
         log_level="error",  # its warnings are one for each bad request
         access_log=False,
         server_header=False,

@@ -3,18 +3,20 @@
 import ipaddress
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 
 from polymoe.config import read_path
 from polymoe.errors import ConfigError
 from polymoe.options import Option, check_options
+from polymoe.server.logs import FORMATS, LEVELS
 from polymoe.text.tools.choose import TOOL_PARSERS
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]*]+)(?::(\d{1,5}))?")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _LONGEST_KEY = 4096
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
@@ -60,6 +62,30 @@ def _check_parsers(parsers: tuple[str, ...]) -> None:
             )
 
 
+def _check_aliases(aliases: tuple[str, ...]) -> None:
+    names = []
+    for given in aliases:
+        name, equals, variant = given.partition("=")
+        if not (name and equals and variant):
+            raise ConfigError(f"--alias {given[:200]} is not complete; write --alias NAME=VARIANT.")
+        names.append(name)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--alias {twice[:200]} is given twice.")
+
+
+def _check_root_path(path: str) -> None:
+    if path and not _ROOT_PATH.fullmatch(path):
+        raise ConfigError(f"--root-path {path[:200]!r} is not a path; write one like /llm, without a slash at its end.")
+
+
+def _one_of(words: tuple[str, ...], option: str) -> Callable[[str], None]:
+    def check(word: str) -> None:
+        if word not in words:
+            raise ConfigError(f"{option} {word[:200]!r} is none of {', '.join(words)}.")
+
+    return check
+
+
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are bytes, times are seconds. Raises `ConfigError` for a value out of range."""
 
@@ -97,6 +123,21 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()  # fmt: skip
     log_prompts: Annotated[bool, Option("keep the text of the last requests' prompts for the dashboard's list")] = False
+    aliases: Annotated[  # NAME=VARIANT
+        tuple[str, ...],
+        Option(
+            "another name of a variant, for clients that ask for a fixed one; may be repeated", name="alias",
+            metavar="NAME=VARIANT", check=_check_aliases,
+        ),
+    ] = ()  # fmt: skip
+    root_path: Annotated[
+        str, Option("path of the server behind a proxy, like /llm", metavar="PATH", check=_check_root_path)
+    ] = ""
+    log_format: Annotated[
+        str, Option("of the log on stderr: human, or json", check=_one_of(FORMATS, "--log-format"))
+    ] = "human"
+    log_level: Annotated[str, Option("debug, info, warning or error", check=_one_of(LEVELS, "--log-level"))] = "info"
+    log_requests: Annotated[bool, Option("a line for each request that has ended, without its text")] = False
     max_body_bytes: Annotated[int, Option("of a request", flag=False, at_least=1)] = 4 << 20
     max_body_bytes_together: Annotated[
         int, Option("of large requests that are arriving or being read", flag=False, at_least=1)
@@ -128,6 +169,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
         """The format that the operator chose for a variant."""
         return dict(given.rsplit("=", 1) for given in self.tool_parsers).get(variant)
 
+    def variant_of(self, name: str) -> str:
+        """The variant that clients mean by a name."""
+        return self.targets.get(name, name)
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Alias -> variant."""
+        return dict(cast(tuple[str, str], tuple(given.split("=", 1))) for given in self.aliases)
+
     def check_variants(self, names: Sequence[str]) -> None:
         """Raises `ConfigError` for a variant that is not served."""
         for given in self.tool_parsers:
@@ -135,6 +185,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(
                     f"--tool-parser {given[:200]}: there is no variant {name[:200]}; there are {', '.join(names)}."
                 )
+
+        for alias, variant in self.targets.items():
+            if variant not in names:
+                raise ConfigError(
+                    f"--alias {alias[:100]}={variant[:100]}: there is no variant {variant[:100]}; there are "
+                    f"{', '.join(names)}."
+                )
+            if alias in names:
+                raise ConfigError(f"--alias {alias[:100]}: this is the name of a variant itself.")
 
     def __post_init__(self) -> None:
         check_options(self)

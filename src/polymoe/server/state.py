@@ -10,6 +10,7 @@ from polymoe.server.metrics import Metrics
 from polymoe.server.request_log import RequestLog
 from polymoe.server.settings import ServerSettings
 from polymoe.server.snapshots import Snapshots
+from polymoe.server.traces import Tracer
 
 
 @dataclass
@@ -20,6 +21,7 @@ class ServerState:
     encoder: Encoder = field(default_factory=Encoder)
     in_flight: int = 0  # requests whose answer is not complete, but for those of probes and scrapes
     requests: RequestLog = field(default_factory=RequestLog)
+    tracer: Tracer | None = None
     draining: bool = False
     preparing: bool = False  # the engine may be ready, the server is not
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done

@@ -2,11 +2,11 @@
 requests in the engine."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,12 +14,10 @@ from starlette.types import Receive, Scope, Send
 from polymoe.client.request_stream import RequestStream
 from polymoe.errors import NoProbabilitiesError, PolymoeError, RequestError
 from polymoe.server.errors import error_response
-from polymoe.server.metrics import RequestTimer
-from polymoe.server.responses import Format
+from polymoe.server.format import Format, encode_json
+from polymoe.server.request_timer import RequestTimer
 
 logger = logging.getLogger(__name__)
-_encode = msgspec.json.Encoder().encode
-_DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
 
@@ -35,11 +33,11 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        return _encode(content)
+        return encode_json(content)
 
 
 class EventStream(Response):
-    """`data: {json}` for every chunk and `data: [DONE]` at the end. An error in mid-stream is one more event.
+    """The events of a format. An error in mid-stream is one more event.
 
     It owns the request stream, and closes it whatever happens: the client leaves, sending fails, the server stops.
     (Starlette's StreamingResponse would not if the client left before the first chunk was asked for.)
@@ -80,20 +78,23 @@ class EventStream(Response):
         form = self._form
         try:
             if opening := form.opening():
-                yield b"".join(_event(chunk) for chunk in opening)
+                yield b"".join(map(form.event, opening))
             async for chunks in self._stream:
                 self._timer.observe(chunks)
-                yield b"".join(_event(form.chunk(chunk)) for chunk in chunks)
+                if events := [form.event(event) for chunk in chunks for event in form.chunks(chunk)]:
+                    yield b"".join(events)
                 if any(chunk.finish_reason == "error" for chunk in chunks):
                     raise NoProbabilitiesError(form.model)
-            if form.include_usage:
-                yield _event(form.usage_chunk())
+            if closing := form.closing():
+                yield b"".join(map(form.event, closing))
         except Exception as error:
             if not isinstance(error, PolymoeError):
                 logger.exception("A stream failed.")
             self._error = type(error).__name__ + f": {error}"
-            yield b"data: " + bytes(error_response(error).body) + b"\n\n"
-        yield _DONE
+            body = json.loads(bytes(error_response(error).body))
+            yield b"".join(map(form.event, form.failed(body)))
+        if form.end:
+            yield form.end
 
 
 async def collect(request: Request, stream: RequestStream, form: Format, timer: RequestTimer) -> Response:
@@ -102,6 +103,8 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
     async def run() -> None:
         async for chunks in stream:
             timer.observe(chunks)
+            for chunk in chunks:
+                form.read(chunk)
 
     runner = asyncio.create_task(run())
     watcher = asyncio.create_task(disconnected(request.receive))
@@ -138,10 +141,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for task in (runner, watcher):
             task.cancel()
         await asyncio.gather(runner, watcher, return_exceptions=True)
-
-
-def _event(chunk: object) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
 
 
 async def disconnected(receive: Receive) -> None:
