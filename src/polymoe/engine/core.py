@@ -324,6 +324,7 @@ class EngineCore:
             expert_fetch_seconds=tier.seconds,
             resident_bytes=self.model.resident_bytes,
             routing=self.model.pool.routing_counts.take() if routing else None,
+            loaded=sorted(self.model.slots.loaded) if self.model.slots.num_slots < num else list(range(num)),
         )
 
     def check_integrity(self) -> None:

@@ -100,3 +100,4 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: dict[str, int]
     # Tokens routed since they were last asked for, of a part of the steps: little-endian uint32 [V, L, E].
     routing: bytes | None = None
+    loaded: list[int] = []  # variants whose non-experts are in a slot now

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.server.endpoint_picker import endpoint_picker_metrics
 from polymoe.server.recent import Recent
 from polymoe.server.request_log import RecordedRequest
 from polymoe.server.tenants import Tenant
@@ -66,7 +67,7 @@ class Metrics:
                 histogram.labels(variant.name)
 
     def set_stats(self, stats: EngineStats) -> None:
-        self._engine.stats = stats
+        self._engine.stats, self._engine.taken_at = stats, time.time()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -131,6 +132,7 @@ class _EngineCollector(Collector):
 
     info: EngineInfo | None = None
     stats: EngineStats | None = None
+    taken_at = 0.0  # seconds since the epoch
 
     def collect(self) -> Iterator[Metric]:
         info, stats = self.info, self.stats
@@ -169,6 +171,7 @@ class _EngineCollector(Collector):
             ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        yield from endpoint_picker_metrics(info, stats, self.taken_at)
         yield from _fidelity(info)
         paths = GaugeMetricFamily(
             "polymoe:fast_paths", "Layers or modules, by what they run on.",

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polymoe.client.client import Prompt
+from polymoe.client.interface import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.answers import AnswerFormat, AnswerPart, AnswerReader
