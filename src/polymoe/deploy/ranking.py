@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-RELOAD = 6.0
+RELOAD = 12.0
 PREFIX = 1.0
 _MOST_PREFIXES = 8192
 
