@@ -63,7 +63,8 @@ def test_what_a_file_says() -> None:
     [
         ("port = 9000", "prot = 9000", "there is no option 'prot'"),
         ("port = 9000", "port = 99999", "server.port must be between 0 and 65535"),
-        ("port = 9000", 'host = "0.0.0.0"', "api-key"),
+        ("port = 9000", 'host = "0.0.0.0"', "without a key would let anybody"),
+        ("port = 9000", "restart_engine = true", "server.restart_engine has no effect here"),
         ("replicas = 2", "replicas = 0", "pool 'chat': replicas must be at least 1"),
         ("replicas = 2", 'replicas = "two"', r"Expected `int`, got `str` - at `\$\[0\].replicas`"),
         ("replicas = 2", "count = 2", "unknown field `count`"),

@@ -27,6 +27,10 @@ from polymoe.errors import ConfigError
 from polymoe.options import Field, options_of
 from polymoe.server.settings import ServerSettings
 
+# Options of a server that has the connections and the engine in its own hands. Here Ray's proxy and Ray have them.
+_RAYS = ("ssl_certfile", "ssl_keyfile", "max_connections", "header_timeout", "write_timeout", "heartbeat_timeout",
+         "restart_engine")  # fmt: skip
+
 
 class Autoscaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Replicas of a pool, by its queue."""
@@ -140,6 +144,11 @@ def of_table(table: Mapping[str, Any], where: str) -> DeployConfig:
         )
         for pool in pools
     )
+    if refused := [key for key in table.get("server", {}) if key in _RAYS]:
+        raise ConfigError(
+            f"{where}: server.{refused[0]} has no effect here: connections belong to Ray's proxy, and Ray replaces "
+            "engines. Leave it out; for TLS and limits of connections put a gateway in front."
+        )
     server = ServerSettings(**_options(options_of(ServerSettings), table.get("server", {}), f"{where}: server"))
     try:
         return DeployConfig(server=server, pools=pools, ingresses=ingresses)

@@ -39,7 +39,11 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
     ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **({} if address else _local()))
     try:
         check_resources(config, ray.cluster_resources())
-        http: dict[str, Any] = {"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75}
+        http: dict[str, Any] = {
+            "host": config.server.host,
+            "port": config.server.port,
+            "keep_alive_timeout_s": config.server.keep_alive,
+        }
         serve.start(http_options=http)
         with console.status("Starting the replicas…"):
             serve.run(build_app(config, bundles), name=APPLICATION)

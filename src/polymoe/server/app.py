@@ -72,7 +72,9 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     )
     keys = Keyring(settings.api_key, settings.keys)
     if keys.is_needed:
-        app.add_middleware(ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key, open_metrics=settings.open_metrics)
+        app.add_middleware(
+            ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key, open_metrics=settings.open_metrics
+        )
     if settings.allowed_origins:
         app.add_middleware(
             CorsMiddleware,
