@@ -30,6 +30,7 @@ from polymoe.bench.family import MANY_MIXTRAL
 from polymoe.bench.written_family import write_variant
 from polymoe.deploy.build import build_app
 from polymoe.deploy.config import DeployConfig, Pool
+from polymoe.deploy.installed import require_ray
 from polymoe.offline.api import make_plan
 from polymoe.server.settings import ServerSettings
 
@@ -168,6 +169,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    require_ray()  # before Ray is imported
     import ray
     from ray import serve
 

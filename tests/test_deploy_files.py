@@ -13,7 +13,7 @@ import yaml
 
 from polymoe.cli.options import SERVE
 from polymoe.deploy.config import of_table
-from polymoe.deploy.installed import NEWEST, OLDEST
+from polymoe.deploy.installed import NEWEST, OLDEST, VARIABLES
 from polymoe.server.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,8 @@ def test_the_ray_service_names_what_exists() -> None:
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(__import__(module, fromlist=[name]), name))
     assert list(application["args"]) == ["config"]
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {item["name"]: item["value"] for item in head["env"]} == VARIABLES
     version = tuple(int(part) for part in service["spec"]["rayClusterConfig"]["rayVersion"].split(".")[:2])
     assert OLDEST <= version <= NEWEST
 

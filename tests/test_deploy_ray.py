@@ -15,10 +15,13 @@ import pytest
 from polymoe import LLM, SamplingParams
 from polymoe.deploy.build import build_app
 from polymoe.deploy.config import DeployConfig, Pool
+from polymoe.deploy.installed import VARIABLES
 from polymoe.offline.api import make_plan
 from polymoe.server.settings import ServerSettings
 from servers import LIMIT, events, free_port, make_bundle, wait_for
 
+for name, value in VARIABLES.items():
+    os.environ.setdefault(name, value)
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'polymoe[ray]'")
 from ray import serve  # noqa: E402
 

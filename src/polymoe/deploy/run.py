@@ -13,6 +13,8 @@ from polymoe.deploy.build import build_app
 from polymoe.deploy.check import check_bundles, check_resources
 from polymoe.deploy.config import DeployConfig
 from polymoe.deploy.installed import require_ray
+from polymoe.errors import PolymoeError
+from polymoe.server.serve import check_address
 
 APPLICATION = "polymoe"
 
@@ -36,6 +38,8 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
     bundles = _planned(config, console)
     check_bundles(config, bundles)
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        check_address(config.server)
     ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **({} if address else _local()))
     try:
         check_resources(config, ray.cluster_resources())
@@ -46,7 +50,10 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
         }
         serve.start(http_options=http)
         with console.status("Starting the replicas…"):
-            serve.run(build_app(config, bundles), name=APPLICATION)
+            try:
+                serve.run(build_app(config, bundles), name=APPLICATION)
+            except RuntimeError as error:  # of a replica, whose own message is in it
+                raise PolymoeError(f"the replicas did not start: {error}") from error
         console.print(
             f"http://{config.server.host}:{config.server.port} serves {len(config.pools)} pools with "
             f"{sum(pool.replicas for pool in config.pools)} replicas.",
