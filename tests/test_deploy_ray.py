@@ -20,8 +20,6 @@ from polymoe.offline.api import make_plan
 from polymoe.server.settings import ServerSettings
 from servers import LIMIT, events, free_port, make_bundle, wait_for
 
-for name, value in VARIABLES.items():
-    os.environ.setdefault(name, value)
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'polymoe[ray]'")
 from ray import serve  # noqa: E402
 
@@ -66,6 +64,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deployment(bundle: Path) -> Iterator[Deployment]:
     port = free_port()
+    # For Ray's processes; this one has imported it without, as handles are used here outside of an event loop.
+    os.environ.update(VARIABLES)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
              namespace="polymoe")  # fmt: skip
     try:

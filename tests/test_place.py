@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_removed_variants_leave_and_nobody_moves() -> None:
         ({"rate": 3.0}, "add devices for 2.0 more"),
     ],
 )
-def test_what_cannot_fit_says_what_to_do(change: dict, message: str) -> None:
+def test_what_cannot_fit_says_what_to_do(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         place(given(two_groups(), **change))
 

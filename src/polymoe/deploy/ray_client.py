@@ -132,7 +132,11 @@ class RayClient:
             qos=qos,
         )  # fmt: skip
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        stream = RequestStream(request_id, len(prompts), lambda _: pump.cancel())
+
+        def abort(_: list[str]) -> None:
+            pump.cancel()
+
+        stream = RequestStream(request_id, len(prompts), abort)
         pump = asyncio.create_task(self._pump(asked, stream, accepted))
         self._tasks.add(pump)
         pump.add_done_callback(self._tasks.discard)

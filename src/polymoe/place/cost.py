@@ -17,7 +17,8 @@ def delta_bits(distance: NDArray[np.float32], error: float, stored_bits: int) ->
     """
     with np.errstate(divide="ignore"):
         bits = np.log2(distance / np.float32(error))
-    return np.clip(bits, 0.0, stored_bits).astype(np.float32)
+    clipped: NDArray[np.float32] = np.clip(bits, 0.0, stored_bits).astype(np.float32)
+    return clipped
 
 
 def variant_bytes(family: Family, error: float) -> NDArray[np.float32]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
 
 from polymoe.place.shelves import Shelves
 
 
-def first_fit(shelves: Shelves, order: np.ndarray) -> None:  # type: ignore[type-arg]
+def first_fit(shelves: Shelves, order: Iterable[int]) -> None:
     """Each variant, in `order`, on the first device with room for it; a busy one on several. Raises `PlanError`."""
     for variant in order:
         share, rate = 1.0, shelves.rates[variant]

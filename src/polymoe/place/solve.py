@@ -8,6 +8,8 @@ two alternate, as in k-means.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -95,7 +97,8 @@ def _transport(shelves: Shelves, bases: list[int]) -> NDArray[np.float64] | None
         bounds = np.concatenate([limit * shelves.capacity, shelves.memory / shelves.family.expert_bytes - 1])
         if (bounds < 0).any():
             bounds = np.maximum(bounds, 0.0)
-        found = linprog(costs, A_ub=limits, b_ub=bounds, A_eq=sums, b_eq=np.ones(count), bounds=(0, 1), method="highs")
+        rows_of: dict[str, Any] = {"A_ub": limits, "b_ub": bounds, "A_eq": sums, "b_eq": np.ones(count)}
+        found = linprog(costs, bounds=(0, 1), method="highs", **rows_of)
         if found.status == 0:
             shares = np.zeros((count, num))
             shares[rows, columns] = found.x
@@ -116,8 +119,8 @@ def _fill(shelves: Shelves, bases: list[int], shares: NDArray[np.float64]) -> No
             # A part is worth a copy when it is a good part of a device's load.
             kept = parts[row[parts] * rate > 0.1 * shelves.limit * shelves.capacity[parts]]
             parts = kept if len(kept) else parts[[int(row[parts].argmax())]]
-        for shelf in parts:
-            shelves.add(int(shelf), int(variant), float(row[shelf] / row[parts].sum()))
+        for part in parts:
+            shelves.add(int(part), int(variant), float(row[part] / row[parts].sum()))
     for shelf in range(len(bases)):
         shelves.recentre(shelf)
     shelves.relieve()
