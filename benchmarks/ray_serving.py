@@ -182,6 +182,7 @@ def main() -> None:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             for replicas in (1, 2):
                 found[f"ray_{replicas}"] = with_ray(bundle, replicas, port, options)
+                print(json.dumps(found), file=sys.stderr, flush=True)
             serve.shutdown()
         finally:
             ray.shutdown()
