@@ -13,8 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-clients test-slow sanitize emulate-amx wheel-test ui test-ui lint types tests \
-	format bench compare vllm \
+.PHONY: install dev demo test test-bounds test-clients test-ray test-slow sanitize emulate-amx wheel-test ui test-ui lint \
+	types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
@@ -61,11 +61,16 @@ types: dev
 	$(BIN)/mypy benchmarks/compare/*.py
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray"
 
 # Simulations of the scheduler's policies over long traces.
 test-slow: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow
+
+# Pools and replicas on a Ray of this machine, which the tests start; some minutes, most of them for the installation.
+test-ray: dev
+	$(PIP_INSTALL) -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m ray
 
 # The tests of what depends on torch's and transformers' private parts, with the oldest and the newest releases that
 # pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import httpx
 
 from families import make_family
-from polymoe.client.client import AsyncEngineClient, Prompt
+from polymoe.client.client import AsyncEngineClient
+from polymoe.client.interface import Prompt
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.offline.api import make_plan

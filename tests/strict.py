@@ -32,6 +32,8 @@ ALLOWED: dict[str, Callable[[], bool]] = {
     r"axe-core is not installed": lambda: not NODE_MODULES.is_dir(),
     r"Prometheus is not installed": lambda: shutil.which("prometheus") is None,
     r"no SCREENSHOT": lambda: True,
+    r"Ray is not installed": lambda: importlib.util.find_spec("ray") is None,
+    r"(helm|systemd) is not installed": lambda: shutil.which("helm") is None or shutil.which("systemd-analyze") is None,
 }
 
 

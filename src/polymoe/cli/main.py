@@ -15,8 +15,10 @@ from rich.table import Table
 from polymoe.bundle.manifest import read_manifest
 from polymoe.cli.bench import app as bench
 from polymoe.cli.cache import app as cache_app
+from polymoe.cli.deploy import deploy
 from polymoe.cli.keys import app as keys_app
 from polymoe.cli.options import PLAN, SERVE, Specs, Text, some, takes
+from polymoe.cli.place import place
 from polymoe.cli.report import Report, bundle_section, check_report, distance_section, eval_sections, write_report
 from polymoe.cli.top import top
 from polymoe.config import EngineConfig
@@ -40,6 +42,8 @@ app.add_typer(bench)
 app.add_typer(cache_app)
 app.add_typer(keys_app)
 app.command()(top)
+app.command()(place)
+app.command()(deploy)
 console = Console()
 
 
@@ -65,6 +69,9 @@ def inspect(
     ],
     png: Annotated[Path | None, typer.Option(help="where to write the heat map; default distances.png")] = None,
     report: Report = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="write the distances of checkpoints there, for `polymoe place`")
+    ] = None,
 ) -> None:
     """Show a bundle (bytes, formats, fidelity), or compare checkpoints expert by expert, with a heat map."""
     from polymoe.offline import api
@@ -73,6 +80,8 @@ def inspect(
     if len(sources) == 1 and "=" not in sources[0]:
         if png is not None:
             raise PolymoeError("--png draws the distances of checkpoints; give them as NAME=PATH….")
+        if json is not None:
+            raise PolymoeError("--json writes the distances of checkpoints; give them as NAME=PATH….")
         api.inspect_bundle(sources[0], console)
         if report is not None:
             write_report(report, f"Bundle {Path(sources[0]).resolve().name}", [bundle_section(sources[0])], console)
@@ -84,9 +93,9 @@ def inspect(
         if png is not None:
             raise
         warn(console, f"{error} There will be no heat map; name a file for it with --png.")
-        scan = api.inspect(sources, None, console)
+        scan = api.inspect(sources, None, console, json)
     else:
-        scan = api.inspect(sources, picture, console)
+        scan = api.inspect(sources, picture, console, json)
     if report is not None:
         write_report(report, f"Distances of {', '.join(scan.variant_names)}", [distance_section(scan)], console)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
@@ -41,7 +42,6 @@ from polymoe.protocol.request import QoS, SamplingParams
 
 _EQUAL = QoS()
 _SECRETS = ("POLYMOE_API_KEY", "POLYMOE_ADMIN_KEY")  # variables that are none of the engine's business
-Prompt = tuple[str | None, list[int]]  # (text if the client sent text, token ids)
 
 
 class AsyncEngineClient:

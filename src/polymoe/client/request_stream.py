@@ -17,8 +17,10 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
     def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None]) -> None:
         self.request_id, self.num_prompts = request_id, num_prompts
         self.results: dict[int, RequestOutput] = {}  # index of the prompt -> its complete output, filled as they end
+        self.restartable = False  # nobody has seen a chunk, nor will before the end: the answer may begin again
         self._abort = abort
         self._chunks: list[CompletionChunk] = []
+        self._delivered = False
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
@@ -32,6 +34,7 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
             self._wake.clear()
             await self._wake.wait()
         chunks, self._chunks = self._chunks, []
+        self._delivered = True
         return chunks
 
     @property
@@ -59,6 +62,14 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
     def push_result(self, result: RequestOutput) -> None:
         self.results[result.prompt_index] = result
         self._wake.set()
+
+    def restart(self) -> bool:
+        """Forget what came, as the answer comes anew from elsewhere; False where a client has seen a part of it."""
+        if self._delivered and not self.restartable:
+            return False
+        self._chunks.clear()
+        self.results.clear()
+        return True
 
     def fail(self, error: Exception) -> None:
         self._error = error

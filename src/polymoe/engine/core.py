@@ -333,6 +333,7 @@ class EngineCore:
             routing=self.model.pool.routing_counts.take() if routing else None,
             step_tokens=tuple(self._step_tokens),
             step_tokens_sum=self._step_tokens_sum,
+            loaded=sorted(self.model.slots.loaded) if self.model.slots.num_slots < num else list(range(num)),
         )
 
     def check_integrity(self) -> None:

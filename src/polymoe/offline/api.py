@@ -15,6 +15,7 @@ from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.serving_check import check_serving
 from polymoe.offline.plan.budget import build_plan, parse_memory
 from polymoe.offline.plan.options import PlanOptions
+from polymoe.offline.similarity.distances_file import write_distances
 from polymoe.offline.similarity.picture import heatmap, is_own_picture
 from polymoe.offline.similarity.relation import check_related
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
@@ -95,15 +96,23 @@ def inspect_bundle(path: str | Path, console: Console | None = None) -> Bundle:
 
 
 def inspect(
-    specs: Mapping[str, str | Path] | Sequence[str], png: str | Path | None, console: Console | None = None
+    specs: Mapping[str, str | Path] | Sequence[str],
+    png: str | Path | None,
+    console: Console | None = None,
+    json: Path | None = None,
 ) -> FamilyScan:
-    """Compare the experts of a family: a table by layer on `console` and a heat map in the file `png`.
+    """Compare the experts of a family: a table by layer on `console`, a heat map in the file `png`, and in the file
+    `json` what `polymoe place` reads.
 
     Raises `CheckpointError` or `FamilyError`; `PlanError` for a `png` that cannot be written.
     """
     console = console or Console()
     if png is not None:
         check_picture(Path(png))
+    if json is not None:
+        check_can_write(json)
+        if json.is_dir():
+            raise PlanError(f"--json {json} is a folder; give the name of a file.")
     family = Family.open(specs)
     _say(family.notes, console)
     scan = scan_family(family, console)
@@ -123,6 +132,9 @@ def inspect(
     grid.add_row("all", *shown, f"{int(same.sum())} of {same.size}")
     console.print(grid)
     console.print("Distance: of a pair of variants on average, relative to the norm of the weights.")
+    if json is not None:
+        write_distances(family, scan, json)
+        console.print(f"Distances: {json}", soft_wrap=True)
     if png is not None:
         heatmap(scan, png)
         console.print(f"Heat map: {png}", soft_wrap=True)

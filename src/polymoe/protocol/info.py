@@ -107,3 +107,4 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     # Steps by the tokens that they computed, a count for each of `STEP_TOKENS_BOUNDS` and one for what is above.
     step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS_BOUNDS) + 1)
     step_tokens_sum: int = 0
+    loaded: list[int] = []  # variants whose non-experts are in a slot now

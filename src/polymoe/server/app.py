@@ -11,7 +11,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from polymoe.client.client import AsyncEngineClient
+from polymoe.client.interface import EngineClient
 from polymoe.errors import EngineDeadError, RequestError
 from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.server.cors import CorsMiddleware
@@ -56,7 +56,7 @@ from polymoe.server.ui_routes import add_ui
 _STATS_TIMEOUT = 2.0
 
 
-def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
+def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     """The app serves from the start; what needs the engine answers 503 until `client.start()` has returned.
 
     `app.state.server` is its `ServerState`.
@@ -84,7 +84,9 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     )
     keys = Keyring(settings.api_key, settings.keys)
     if keys.is_needed:
-        app.add_middleware(ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key)
+        app.add_middleware(
+            ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key, open_metrics=settings.open_metrics
+        )
     if settings.allowed_origins:
         app.add_middleware(
             CorsMiddleware,
@@ -253,13 +255,15 @@ async def metrics(request: Request) -> Response:
 
 def _card(info: EngineInfo, variant: VariantInfo, alias: str | None = None) -> dict[str, Any]:
     """Of a variant, or of another name of it."""
+    base = info.variants[0].name
     return {
         "id": variant.name if alias is None else alias,
         "object": "model",
         "created": variant.created or int(time.time()),
         "owned_by": "polymoe",
         "root": variant.root,
-        "parent": None if alias is None else variant.name,
+        # Another name has its variant; of a family the first is the base that the others are told to descend from.
+        "parent": variant.name if alias is not None else None if variant.name == base else base,
         "max_model_len": variant.max_model_len,
         "version": variant.version,
         "residency": {

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from polymoe.protocol.info import STEP_TOKENS_BOUNDS, EngineInfo, EngineStats
+from polymoe.server.endpoint_picker import endpoint_picker_metrics
 
 
 class EngineCollector(Collector):
@@ -15,6 +16,7 @@ class EngineCollector(Collector):
 
     info: EngineInfo | None = None
     stats: EngineStats | None = None
+    taken_at = 0.0  # seconds since the epoch
 
     def collect(self) -> Iterator[Metric]:
         info, stats = self.info, self.stats
@@ -59,6 +61,7 @@ class EngineCollector(Collector):
             ("polymoe:expert_fetch_seconds", "Time that took.", stats.expert_fetch_seconds),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        yield from endpoint_picker_metrics(info, stats, self.taken_at)
         yield from _fidelity(info)
         paths = GaugeMetricFamily(
             "polymoe:fast_paths", "Layers or modules, by what they run on.",

@@ -6,7 +6,7 @@ from typing import Protocol
 from fastapi import Request
 from starlette.responses import Response
 
-from polymoe.client.client import Prompt
+from polymoe.client.interface import Prompt
 from polymoe.errors import ContextLengthError, OverloadedError, RequestError
 from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.request import SamplingParams

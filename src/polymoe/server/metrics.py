@@ -1,5 +1,6 @@
 """Prometheus metrics, under the names that dashboards for vLLM query; what only polymoe has is under `polymoe:`."""
 
+import time
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -101,7 +102,7 @@ class Metrics:
         return self._variants[variant]
 
     def set_stats(self, stats: EngineStats) -> None:
-        self._engine.stats = stats
+        self._engine.stats, self._engine.taken_at = stats, time.time()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

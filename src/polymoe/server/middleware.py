@@ -32,17 +32,21 @@ class ApiKeyMiddleware:
     """401 without a right `Authorization: Bearer …`. What is under `/admin` needs the admin's key, and no other opens
     it."""
 
-    def __init__(self, app: ASGIApp, keys: Keyring, admin_key: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keyring, admin_key: str | None = None, open_metrics: bool = False) -> None:
         self._app, self._keys = app, keys
         self._admin_key = None if admin_key is None else admin_key.encode()
+        self._open_metrics = open_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
-        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._allowed(scope):
+        if scope["type"] == "http" and not self._is_open(scope["path"]) and not self._allowed(scope):
             error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
             await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return _is_open(path) or (self._open_metrics and path == "/metrics")
 
     def _allowed(self, scope: Scope) -> bool:
         key = _given_key(scope)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from polymoe.client.client import Prompt
+from polymoe.client.interface import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.answers import AnswerFormat, AnswerPart, AnswerReader

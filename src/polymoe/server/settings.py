@@ -107,6 +107,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     ssl_certfile: Annotated[Path | None, Option("certificates in PEM: the server speaks HTTPS", read=read_path)] = None
     ssl_keyfile: Annotated[Path | None, Option("their private key; default: in the same file", read=read_path)] = None
+    open_metrics: Annotated[
+        bool, Option("/metrics without a key, for scrapers and endpoint pickers that have none")
+    ] = False
     allowed_origins: Annotated[  # "*": all
         tuple[str, ...],
         Option(

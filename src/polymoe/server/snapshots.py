@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from polymoe.client.client import AsyncEngineClient
+from polymoe.client.interface import EngineClient
 from polymoe.errors import EngineDeadError
 from polymoe.protocol.info import EngineStats
 from polymoe.server.metrics import Metrics
@@ -32,7 +32,7 @@ _encode = msgspec.json.Encoder().encode
 class Watched(Protocol):
     """What is looked at: `ServerState`."""
 
-    client: AsyncEngineClient
+    client: EngineClient
     settings: ServerSettings
     metrics: Metrics
     requests: RequestLog

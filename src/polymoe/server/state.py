@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from polymoe.client.client import AsyncEngineClient
+from polymoe.client.interface import EngineClient
 from polymoe.server.encoding import Encoder
 from polymoe.server.errors import UnavailableError
 from polymoe.server.metrics import Metrics
@@ -15,7 +15,7 @@ from polymoe.server.traces import Tracer
 
 @dataclass
 class ServerState:
-    client: AsyncEngineClient
+    client: EngineClient
     settings: ServerSettings
     metrics: Metrics = field(default_factory=Metrics)
     encoder: Encoder = field(default_factory=Encoder)

@@ -100,6 +100,8 @@ class EventStream(Response):
 async def collect(request: Request, stream: RequestStream, form: Format, timer: RequestTimer) -> Response:
     """The whole answer. When the client disconnects the requests are aborted, and nobody reads the response."""
 
+    stream.restartable = True
+
     async def run() -> None:
         async for chunks in stream:
             timer.observe(chunks)

@@ -1,0 +1,100 @@
+"""`polymoe deploy`: from the file to running replicas, until the command is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from polymoe.console import Console
+from polymoe.deploy.build import build_app
+from polymoe.deploy.check import check_bundles, check_resources
+from polymoe.deploy.config import DeployConfig
+from polymoe.deploy.installed import require_ray
+from polymoe.errors import PolymoeError
+from polymoe.server.serve import check_address
+
+APPLICATION = "polymoe"
+
+
+def check(config: DeployConfig) -> None:
+    """Raises `ConfigError` for what can be known to be wrong without Ray."""
+    check_bundles(config, {pool.name: pool.sources[0] for pool in config.pools if pool.is_bundle})
+
+
+def run_deployment(config: DeployConfig, console: Console) -> int:
+    """Deploy on the cluster that RAY_ADDRESS names and leave it there, or on a Ray of this machine until SIGTERM.
+
+    Deploying on a cluster again is a rolling update: replicas whose bundle or options changed are replaced one after
+    the other, each once it has finished its requests. Returns the exit code.
+    """
+    require_ray()
+    check(config)
+    import ray
+    from ray import serve
+
+    bundles = _planned(config, console)
+    check_bundles(config, bundles)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        check_address(config.server)
+    ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **({} if address else _local()))
+    try:
+        check_resources(config, ray.cluster_resources())
+        http: dict[str, Any] = {
+            "host": config.server.host,
+            "port": config.server.port,
+            "keep_alive_timeout_s": config.server.keep_alive,
+        }
+        serve.start(http_options=http)
+        with console.status("Starting the replicas…"):
+            try:
+                serve.run(build_app(config, bundles), name=APPLICATION)
+            except RuntimeError as error:  # of a replica, whose own message is in it
+                raise PolymoeError(f"the replicas did not start: {error}") from error
+        console.print(
+            f"http://{config.server.host}:{config.server.port} serves {len(config.pools)} pools with "
+            f"{sum(pool.replicas for pool in config.pools)} replicas.",
+            soft_wrap=True,
+        )
+        if address:
+            console.print("It stays on the cluster; `serve status` shows it, `serve shutdown` ends it.")
+        else:
+            _until_stopped()
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _local() -> dict[str, Any]:
+    """A Ray of our own; its web page, which anybody on the machine could use, is not needed."""
+    return {"include_dashboard": False}
+
+
+def _planned(config: DeployConfig, console: Console) -> dict[str, str]:
+    """Pool -> its bundle. Checkpoints are planned here, once, into the cache: a folder that all nodes see."""
+    from polymoe.offline.cache import planned_bundle
+
+    bundles = {}
+    for pool in config.pools:
+        if pool.is_bundle:
+            bundles[pool.name] = str(Path(pool.sources[0]).expanduser().absolute())
+        else:
+            engine = pool.engine_config("")
+            folder = planned_bundle(
+                pool.sources, pool.policy, pool.memory, device=engine.device, reserved=engine.cache_bytes,
+                console=console,
+            )  # fmt: skip
+            bundles[pool.name] = str(folder.absolute())
+    return bundles
+
+
+def _until_stopped() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(3600):
+        pass
