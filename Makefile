@@ -14,8 +14,7 @@ TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: install dev demo test test-bounds test-clients test-slow sanitize wheel-test ui test-ui lint types tests format \
-	bench compare vllm \
-	family switch-family architectures clean another-torch
+	bench compare vllm family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
 another-torch:
