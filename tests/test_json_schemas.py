@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -27,7 +26,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 def test_every_answer_follows_its_schema(llm: LLM) -> None:
     """Two variants and draws of high temperature; what is cut off is no answer, and nearly all come to an end."""
     assert len(SCHEMAS) >= 300
-    tokenizer: Any = llm.get_tokenizer("base")
+    tokenizer = llm.processor.tokenizer("base")
+    assert tokenizer is not None
     bias: dict[int, float] = {}
     for text, value in ENDS.items():
         (token,) = tokenizer.encode(text, add_special_tokens=False)

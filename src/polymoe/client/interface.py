@@ -29,6 +29,9 @@ class EngineClient(Protocol):
     @property
     def is_ready(self) -> bool: ...
 
+    @property
+    def open_streams(self) -> list[str]: ...
+
     def is_stuck(self, timeout: float) -> bool: ...
 
     async def submit(

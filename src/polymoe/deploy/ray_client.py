@@ -93,6 +93,10 @@ class RayClient:
     def is_ready(self) -> bool:
         return self._processor is not None
 
+    @property
+    def open_streams(self) -> list[str]:
+        return [task.get_name() for task in self._tasks]
+
     def is_stuck(self, timeout: float) -> bool:
         """Never: Ray asks each replica itself."""
         del timeout
@@ -137,7 +141,7 @@ class RayClient:
             pump.cancel()
 
         stream = RequestStream(request_id, len(prompts), abort)
-        pump = asyncio.create_task(self._pump(asked, stream, accepted))
+        pump = asyncio.create_task(self._pump(asked, stream, accepted), name=request_id)
         self._tasks.add(pump)
         pump.add_done_callback(self._tasks.discard)
         try:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polymoe.client.client import Prompt
+from polymoe.client.interface import Prompt
 from polymoe.protocol.request import RequestOutput
 from polymoe.server.answers import AnswerFormat
 from polymoe.server.format import Json

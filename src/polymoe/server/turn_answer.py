@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from polymoe.client.client import Prompt
+from polymoe.client.interface import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.server.answers import AnswerFormat
 from polymoe.server.format import Json, NamedEvents
