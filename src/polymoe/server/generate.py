@@ -28,7 +28,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
-    tokenizer = processor.tokenizer(variant.name)
+    tokenizer = processor.tokenizer(variant.key)
     if body.echo:
         variant.check_echo()
     if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
@@ -47,7 +47,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     given = body.prompts()
     texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
     if texts:
-        tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
+        tokenizer = processor.require_tokenizer(variant.key, "a text prompt")
         limit = variant if body.truncate_prompt_tokens is None else None
         encoding = state.encoder.encode(tokenizer, texts, body.add_special_tokens is not False, limit)
         prompts += zip(texts, await unless_gone(request, encoding), strict=True)
@@ -57,7 +57,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         prompts = [(None, truncated(ids, body, variant, max_tokens)) for _, ids in prompts]
     request_id = f"cmpl-{uuid.uuid4().hex}"
     form = CompletionFormat(request_id, body, prompts, tokenizer)
-    return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+    return await _answer(request, arrival, request_id, body, variant, prompts, sampling, form)
 
 
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
@@ -66,7 +66,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
-    tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
+    tokenizer = processor.require_tokenizer(variant.key, "a chat", "messages")
     answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
     messages = [message.for_template() for message in body.messages]
     limit = variant if body.truncate_prompt_tokens is None else None
@@ -93,7 +93,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     form = ChatFormat(request_id, body, prompts, tokenizer, answers)
     try:
-        return await _answer(request, arrival, request_id, body, prompts, sampling, form)
+        return await _answer(request, arrival, request_id, body, variant, prompts, sampling, form)
     except RequestError as error:
         if error.param == "prompt":  # what the engine calls so; this client sent messages
             error.param = "messages"
@@ -105,15 +105,18 @@ async def _answer(
     arrival: float,
     request_id: str,
     body: CompletionRequest | ChatCompletionRequest,
+    variant: VariantInfo,
     prompts: list[Prompt],
     sampling: SamplingParams,
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    # The version whose tokenizer made the prompts, whatever the name means by now; unless that is gone.
+    model = variant.key if state.client.processor.versions.find(variant.key) else body.model
     if sampling.structured_outputs is not None:
         processor = state.client.processor
         try:
-            await processor.grammars.prepare(processor.grammar_source(body.model, sampling.structured_outputs))
+            await processor.grammars.prepare(processor.grammar_source(model, sampling.structured_outputs))
         except RequestError as error:
             if body.structured_outputs is None:
                 error.param = "response_format" if body.structure is not None else "tools"
@@ -134,18 +137,18 @@ async def _answer(
         if tenant is not None:
             tenant.begin(num_prompt_tokens)
             begun = True
-        stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=salt, qos=qos)
+        stream = await state.client.submit(request_id, model, prompts, sampling, cache_salt=salt, qos=qos)
     except BaseException as error:
         if tenant is not None and begun:
             tenant.end()
         record.close(f"{type(error).__name__}: {error}")
-        state.metrics.recent.error(body.model)
+        state.metrics.recent.error(variant.name)
         if isinstance(error, OverloadedError):
-            state.metrics.rejected.labels(body.model).inc()
+            state.metrics.rejected.labels(variant.name).inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
     num_sequences = len(prompts) * sampling.n
-    timer = RequestTimer(state.metrics, body.model, arrival, num_prompt_tokens, num_sequences, record, tenant)
+    timer = RequestTimer(state.metrics, variant.name, arrival, num_prompt_tokens, num_sequences, record, tenant)
     if form.stream:
         return EventStream(stream, form, timer)
     return await collect(request, stream, form, timer)

@@ -26,6 +26,21 @@ _DASHBOARD = "/ui/"
 _WATCHING = OPEN_PATHS | _OPEN_PAGES | {"/metrics"}  # goes on while the server drains, as the dashboard does
 # Of a body, bytes that count nothing together with others: ordinary requests go on beside a flood of large ones.
 _SMALL_BODY = 64 << 10
+ADMIN_PATH = "/v1/variants"  # and what is below it needs the admin's key, and no other opens it
+
+
+def is_admin_path(path: str) -> bool:
+    return path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/")
+
+
+def bearer(scope: Scope) -> bytes | None:
+    """The key that a request brings."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1:
+        return None
+    scheme, _, key = given[0].partition(b" ")
+    # RFC 9110: the scheme in any case, and any number of spaces after it.
+    return key.lstrip(b" ") if scheme.lower() == b"bearer" else None
 
 
 class ApiKeyMiddleware:
@@ -45,14 +60,11 @@ class ApiKeyMiddleware:
         await self._app(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
+        key = bearer(scope)
+        if key is None:
             return False
-        scheme, _, key = given[0].partition(b" ")
-        if scheme.lower() != b"bearer":  # RFC 9110: the scheme in any case, and any number of spaces after it
-            return False
-        key = key.lstrip(b" ")
-        if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
+        path = scope["path"]
+        if path == "/admin" or path.startswith("/admin/"):
             return self._is_admin(key)
         if scope["path"].startswith(_DASHBOARD):
             return self._is_admin(key) or (self._keys.admits(scope, key) and tenant_of(scope) is None)
@@ -63,7 +75,7 @@ class ApiKeyMiddleware:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
+    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER) or is_admin_path(path)
 
 
 class BodyLimitMiddleware:
