@@ -13,8 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test test-bounds test-clients test-ray test-slow sanitize emulate-amx wheel-test ui test-ui lint \
-	types tests format bench compare vllm \
+.PHONY: install dev demo test soak test-bounds test-clients test-ray test-slow sanitize emulate-amx wheel-test ui test-ui \
+	lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
 # Another build of torch than the one that is installed was asked for.
@@ -61,7 +61,7 @@ types: dev
 	$(BIN)/mypy benchmarks/compare/*.py
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not soak"
 
 # Simulations of the scheduler's policies over long traces.
 test-slow: dev
@@ -71,6 +71,11 @@ test-slow: dev
 test-ray: dev
 	$(PIP_INSTALL) -e '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m ray
+
+# Variants added, replaced and removed at random under traffic; minutes in SOAK_MINUTES.
+SOAK_MINUTES ?= 30
+soak: dev
+	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m soak
 
 # The tests of what depends on torch's and transformers' private parts, with the oldest and the newest releases that
 # pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.

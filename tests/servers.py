@@ -85,6 +85,7 @@ class ThreadServer:
                 with bind("127.0.0.1", self.port) as sock:
                     await self._server.serve(sockets=[sock])
             finally:
+                await self.state.variants.close()
                 await self.client.shutdown()
                 await self.state.encoder.close()
 

@@ -204,7 +204,7 @@ def test_a_stream_that_promises_more_than_comes(seed: int, length: int) -> None:
         channel = Channel(ours)
 
         def read() -> None:
-            while channel.receive(block=True):
+            while channel.receive(None):
                 pass
 
         with pytest.raises((EOFError, *UNREADABLE)):

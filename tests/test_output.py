@@ -65,14 +65,14 @@ def processor(tmp_path: Path) -> OutputProcessor:
     """Two variants, one with a tokenizer."""
     make_tokenizer(tmp_path)
 
-    def variant(name: str, folder: str | None) -> VariantInfo:
+    def variant(name: str, folder: str | None, place: int) -> VariantInfo:
         return VariantInfo(
             name=name, version="1", max_model_len=32, vocab_size=112, root="", created=0, tokenizer_dir=folder,
-            eos_token_ids=[1], generation={},
+            eos_token_ids=[1], generation={}, place=place,
         )  # fmt: skip
 
     info = EngineInfo(
-        variants=[variant("a", str(tmp_path)), variant("b", None)], policy="separate", resident_bytes={}, slots=2,
+        variants=[variant("a", str(tmp_path), 0), variant("b", None, 1)], policy="separate", resident_bytes={}, slots=2,
         num_kv_blocks=8, block_size=4, experts_resident=1, experts_absent=0, max_concurrency=1.0, device="cpu",
         dtype="float32",
     )  # fmt: skip

@@ -183,7 +183,8 @@ def engine_of(count: int) -> tuple[EngineInfo, EngineStats]:
     )  # fmt: skip
     many = [0] * count
     stats = EngineStats(
-        running=many, waiting=many, kv_usage=0.5, prefix_cache_queries=many, prefix_cache_hits=many, preemptions=many,
+        names=names, in_flight={}, added_bytes=0, running=many, waiting=many, kv_usage=0.5, preemptions=many,
+        prefix_cache_queries=many, prefix_cache_hits=many,
         tokens_served=many, deadline_misses=many, reconfigurations=0, reconfiguration_seconds=0.0,
         reconfiguration_bytes=0, expert_hits=0, expert_misses=0, expert_host_bytes=0, expert_fetch_seconds=0.0,
         resident_bytes={}, step_tokens=(*range(14),), step_tokens_sum=1000,

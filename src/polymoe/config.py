@@ -218,6 +218,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: Annotated[  # one for a very small model
         int | None, Option("CPU threads; default torch's", name="threads", at_least=1)
     ] = None
+    max_variants: Annotated[
+        int | None,
+        Option("versions held at once where variants come and go (docs/variants.md); default: they stay", at_least=1),
+    ] = None
+    headroom: Annotated[
+        int | None,
+        Option("memory for variants that are added, like 4GiB; default what is free", at_least=0, read=_size),
+    ] = None
     verify: Annotated[bool, Option("first compare all weights with their hashes, as `polymoe verify` does")] = False
     seed: Annotated[int, Option("of requests that name none", flag=False)] = 0
 

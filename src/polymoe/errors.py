@@ -12,7 +12,8 @@ PolymoeError
 │   ├── VariantUnusableError      503, its files in the bundle cannot be used; other variants are served
 │   ├── NoProbabilitiesError      500, the model computed NaN
 │   ├── ContextLengthError        400 context_length_exceeded
-│   └── OverloadedError           429, with the seconds to wait
+│   ├── OverloadedError           429, with the seconds to wait
+│   └── ChangeRefusedError        422 (404, 409): the set of variants cannot be changed so; all is as before
 └── EngineDeadError               the engine process ended; the server answers 503
 """
 
@@ -142,6 +143,15 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message, code="rate_limit_exceeded")
         self.retry_after = retry_after
+
+
+class ChangeRefusedError(RequestError):
+    """The set of variants cannot be changed as asked; all is as before. 404 for what is not there, 409 for what another
+    change or a name stands in the way of, else 422."""
+
+    def __init__(self, message: str, *, status: int = 422, param: str | None = None, code: str = "refused") -> None:
+        super().__init__(message, param=param, code=code)
+        self.status = status
 
 
 class EngineDeadError(PolymoeError):

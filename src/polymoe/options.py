@@ -25,7 +25,7 @@ from polymoe.field_types import wrong_value
 
 PREFIX = "POLYMOE_"
 # Variables that are no options: read where a library is loaded, or by tests, before or without a command line.
-_NO_OPTIONS = ("CONFIG", "KERNELS", "NO_KERNELS", "CPU_LEVEL", "NO_AUTOTUNE", "STRICT_TESTS")
+_NO_OPTIONS = ("CONFIG", "URL", "KERNELS", "NO_KERNELS", "CPU_LEVEL", "NO_AUTOTUNE", "STRICT_TESTS")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polymoe.bundle.live import ADDITIONS
 from polymoe.bundle.manifest import (
     SHARED,
     TABLES,
@@ -36,6 +37,8 @@ Wanted = tuple[set[str], tuple[int, ...] | None]
 
 def is_weights(path: str) -> bool:
     """Whether a file of a bundle is too large to be hashed at every start."""
+    if path.startswith(f"{ADDITIONS}/"):
+        return path.endswith(".safetensors")
     return path.startswith(("experts/", "deltas/", "host/", "nonexperts/"))
 
 
@@ -96,8 +99,8 @@ def check_headers(folder: Path, manifest: Manifest) -> None:
     or shape than planned, or one too many."""
     rows: dict[str, dict[str, tuple[int, ...]]] = {}  # non-expert -> file -> shape
     for record in manifest.files:
-        if not record.path.endswith(".safetensors"):
-            continue
+        if not record.path.endswith(".safetensors") or record.path.startswith(f"{ADDITIONS}/"):
+            continue  # those are read by `polymoe.bundle.addition`
         try:
             entries = read_header(folder / record.path, FIX)
         except CheckpointError as error:

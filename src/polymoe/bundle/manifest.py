@@ -12,6 +12,7 @@ nonexperts/shared.safetensors       tensors that are identical in all variants, 
 nonexperts/variant.NAME.safetensors NAME's own, packed or as stored, and its deltas; what some variants share is with
                                     the lowest of them
 variants/NAME/                      config, generation config, tokenizer and chat template, as they came
+additions/VERSION/                  a variant that was added while the bundle was served: see `live.py`
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from polymoe.bundle.live import ADDITIONS, LiveState
 from polymoe.bundle.plain_files import why_not_to_read
 from polymoe.errors import BundleError
 
@@ -29,6 +31,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 UNFINISHED_MANIFEST = ".manifest.json.tmp"  # while it is written anew
 FOLDERS = ("experts", "deltas", "host", "nonexperts", "variants")
+_READABLE = (FORMAT_VERSION, 3)  # 3: has additions, which older releases would not serve
 TABLES = "tables.safetensors"
 SHARED = "nonexperts/shared.safetensors"
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a file's name
@@ -165,7 +168,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     levels: Literal["grid", "free"] = "free"  # of the formats with a table; old bundles name none
     dial: list[DialPoint] = []  # by bytes; empty where the policy predicts nothing
     position_errors: list[list[float]] = []  # [L][E] nats a token, mean of the variants; empty likewise
+    live: LiveState | None = None  # what changed since it was planned; None: nothing
     digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one
+
+    @property
+    def live_state(self) -> LiveState:
+        """Of a bundle that never changed: every variant under its own name."""
+        return self.live or LiveState(names={variant.name: variant.version for variant in self.variants})
 
     @property
     def resident_experts(self) -> list[int]:
@@ -222,7 +231,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_bytes()
         version = msgspec.json.decode(text, type=_VersionOnly).format_version
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             raise BundleError(
                 f"{folder} has bundle format {version}, this polymoe reads {FORMAT_VERSION}; plan it again."
             )
@@ -238,6 +247,8 @@ def read_manifest(folder: Path) -> Manifest:
 def encode_manifest(manifest: Manifest) -> bytes:
     """As it is written, with its digest."""
     fields = msgspec.json.decode(msgspec.json.encode(manifest))
+    if fields["live"] is None:
+        del fields["live"]  # of most bundles
     fields["digest"] = digest_of(fields)
     return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
 
@@ -258,7 +269,7 @@ def why_not_only_a_bundle(folder: Path) -> str | None:
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return "is not a bundle, or one whose manifest.json is damaged"
     listed = {record.path for record in files} | {MANIFEST, UNFINISHED_MANIFEST}
-    folders = {parent.as_posix() for name in listed for parent in Path(name).parents} | set(FOLDERS)
+    folders = {parent.as_posix() for name in listed for parent in Path(name).parents} | set(FOLDERS) | {ADDITIONS}
     unread: list[OSError] = []
     for place, inner, names in os.walk(folder, onerror=unread.append):
         below = Path(place).relative_to(folder)

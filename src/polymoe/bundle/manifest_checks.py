@@ -1,7 +1,7 @@
 """Is what a manifest says possible? A hash finds accidents; this finds what was written wrong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
 import msgspec
@@ -80,6 +80,7 @@ def check_manifest(path: str, manifest: Manifest) -> None:
         check(0 < getattr(m, count_field) < _MOST, count_field, f"is {getattr(m, count_field)}")
     check(0 <= m.host_bytes < _MOST, "host_bytes", f"is {m.host_bytes}")
 
+    _check_live(m, check)
     paths = [record.path for record in m.files]
     check(len(set(paths)) == len(paths), "files", "has a path twice")
     for record in m.files:
@@ -88,8 +89,33 @@ def check_manifest(path: str, manifest: Manifest) -> None:
         check(_SHA256.fullmatch(record.sha256) is not None, "files", f"has no SHA-256 of {record.path}")
     missing = sorted(set(files_of(m)) - set(paths))
     check(not missing, "files", f"lacks {', '.join(missing[:4])}")
-    strange = sorted(p for p in set(paths) - set(files_of(m)) if p.endswith(".safetensors"))
+    added = {addition.folder for addition in m.live_state.additions}
+    strange = sorted(
+        p
+        for p in set(paths) - set(files_of(m))
+        if p.endswith(".safetensors") and "/".join(p.split("/")[:2]) not in added
+    )
     check(not strange, "files", f"has {', '.join(strange[:4])}, which no table leads to")
+
+
+def _check_live(m: Manifest, check: Callable[[bool, str, str], None]) -> None:
+    if m.live is None:
+        return
+    known = {v.version for v in m.variants} | {a.version for a in m.live.additions}
+    added = {a.version for a in m.live.additions}
+    check(len(added) == len(m.live.additions), "live", "has a version twice")
+    check(m.live.wanted | set(m.live.removed) <= known, "live", "has a version that does not exist")
+    for name in (*m.live.names, *(a.name for a in m.live.additions)):
+        check(VARIANT_NAME.fullmatch(name) is not None, "live", f"has {name!r}, which is no name of a variant")
+    for a in m.live.additions:
+        check(_SHA256.fullmatch(a.version) is not None, "live", f"has the version {a.version[:80]!r}")
+        layers = len(m.expert_modules)
+        check(len(a.own_experts) == len(a.deltas) == layers, "live", f"has other layers in {a.folder}")
+        check(a.nonexperts.keys() == m.nonexperts.keys(), "live", f"has other non-experts in {a.folder}")
+        check(all(-1 <= v < len(m.variants) for v in a.nonexperts.values()), "live", "names no planned variant")
+        check(all(_are_pools(d, DELTA_FORMATS) for d in a.deltas), "live", f"has no such deltas in {a.folder}")
+        check(all(0 <= n < 1 << 31 for n in a.own_experts), "live", "has a number below 0")
+        check(0 < a.max_model_len < _MOST and 0 < a.vocab_size < _MOST, "live", f"has sizes below 1 in {a.folder}")
 
 
 def files_of(manifest: Manifest) -> list[str]:

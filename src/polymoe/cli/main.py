@@ -21,6 +21,7 @@ from polymoe.cli.options import PLAN, SERVE, Specs, Text, some, takes
 from polymoe.cli.place import place
 from polymoe.cli.report import Report, bundle_section, check_report, distance_section, eval_sections, write_report
 from polymoe.cli.top import top
+from polymoe.cli.variants import app as variants_app
 from polymoe.config import EngineConfig
 from polymoe.console import Console, print_error, warn
 from polymoe.errors import PolymoeError, explain
@@ -44,6 +45,7 @@ app.add_typer(keys_app)
 app.command()(top)
 app.command()(place)
 app.command()(deploy)
+app.add_typer(variants_app)
 console = Console()
 
 

@@ -9,20 +9,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+import msgspec
+
+from polymoe.bundle.live import Addition
 from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
-from polymoe.errors import EngineDeadError, PolymoeError, RequestError
-from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.errors import ChangeRefusedError, EngineDeadError, PolymoeError, RequestError
+from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.messages import (
     HEADER_BYTES,
     Abort,
     Accepted,
     Add,
+    AddVariant,
+    CancelAdd,
+    ChangeFailed,
+    DropVariant,
     Event,
     Fatal,
     GetStats,
@@ -34,6 +41,8 @@ from polymoe.protocol.messages import (
     Shutdown,
     Start,
     Stats,
+    VariantAdded,
+    VariantDropped,
     body_length,
     decode_event,
     frame,
@@ -69,6 +78,8 @@ class AsyncEngineClient:
         self._acknowledgements: dict[int, asyncio.Future[None]] = {}
         self._streams: dict[str, RequestStream] = {}
         self._stats_waiters: list[asyncio.Future[EngineStats]] = []
+        self._changes: dict[int, asyncio.Future[VariantInfo | None]] = {}
+        self._place_of: dict[str, int] = {}  # request -> the place of the version that it began with
 
     # --- life
 
@@ -91,7 +102,7 @@ class AsyncEngineClient:
         except BaseException:
             await self.shutdown(0.0)
             raise
-        self._info, self._processor = info, processor
+        self._info, self._processor = msgspec.structs.replace(info, variants=processor.versions.named()), processor
         self._heartbeat = asyncio.create_task(self._beat())
         return info
 
@@ -180,7 +191,7 @@ class AsyncEngineClient:
         """
         processor = self.processor
         self._check_alive()
-        processor.variant(variant)
+        info = processor.variant(variant)
         _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
             self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
@@ -192,7 +203,7 @@ class AsyncEngineClient:
             for p, (text, token_ids) in enumerate(prompts):
                 requests += processor.add_request(
                     request_id,
-                    variant,
+                    info.key,
                     token_ids,
                     sampling,
                     prompt_index=p,
@@ -202,6 +213,7 @@ class AsyncEngineClient:
                     arrival_time=time.monotonic(),
                 )
                 self._streams[request_id] = stream
+                self._place_of[request_id] = info.place
             self._acknowledgements[submission] = accepted
             self._send(Add(submission, requests))
             await accepted
@@ -256,6 +268,60 @@ class AsyncEngineClient:
                 if time.monotonic() - self.last_progress > self.heartbeat_every:
                     await self.stats()
 
+    # --- variants that come and go
+
+    async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
+        """Load a version that a planner wrote; no name means it yet. Raises `ChangeRefusedError` where the engine
+        cannot, and `EngineDeadError`; all is as before then. Cancelled, it is given up."""
+        number, done = self._new_change()
+        self._send(AddVariant(number, folder, addition))
+        try:
+            info = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self._send(CancelAdd(number))
+            raise
+        assert info is not None
+        try:
+            self.processor.add_version(info)
+        except PolymoeError as error:
+            self.processor.versions.drop(info)
+            await self.drop_variant(info)
+            raise ChangeRefusedError(str(error)) from error
+        return info
+
+    async def drop_variant(self, info: VariantInfo) -> None:
+        """Free a version that no name means any more, when its last request has ended."""
+        self.processor.drop_version(info)
+        number, done = self._new_change()
+        self._send(DropVariant(number, info.place))
+        await asyncio.shield(done)
+
+    def point(self, names: Mapping[str, VariantInfo]) -> None:
+        """What `model` in requests means from now on."""
+        versions = self.processor.versions
+        versions.names = {name: info.place for name, info in names.items()}
+        self._info = msgspec.structs.replace(self.info, variants=versions.named())
+
+    def requests_of(self, info: VariantInfo) -> list[str]:
+        """Ids of the requests that run on a version."""
+        return [request_id for request_id, place in self._place_of.items() if place == info.place]
+
+    def _new_change(self) -> "tuple[int, asyncio.Future[VariantInfo | None]]":
+        self._check_alive()
+        number = next(self._submissions)
+        self._changes[number] = asyncio.get_running_loop().create_future()
+        return number, self._changes[number]
+
+    def _changed(self, number: int, info: VariantInfo | None, error: PolymoeError | None = None) -> None:
+        change = self._changes.pop(number, None)
+        if change is None or change.done():
+            return
+        if error is None:
+            change.set_result(info)
+        else:
+            change.set_exception(error)
+            change.exception()  # taken note of, even if nobody awaits it
+
     # --- the wire
 
     def _send(self, message: Message) -> None:
@@ -297,6 +363,12 @@ class AsyncEngineClient:
                 waiter = self._stats_waiters.pop(0)  # answers come in the order of the questions
                 if not waiter.done():
                     waiter.set_result(stats)
+            case VariantAdded(change, info):
+                self._changed(change, info)
+            case VariantDropped(change):
+                self._changed(change, None)
+            case ChangeFailed(change, message):
+                self._changed(change, None, ChangeRefusedError(message))
             case Progress(stage, fraction):
                 if self._on_progress is not None:
                     self._on_progress(stage, fraction)
@@ -313,13 +385,14 @@ class AsyncEngineClient:
             self._streams[result.request_id].push_result(result)
         for request_id in {result.request_id for result in step.finished} - self.processor.open_requests:
             del self._streams[request_id]
+            self._place_of.pop(request_id, None)
 
     def _die(self, death: PolymoeError) -> None:
         """Nothing more will come: whoever waits is told."""
         self._death = death
         if self._writer is not None:
             self._writer.close()
-        waiters = [self._ready, *self._acknowledgements.values(), *self._stats_waiters]
+        waiters = [self._ready, *self._acknowledgements.values(), *self._stats_waiters, *self._changes.values()]
         for waiter in waiters:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(death)

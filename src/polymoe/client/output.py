@@ -13,6 +13,7 @@ import msgspec
 
 from polymoe.client.grammars import GrammarChecks, GrammarSource
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
+from polymoe.client.versions import Versions
 from polymoe.errors import (
     BundleError,
     RequestError,
@@ -59,13 +60,12 @@ class OutputProcessor:
     """Knows every request that is in flight. Not thread-safe."""
 
     def __init__(self, info: "EngineInfo") -> None:
-        self.variants: dict[str, VariantInfo] = {variant.name: variant for variant in info.variants}
+        self.versions = Versions(info.variants, info.names)
         self.faults = {
-            variant.name: Fault("its files in the bundle cannot be used", variant.fault)
+            variant.key: Fault("its files in the bundle cannot be used", variant.fault)
             for variant in info.variants
             if variant.fault is not None
         }
-        self._index = {variant.name: index for index, variant in enumerate(info.variants)}
         self.grammars = GrammarChecks()
         self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
         self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part
@@ -87,24 +87,46 @@ class OutputProcessor:
         return list(self._tokenizers.values())
 
     @property
+    def variants(self) -> dict[str, "VariantInfo"]:
+        """What each name means."""
+        return {variant.name: variant for variant in self.versions.named()}
+
+    @property
     def served(self) -> list["VariantInfo"]:
-        """The variants that have no fault."""
-        return [variant for name, variant in self.variants.items() if name not in self.faults]
+        """What `model` may name, without those that have a fault."""
+        return [variant for variant in self.versions.named() if variant.key not in self.faults]
 
     def variant(self, name: str) -> "VariantInfo":
-        """Raises `UnknownVariantError` or `VariantUnusableError`."""
-        if name not in self.variants:
+        """The version that a name means now, or that `name@version` names; the first digits of a version do. Raises
+        `UnknownVariantError` or `VariantUnusableError`."""
+        found = self.versions.find(name)
+        if found is None:
             raise UnknownVariantError(name, [variant.name for variant in self.served])
-        if (fault := self.faults.get(name)) is not None:
-            raise VariantUnusableError(name, fault.reason) from BundleError(fault.details)
-        return self.variants[name]
+        if (fault := self.faults.get(found.key)) is not None:
+            raise VariantUnusableError(found.name, fault.reason) from BundleError(fault.details)
+        return found
+
+    def add_version(self, info: "VariantInfo") -> None:
+        """A version is there that no name means yet. Raises `VariantUnusableError` where its tokenizer cannot be
+        loaded."""
+        self.versions.hold(info)
+        self.tokenizer(info.key)
+
+    def drop_version(self, info: "VariantInfo") -> None:
+        """Nobody can ask for it any more; what is in flight goes on."""
+        self.versions.drop(info)
+        self.faults.pop(info.key, None)
+        if info.tokenizer_dir is not None and all(
+            held.tokenizer_dir != info.tokenizer_dir for held in self.versions.held.values()
+        ):
+            self._tokenizers.pop(info.tokenizer_dir, None)
 
     def load_tokenizers(self) -> None:
         """Now rather than during the first requests. A tokenizer that cannot be loaded makes its variants unusable;
         raises `BundleError` when no variant is left."""
-        for name in self.variants:
+        for variant in self.versions.named():
             with contextlib.suppress(VariantUnusableError):
-                self.tokenizer(name)
+                self.tokenizer(variant.key)
         if not self.served:
             raise BundleError("no variant can be served: " + "; ".join(f.details for f in self.faults.values()))
 
@@ -113,14 +135,15 @@ class OutputProcessor:
 
         Raises `VariantUnusableError` when it cannot be loaded, then and ever after.
         """
-        directory = self.variant(variant).tokenizer_dir
+        info = self.variant(variant)
+        directory = info.tokenizer_dir
         if directory is None:
             return None
         if directory not in self._tokenizers:
             try:
                 self._tokenizers[directory] = VariantTokenizer(directory)
             except BundleError as error:
-                self.faults[variant] = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
+                self.faults[info.key] = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
                 self.variant(variant)
         return self._tokenizers[directory]
 
@@ -213,7 +236,7 @@ class OutputProcessor:
             engine_requests.append(
                 EngineRequest(
                     request_id=sequence.id,
-                    variant=self._index[variant],
+                    variant=info.place,
                     prompt_token_ids=token_ids + start,
                     num_encoder_tokens=len(token_ids) if start else 0,
                     sampling=_token_sampling(sampling, k),

@@ -43,21 +43,25 @@ def merged_stats(info: EngineInfo, parts: Sequence[tuple[EngineInfo, EngineStats
     index = {variant.name: number for number, variant in enumerate(info.variants)}
     values: dict[str, object] = {}
     for field in msgspec.structs.fields(EngineStats):
-        given = [(part, getattr(stats, field.name)) for part, stats in parts]
+        given = [(stats.names, getattr(stats, field.name)) for _, stats in parts]
         first = given[0][1]
-        if field.name == "kv_usage":
+        if field.name == "names":
+            values[field.name] = list(index)
+        elif field.name == "kv_usage":
             values[field.name] = sum(value for _, value in given) / len(given)
         elif field.name == "routing":
             values[field.name] = None
         elif field.name == "loaded":
-            names = {part.variants[v].name for part, value in given for v in value}
+            names = {known[v] for known, value in given for v in value}
             values[field.name] = sorted(index[name] for name in names)
         elif isinstance(first, list):
             total = [0] * len(index)
-            for part, value in given:
-                for variant, count in zip(part.variants, value, strict=True):
-                    total[index[variant.name]] += count
+            for known, value in given:
+                for name, count in zip(known, value, strict=True):
+                    total[index[name]] += count
             values[field.name] = total
+        elif isinstance(first, tuple):
+            values[field.name] = [sum(counts) for counts in zip(*(value for _, value in given), strict=True)]
         elif isinstance(first, dict):
             kinds = dict.fromkeys(kind for _, value in given for kind in value)
             values[field.name] = {kind: sum(value.get(kind, 0) for _, value in given) for kind in kinds}

@@ -75,7 +75,7 @@ class EngineReplica:
             return {}
         return {
             "slots": info.slots,
-            "loaded": [info.variants[index].name for index in stats.loaded],
+            "loaded": [stats.names[index] for index in stats.loaded],
             "taken_at": taken_at,
         }
 

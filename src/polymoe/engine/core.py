@@ -5,13 +5,16 @@ import concurrent.futures
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside
 from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
+from polymoe.engine.counters import Counters
 from polymoe.engine.grammars import GrammarCompiler
 from polymoe.engine.kind import engine_kind
+from polymoe.engine.live import NO_SHARE, LiveVariants, check_live
 from polymoe.engine.memory_request import memory_request
 from polymoe.engine.model_runner import StepInFlight
 from polymoe.engine.policies.policies import Policies
@@ -28,6 +31,7 @@ from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
+from polymoe.model.live_weights import LiveWeights
 from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.model.stock.stock_model import StockModel
@@ -84,6 +88,8 @@ class EngineCore:
         shares = config.weights_of([variant.name for variant in bundle.variants])
         name = _stored_dtype(bundle) if config.dtype == "auto" else config.dtype
         slots = config.slots or len(bundle.variants)
+        self.max_variants = config.max_variants or 0
+        check_live(config, bundle, self.device)
         lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
         dtype = _DTYPES[name]
         activations = choose_activations(config.activations, bundle.manifest.bytes_per_expert_parameter)
@@ -104,7 +110,7 @@ class EngineCore:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = kind.model(
                     stock, bundle, self.device, dtype, slots, config.expert_cache_bytes, progress, config.prefetch,
-                    backend,
+                    backend, self.max_variants,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:  # the plan fitted what was free when it was made
             raise ConfigError(
@@ -117,8 +123,8 @@ class EngineCore:
         prefix_caching = config.enable_prefix_caching and kind.keeps_prefixes and not stock.has_states
         self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching)
         policies = Policies.of(
-            shares,
-            num_slots=self.model.slots.num_slots,
+            [*shares, *[NO_SHARE] * self.max_variants],
+            num_slots=self.model.slots.num_slots + self.max_variants,
             max_variants_per_step=config.max_variants_per_step,
             max_num_batched_tokens=config.max_num_batched_tokens,
             target_itl=config.target_itl,
@@ -131,10 +137,12 @@ class EngineCore:
             max_num_seqs=self._max_num_seqs(),
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
-            max_model_len=lengths,
+            max_model_len=[*lengths, *[max(lengths)] * self.max_variants],
             reconfigurations=lambda: (self.model.slots.stats.count, self.model.slots.stats.seconds),
         )
         sizes = [v.vocab_size for v in bundle.variants]
+        self.vocab_size = max(sizes)
+        sizes += [self.vocab_size] * self.max_variants
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
         self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
@@ -142,9 +150,17 @@ class EngineCore:
         # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
         automatic = graphs is not None and graphs.num_captured > 0
         self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
+        # By place: planned variants have theirs in the bundle's order, those that came later the places behind.
+        self.variants = {v: variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))}
+        self.counters = Counters(self.scheduler)
+        self.grammars = GrammarCompiler(self.variants, self.vocab_size)
+        self.live = LiveVariants(self, LiveWeights(self.model)) if self.max_variants else None
+        if self.live is not None:
+            self.live.restore()
         table = bundle.table
         self.info = EngineInfo(
-            variants=[variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))],
+            variants=list(self.variants.values()),
+            names={} if self.live is None else self.live.names(),
             policy=bundle.manifest.policy,
             resident_bytes=self.model.resident_bytes,
             slots=self.model.slots.num_slots,
@@ -156,11 +172,18 @@ class EngineCore:
             device=str(self.device),
             dtype=name,
             prefix_caching=config.enable_prefix_caching and kind.keeps_prefixes,
+            max_variants=self.max_variants,
+            headroom=config.headroom,
             fast_paths=self.model.fast_paths,
             device_bytes=total_memory() if facts is None else facts.total_bytes,
             workspace_bytes=0 if self.memory_plan is None else self.memory_plan.workspace,
         )
-        self.grammars = GrammarCompiler(self.info.variants, max(sizes))
+
+    def is_running(self, place: int) -> bool:
+        """Whether a sequence of this place waits, runs, or is in a step that is in flight."""
+        if any(sequence.variant == place for sequence in self.scheduler.sequences):
+            return True
+        return self._in_flight is not None and any(s.variant == place for s, _ in self._in_flight[0].sequences)
 
     def _max_model_len(self, variant: int) -> int:
         record = self.bundle.variants[variant]
@@ -225,7 +248,7 @@ class EngineCore:
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises `RequestError` for an SLO class that does not exist, and `OverloadedError` where the
         queue is full or the first token would come too late."""
-        salt = salt_of(self.info.variants[request.variant].version, request.cache_salt)
+        salt = salt_of(self.variants[request.variant].version, request.cache_salt)
         target = self._ttft_target(request.qos.slo_class)
         grammar = None if request.grammar is None else self.grammars.compile(request.variant, request.grammar)
         self.scheduler.add(Sequence(request, salt, target, grammar))
@@ -287,7 +310,7 @@ class EngineCore:
         Returns: float32 `[tokens, vocabulary of the variant]` for each prompt.
         Raises: `ConfigError` if the KV cache cannot hold them, or more variants are mixed than there are slots.
         """
-        if len({variant for variant, _ in prompts}) > self.model.slots.num_slots:
+        if len({variant for variant, _ in prompts}) > self.model.slots.num_slots + self.max_variants:
             raise ConfigError(f"prompts of more variants than the {self.model.slots.num_slots} slots in one pass.")
         needed = sum(self.blocks.blocks_for(len(ids)) for _, ids in prompts)
         if not self.blocks.can_allocate([], needed):
@@ -310,18 +333,24 @@ class EngineCore:
 
     def stats(self, routing: bool = False) -> EngineStats:
         """Counters and gauges; `routing`: with what was routed since that was last asked for."""
-        num = len(self.info.variants)
         waiting = [*self.scheduler.waiting, *self.scheduler.held]
         reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
+        names, counted = self.counters.by_name(self.variants)
+        places = {name: [place for place, info in self.variants.items() if info.name == name] for name in names}
+        slots = self.model.slots
+        loaded = slots.loaded if slots.num_slots < len(self.bundle.variants) else None  # None: all of them, always
+        in_flight = {
+            info.version: sum(s.variant == place for s in (*self.scheduler.running, *waiting))
+            for place, info in self.variants.items()
+        }
         return EngineStats(
-            running=[sum(s.variant == v for s in self.scheduler.running) for v in range(num)],
-            waiting=[sum(s.variant == v for s in waiting) for v in range(num)],
+            names=names,
+            in_flight=in_flight,
+            added_bytes=0 if self.live is None else self.live.added_bytes,
+            running=[sum(s.variant in places[name] for s in self.scheduler.running) for name in names],
+            waiting=[sum(s.variant in places[name] for s in waiting) for name in names],
             kv_usage=self.blocks.usage,
-            prefix_cache_queries=list(self.scheduler.batch.prefix_queries),
-            prefix_cache_hits=list(self.scheduler.batch.prefix_hits),
-            preemptions=list(self.scheduler.batch.preemptions),
-            tokens_served=list(self.scheduler.tokens_served),
-            deadline_misses=list(self.scheduler.deadline_misses),
+            **counted,
             reconfigurations=reconfiguration.count,
             reconfiguration_seconds=reconfiguration.seconds,
             reconfiguration_bytes=reconfiguration.nbytes,
@@ -330,15 +359,20 @@ class EngineCore:
             expert_host_bytes=tier.host_bytes,
             expert_fetch_seconds=tier.seconds,
             resident_bytes=self.model.resident_bytes,
-            routing=self.model.pool.routing_counts.take() if routing else None,
             step_tokens=tuple(self._step_tokens),
             step_tokens_sum=self._step_tokens_sum,
-            loaded=sorted(self.model.slots.loaded) if self.model.slots.num_slots < num else list(range(num)),
+            loaded=[i for i, name in enumerate(names) if loaded is None or not loaded.isdisjoint(places[name])],
+            routing=self._routing([places[name] for name in names]) if routing else None,
         )
+
+    def _routing(self, places: list[list[int]]) -> bytes:
+        """What was routed, little-endian uint32 `[names, L, E]`: of each name, that of its places."""
+        counts = np.frombuffer(self.model.pool.routing_counts.take(), dtype="<u4").reshape(self.model.pool.table.shape)
+        return np.stack([counts[own].sum(axis=0, dtype=np.uint32) for own in places]).astype("<u4").tobytes()
 
     def check_integrity(self) -> None:
         """Prove the invariants of scheduler, slots and pool (for tests and after incidents)."""
         self.scheduler.check_integrity()
         self.model.pool.check_integrity()
-        if self.model.slots.num_slots < len(self.info.variants):
+        if self.model.slots.num_slots < len(self.bundle.variants):
             self.model.slots.check_integrity()

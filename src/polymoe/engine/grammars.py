@@ -1,7 +1,7 @@
 """The grammars of requests, compiled beside the engine's thread."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,28 +29,33 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Compiles in threads of its own, and remembers what was asked for last.
 
-    Args: vocab_size: the largest of all variants; the width of all masks.
+    Args: variants: by place, as they are now. vocab_size: the largest of all variants; the width of all masks.
     """
 
-    def __init__(self, variants: Sequence[VariantInfo], vocab_size: int) -> None:
+    def __init__(self, variants: Mapping[int, VariantInfo], vocab_size: int) -> None:
         self._variants, self._vocab_size = variants, vocab_size
         self._tokenizers: dict[tuple[str, tuple[int, ...]], LLTokenizer] = {}
-        self._compiled: OrderedDict[tuple[int, str], Future[CompiledGrammar]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str], Future[CompiledGrammar]] = OrderedDict()
         self._threads = ThreadPoolExecutor(1, "grammar")
 
     def compile(self, variant: int, grammar: str) -> "Future[CompiledGrammar]":
         """Returns at once; the future never raises."""
-        key = (variant, grammar)
+        info = self._variants[variant]
+        key = (info.version, grammar)
         if key not in self._compiled:
-            self._compiled[key] = self._threads.submit(self._compile, variant, grammar)
+            self._compiled[key] = self._threads.submit(self._compile, info, grammar)
         self._compiled.move_to_end(key)
         while len(self._compiled) > _REMEMBERED:
             self._compiled.popitem(last=False)
         return self._compiled[key]
 
-    def _compile(self, variant: int, grammar: str) -> CompiledGrammar:
+    def forget(self, info: VariantInfo) -> None:
+        """The variant is gone, and so are its files."""
+        self._tokenizers = {key: found for key, found in self._tokenizers.items() if key[0] != info.tokenizer_dir}
+
+    def _compile(self, info: VariantInfo, grammar: str) -> CompiledGrammar:
         try:
-            tokenizer = self._tokenizer(self._variants[variant])
+            tokenizer = self._tokenizer(info)
         except BundleError:
             return CompiledGrammar(None)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())

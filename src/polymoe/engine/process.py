@@ -27,7 +27,11 @@ from polymoe.protocol.messages import (
     Abort,
     Accepted,
     Add,
+    AddVariant,
+    CancelAdd,
+    ChangeFailed,
     Command,
+    DropVariant,
     Fatal,
     GetStats,
     Message,
@@ -47,6 +51,7 @@ MakeCore = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
 
 # A step without output (a chunk of a long prompt) is reported this often, in seconds: proof of life without noise.
 _SIGN_OF_LIFE_EVERY = 0.5
+_LOOK_AGAIN = 0.002  # seconds that an idle engine waits for a command while variants come or go
 
 
 class Channel:
@@ -59,11 +64,11 @@ class Channel:
     def send(self, message: Message) -> None:
         self._sock.sendall(frame(message))
 
-    def receive(self, block: bool) -> list[Command]:
-        """All commands that have arrived; with `block` waits until there is one."""
+    def receive(self, wait_for: float | None) -> list[Command]:
+        """All commands that have arrived; waits for one, for so many seconds, None: for ever."""
         commands: list[Command] = []
         while True:
-            wait = None if block and not commands else 0
+            wait = 0 if commands else wait_for
             if not select.select([self._sock], [], [], wait)[0]:
                 return commands
             data = self._sock.recv(1 << 20)
@@ -100,7 +105,17 @@ def run(core: EngineCore, channel: Channel, commands: Sequence[Command] = ()) ->
             if outputs or now - last_sent > _SIGN_OF_LIFE_EVERY:
                 channel.send(Outputs(outputs))
                 last_sent = now
-        commands = channel.receive(block=not core.has_work())
+        if core.live is not None and core.live.is_busy:
+            for event in core.live.poll():
+                channel.send(event)
+        commands = channel.receive(_patience(core))
+
+
+def _patience(core: EngineCore) -> float | None:
+    """How long to wait for a command."""
+    if core.has_work():
+        return 0
+    return _LOOK_AGAIN if core.live is not None and core.live.is_busy else None
 
 
 def _obey(core: EngineCore, channel: Channel, command: Command) -> None:
@@ -118,6 +133,17 @@ def _obey(core: EngineCore, channel: Channel, command: Command) -> None:
                 channel.send(Accepted(submission))
         case Abort(request_ids):
             core.abort(request_ids)
+        case AddVariant(change, folder, addition):
+            if core.live is None:
+                channel.send(ChangeFailed(change, "variants cannot come and go here; start with --max-variants."))
+            else:
+                core.live.add(change, folder, addition)
+        case CancelAdd(change):
+            if core.live is not None:
+                core.live.cancel(change)
+        case DropVariant(change, place):
+            assert core.live is not None
+            core.live.drop(change, place)
         case GetStats(routing):
             channel.send(Stats(core.stats(routing)))
 
@@ -133,7 +159,7 @@ def main(make_core: MakeCore = EngineCore) -> int:
         signal.signal(ignored, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=parser.parse_args().fd))
     try:
-        start, *more = channel.receive(block=True)
+        start, *more = channel.receive(None)
         if not isinstance(start, Start):
             raise TypeError(f"expected Start, got {type(start).__name__}")
         core = make_core(start.config, lambda stage, fraction: channel.send(Progress(stage, fraction)))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from polymoe.bundle.addition import AddedFiles
 from polymoe.bundle.generation_defaults import GenerationDefaults, read_generation_defaults
 from polymoe.bundle.reader import Bundle
 from polymoe.errors import PolymoeError
@@ -37,5 +38,26 @@ def variant_info(bundle: Bundle, index: int, max_model_len: int) -> VariantInfo:
         predicted_error=record.predicted_error,
         fidelity=record.fidelity,
         decoder_start_token_id=defaults.decoder_start_token_id,
+        place=index,
         fault=fault,
+    )
+
+
+def added_info(files: AddedFiles, max_model_len: int, place: int) -> VariantInfo:
+    """Of a version that was added while the bundle was served. Raises `PolymoeError` for one that cannot be used."""
+    added, folder = files.addition, files.variant_folder
+    defaults = read_generation_defaults(folder, files.config, added.vocab_size, added.max_model_len)
+    sampling_params(defaults.sampling, {})
+    return VariantInfo(
+        name=added.name,
+        version=added.version,
+        max_model_len=max_model_len,
+        vocab_size=added.vocab_size,
+        root=added.source,
+        created=added.created,
+        tokenizer_dir=str(folder) if added.has_tokenizer else None,
+        eos_token_ids=defaults.eos_token_ids,
+        generation=defaults.sampling,
+        decoder_start_token_id=defaults.decoder_start_token_id,
+        place=place,
     )

@@ -191,10 +191,10 @@ def measure(
 
     One original is in memory at a time. Raises `PolymoeError` for a window with a token that the variant lacks.
     """
-    index = {v.name: i for i, v in enumerate(engine.info.variants)}
+    index = {v.name: v.place for v in engine.info.variants}
     results = {}
     for name, samples in texts.items():
-        vocab = engine.info.variants[index[name]].vocab_size
+        vocab = engine.variants[index[name]].vocab_size
         check_token_ids(name, [*samples.windows, *(samples.inputs or ())], vocab)
         original = OriginalModel(originals[name], dtype, engine.device)
         served = served_logits(engine, index[name], samples.inputs)

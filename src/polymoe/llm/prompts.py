@@ -86,7 +86,8 @@ def the_variant(processor: OutputProcessor, name: str | None) -> str:
             raise RequestError(f"say which of the variants: {', '.join(names)}.", param="variants")
         return names[0]
     with _details(name):
-        return processor.variant(name).name
+        processor.variant(name)
+    return name
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from polymoe.model.transfer.staging import Staging
 from polymoe.model.transfer.stream_copies import StreamCopier
 from polymoe.model.variants.packed_place import place_packed, reader_of
 from polymoe.model.variants.packed_variants import PackedVariants
+from polymoe.model.variants.row_group import RowGroup
 from polymoe.model.variants.slot_gates import gate_slots
 from polymoe.model.variants.slots import Slots, slot_rows
 from polymoe.model.variants.variant_stack import VariantStack
@@ -62,6 +63,7 @@ class ServedModel:
         expert_cache_bytes: device memory for absent experts that were fetched.
         progress: called with (stage, fraction done).
         backend: what computes. None: the best for the device (tests run a GPU's on a CPU).
+        max_variants: versions that may be held at once, where they come and go (`LiveWeights`); 0: they stay.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ServedModel:
         progress: Progress | None = None,
         staging: bool = True,
         backend: Backend | None = None,
+        max_variants: int = 0,
     ) -> None:
         self.bundle, self.device, self.dtype = bundle, device, dtype
         backend = backend or choose_backend(device, dtype)
@@ -95,8 +98,13 @@ class ServedModel:
         slots, spare = slot_rows(slots, num_variants, staging)
         copier = StreamCopier(device) if device.type == "cuda" else ThreadCopier()
         self.slots = Slots(slots, spare, RowMap([-1] * num_variants), reader_of(bundle), copier=copier)
-        self._row_maps: dict[tuple[int, ...], RowMap] = {}
-        self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}
+        self.max_variants = max_variants
+        # Places 0 … V − 1 are those of the planned variants, whether they are still there or not.
+        self.occupied = [1] * num_variants + [-1] * max_variants
+        self._groups: dict[tuple[int, ...], RowGroup] = {}
+        self.plain: list[str] = []  # non-experts that are one tensor for all variants
+        self._slot_bytes = 0
+        self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}  # of packed ones
         if backend.keeps_tables_on_device:
             self.slots.row_map.keep_on(device)
         self._staging = Staging(device)
@@ -114,8 +122,9 @@ class ServedModel:
         transposed = any(module.is_transposed for _, module in experts)
         self.pool = ExpertPool(
             bundle, self.context, device, dtype, expert_cache_bytes, self._staging,
-            lambda f: report("experts", f), transposed,
+            lambda f: report("experts", f), transposed, max_variants,
         )  # fmt: skip
+        self.expert_modules = [module for _, module in experts]
         for layer, (_, module) in zip(self.pool.layers, experts, strict=True):
             for name in expert_tensor_names(module):
                 module._parameters[name] = None
@@ -153,15 +162,16 @@ class ServedModel:
     def _weight_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
 
-    def _rows_of(self, sources: Sequence[int]) -> RowMap:
+    def _group_of(self, sources: Sequence[int]) -> RowGroup:
         """Where every version has a row. sources: per variant, the lowest with the identical tensor."""
         distinct = sorted(set(sources))
-        assignment = tuple(distinct.index(source) for source in sources)
-        if assignment not in self._row_maps:
-            row_map = self._row_maps[assignment] = RowMap(list(assignment))
+        assignment = (*(distinct.index(source) for source in sources), *[-1] * self.max_variants)
+        if assignment not in self._groups:
+            row_map = RowMap(list(assignment))
             if self.context.backend.keeps_tables_on_device:
                 row_map.keep_on(self.device)
-        return self._row_maps[assignment]
+            self._groups[assignment] = RowGroup(row_map)
+        return self._groups[assignment]
 
     def _place(self, name: str) -> None:
         """Put a non-expert where the stock model looks for it: one tensor if all variants share it, else a stack."""
@@ -187,28 +197,52 @@ class ServedModel:
         if len(distinct) == 1:
             value = torch.empty(meta.shape, device=self.device, dtype=dtype)
             self._staging.copy(value, self.bundle.nonexpert(distinct[0], name))
-            self._bytes["nonexperts_shared"] += value.numel() * value.element_size()
+            self.plain.append(name)
             set_weight(self.model, name, value)
             return
         in_slots = len(distinct) > self.slots.num_rows
-        num_rows = self.slots.num_rows if in_slots else len(distinct)
+        num_rows = self.slots.num_rows if in_slots else max(len(distinct), self.max_variants)
         rows = torch.empty(num_rows, *meta.shape, device=self.device, dtype=dtype)
-        self._bytes["nonexperts_own"] += rows.numel() * rows.element_size()
         if in_slots:
+            self._slot_bytes += rows.numel() * rows.element_size()
             self.slots.stacks[name] = rows
             row_map = self.slots.row_map
         else:
             for row, source in enumerate(distinct):
                 self._staging.copy(rows[row], self.bundle.nonexpert(source, name))
-            row_map = self._rows_of(sources)
+            group = self._group_of(sources)
+            group.stacks[name] = rows
+            row_map = group.row_map
         set_weight(self.model, name, VariantStack(rows, row_map, self.context, self._token_axes.get(name)))
 
     def _place_packed(self, name: str, sources: Sequence[int], dtype: torch.dtype) -> None:
         placed = place_packed(self.bundle, name, self.slots, self._staging, self.device)
         self._bytes["nonexperts_shared"] += placed.shared_bytes
         self._bytes["nonexperts_own"] += placed.rows.num_bytes - placed.shared_bytes
-        row_map = self.slots.row_map if placed.in_slots else self._rows_of(sources)
+        row_map = self.slots.row_map if placed.in_slots else self._group_of(sources).row_map
         set_weight(self.model, name, PackedVariants(placed.rows, row_map, self.context, dtype))
+
+    @property
+    def groups(self) -> list[RowGroup]:
+        """The stacks that are not managed by slots, by who shares rows with whom."""
+        return list(self._groups.values())
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A non-expert as the stock model has it."""
+        path, _, leaf = name.rpartition(".")
+        found: torch.Tensor = getattr(self.model.get_submodule(path), leaf)
+        return found
+
+    def promote(self, group: RowGroup) -> None:
+        """What was one tensor for all variants becomes stacks, whose first row it is."""
+        if self.context.backend.keeps_tables_on_device:
+            group.row_map.keep_on(self.device)
+        for name, rows in group.stacks.items():
+            self.plain.remove(name)
+            stack = VariantStack(rows, group.row_map, self.context, self._token_axes.get(name))
+            set_weight(self.model, name, stack)
+        self._groups[-1 - len(self._groups),] = group
+        retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
 
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""
@@ -234,7 +268,11 @@ class ServedModel:
         mapped = self.pool.mapped
         return {
             **self.pool.resident_bytes,
-            **self._bytes,
+            "nonexperts_shared": self._bytes["nonexperts_shared"]
+            + sum(w.numel() * w.element_size() for w in map(self.weight, self.plain)),
+            "nonexperts_own": self._bytes["nonexperts_own"]
+            + self._slot_bytes
+            + sum(group.num_bytes for group in self.groups),
             "expert_cache": self.pool.cache.used + (mapped.row_bytes if mapped else 0),
             **({"host_pinned": mapped.host_bytes} if mapped else {}),
             "kv_cache": self.kv_cache.nbytes,

@@ -25,7 +25,14 @@ class VariantInfo(msgspec.Struct, frozen=True, kw_only=True):
     predicted_error: float | None = None  # nats a token, what the planner expected; None: it predicted nothing
     fidelity: Fidelity | None = None  # to its original, as measured when it was planned
     decoder_start_token_id: int | None = None  # of an encoder–decoder model, whose prompts go to the encoder
+    place: int = 0  # what requests to the engine call it
+    device_bytes: int = 0  # what only it has on the device, where that is known
     fault: str | None = None  # why it cannot be served although others can; with paths, for the operator
+
+    @property
+    def key(self) -> str:
+        """Names this version and no other."""
+        return f"{self.name}@{self.version}"
 
     @property
     def encodes_prompts(self) -> bool:
@@ -67,6 +74,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided at start-up."""
 
     variants: list[VariantInfo]
+    names: dict[str, int] = {}  # what `model` may be -> the place of what it means; empty: every variant its own name
     policy: str
     resident_bytes: dict[str, int]
     slots: int
@@ -78,14 +86,20 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     prefix_caching: bool = True
+    max_variants: int = 0  # versions that may be held at once; 0: those that were planned, and no others
+    headroom: int | None = None  # bytes for what is added; None: what is free
     fast_paths: list[FastPath] = []  # what every operation runs on, and why not on something faster
     device_bytes: int | None = None  # all of the device's memory; None: not known
     workspace_bytes: int = 0  # kept free on a GPU for what a step computes
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the start, gauges of now. Lists are per variant, in order; times are seconds."""
+    """Counters since the start, gauges of now. Lists are per name of a variant, in the order of `names`; times are
+    seconds."""
 
+    names: list[str]
+    in_flight: dict[str, int]  # version -> sequences that run or wait
+    added_bytes: int  # on the device, of variants that were added
     running: list[int]
     waiting: list[int]
     kv_usage: float
@@ -107,4 +121,4 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     # Steps by the tokens that they computed, a count for each of `STEP_TOKENS_BOUNDS` and one for what is above.
     step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS_BOUNDS) + 1)
     step_tokens_sum: int = 0
-    loaded: list[int] = []  # variants whose non-experts are in a slot now
+    loaded: list[int] = []  # indices of `names` whose non-experts are in a slot now

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from polymoe.bundle.live import Addition
 from polymoe.config import EngineConfig
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
-from polymoe.protocol.info import EngineInfo, EngineStats
+from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import EngineRequest, SequenceId, TokenOutput
 
 _LENGTH = struct.Struct(">I")
@@ -50,11 +51,32 @@ class GetStats(Message, frozen=True):
     routing: bool = False
 
 
+class AddVariant(Message, frozen=True):
+    """Load a version from `folder`, which a planner wrote; answered by `VariantAdded` or `ChangeFailed`."""
+
+    change: int
+    folder: str
+    addition: Addition
+
+
+class DropVariant(Message, frozen=True):
+    """No request will name this place any more: free it when its last one has ended; answered by `VariantDropped`."""
+
+    change: int
+    place: int
+
+
+class CancelAdd(Message, frozen=True):
+    """Whoever asked for the variant that is being loaded does not want it any more."""
+
+    change: int
+
+
 class Shutdown(Message, frozen=True):
     pass
 
 
-Command = Start | Add | Abort | GetStats | Shutdown
+Command = Start | Add | Abort | GetStats | AddVariant | DropVariant | CancelAdd | Shutdown
 
 # --- events, engine to server
 
@@ -108,6 +130,27 @@ class Stats(Message, frozen=True):
     stats: EngineStats
 
 
+class VariantAdded(Message, frozen=True):
+    """It is served from the next step on."""
+
+    change: int
+    info: VariantInfo
+
+
+class VariantDropped(Message, frozen=True):
+    """Nothing of it is left on the device."""
+
+    change: int
+    place: int
+
+
+class ChangeFailed(Message, frozen=True):
+    """All is as before."""
+
+    change: int
+    message: str
+
+
 class Fatal(Message, frozen=True):
     """The engine ends. `deliberate`: a `PolymoeError`, whose message is meant for the operator."""
 
@@ -115,7 +158,7 @@ class Fatal(Message, frozen=True):
     deliberate: bool
 
 
-Event = Progress | Ready | Accepted | Rejected | Outputs | Stats | Fatal
+Event = Progress | Ready | Accepted | Rejected | Outputs | Stats | VariantAdded | VariantDropped | ChangeFailed | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Command)

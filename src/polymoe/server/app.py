@@ -51,6 +51,7 @@ from polymoe.server.turn_schemas import (
 )
 from polymoe.server.turns import count_tokens, create_message, create_response
 from polymoe.server.ui_routes import add_ui
+from polymoe.server.variants_api import add_variant_routes
 
 # A scrape waits this long for a busy engine, in seconds, and then shows its previous statistics.
 _STATS_TIMEOUT = 2.0
@@ -100,6 +101,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     if settings.root_path:
         app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
     _add_routes(app)
+    add_variant_routes(app)
     add_ui(app)
     schema = document(app, keys.is_needed, settings.root_path)
     app.openapi = lambda: schema  # type: ignore[method-assign]
@@ -188,7 +190,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
-    tokenizer = processor.require_tokenizer(variant.name, "tokenizing")
+    tokenizer = processor.require_tokenizer(variant.key, "tokenizing")
     if body.messages is not None:
         messages = [message.for_template() for message in body.messages]
         encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables())
@@ -215,7 +217,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         raise RequestError(
             f"Token id {max(body.tokens)} is outside the vocabulary of `{variant.name}`.", param="tokens"
         )
-    tokenizer = processor.require_tokenizer(variant.name, "detokenizing")
+    tokenizer = processor.require_tokenizer(variant.key, "detokenizing")
     return JsonResponse({"prompt": await state.encoder.decode(tokenizer, body.tokens)})
 
 
@@ -268,7 +270,7 @@ def _card(info: EngineInfo, variant: VariantInfo, alias: str | None = None) -> d
         "version": variant.version,
         "residency": {
             # With a slot for every variant none is ever loaded at run time.
-            "non_experts": "resident" if info.slots >= len(info.variants) else "on_demand",
+            "non_experts": "resident" if info.max_variants or info.slots >= len(info.variants) else "on_demand",
             "experts_resident": info.experts_resident,
             "experts_absent": info.experts_absent,
         },

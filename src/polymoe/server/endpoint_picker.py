@@ -19,7 +19,7 @@ def endpoint_picker_metrics(info: EngineInfo, stats: EngineStats, taken_at: floa
         ("polymoe:requests_running", "Sequences in the batch, of all variants.", stats.running),
     ):
         yield GaugeMetricFamily(name, text, value=sum(counts))
-    names = [variant.name for variant in info.variants]
+    names = stats.names
     loaded = {names[index] for index in stats.loaded}
     waiting = [name for name, count in zip(names, stats.waiting, strict=True) if count and name not in loaded]
     variants = GaugeMetricFamily(

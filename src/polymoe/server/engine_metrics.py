@@ -22,7 +22,7 @@ class EngineCollector(Collector):
         info, stats = self.info, self.stats
         if info is None or stats is None:
             return
-        names = [variant.name for variant in info.variants]
+        names = stats.names
 
         def per_variant(
             name: str, text: str, values: Sequence[float], kind: type[GaugeMetricFamily | CounterMetricFamily]
@@ -70,6 +70,19 @@ class EngineCollector(Collector):
         for path in info.fast_paths:
             paths.add_metric([path.part, path.runs_on, path.reason, str(path.slow).lower()], path.count)
         yield paths
+        versions = GaugeMetricFamily(
+            "polymoe:variant_version", "What each name means now.", labels=["model_name", "version"]
+        )
+        for variant in info.variants:
+            versions.add_metric([variant.name, variant.version], 1)
+        yield versions
+        in_flight = GaugeMetricFamily(
+            "polymoe:version_requests", "Sequences in flight on each version that is held.", labels=["version"]
+        )
+        for version, count in stats.in_flight.items():
+            in_flight.add_metric([version], count)
+        yield in_flight
+        yield GaugeMetricFamily("polymoe:added_bytes", "On the device, of added variants.", value=stats.added_bytes)
         resident = GaugeMetricFamily(
             "polymoe:resident_bytes", "Bytes on the device; host_pinned: on the host.", labels=["kind"]
         )

@@ -30,7 +30,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
-    tokenizer = processor.tokenizer(variant.name)
+    tokenizer = processor.tokenizer(variant.key)
     if body.echo:
         variant.check_echo()
     if body.echo and body.stream and body.logprobs is not None and (body.n or 1) > 1:
@@ -49,7 +49,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     given = body.prompts()
     texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
     if texts:
-        tokenizer = processor.require_tokenizer(variant.name, "a text prompt")
+        tokenizer = processor.require_tokenizer(variant.key, "a text prompt")
         limit = variant if body.truncate_prompt_tokens is None else None
         encoding = state.encoder.encode(tokenizer, texts, body.add_special_tokens is not False, limit)
         prompts += zip(texts, await unless_gone(request, encoding), strict=True)
@@ -59,7 +59,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         prompts = [(None, truncated(ids, body, variant, max_tokens)) for _, ids in prompts]
     request_id = http_request_of(request.scope).name_for_engine("cmpl")
     form = CompletionFormat(request_id, body, prompts, tokenizer)
-    return await _answer(request, request_id, body, prompts, sampling, form)
+    return await _answer(request, request_id, body, variant, prompts, sampling, form)
 
 
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
@@ -85,7 +85,7 @@ async def answer_chat(request: Request, body: ChatCompletionRequest, prefix: str
     state.require_ready()
     processor = state.client.processor
     variant = processor.variant(body.model)
-    tokenizer = processor.require_tokenizer(variant.name, "a chat", "messages")
+    tokenizer = processor.require_tokenizer(variant.key, "a chat", "messages")
     answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
     token_ids = await chat_token_ids(request, body)
     answers = opened(answers, tokenizer, token_ids)
@@ -109,7 +109,7 @@ async def answer_chat(request: Request, body: ChatCompletionRequest, prefix: str
     request_id = http_request_of(request.scope).name_for_engine(prefix)
     form = make_form(request_id, body, prompts, tokenizer, answers)
     try:
-        return await _answer(request, request_id, body, prompts, sampling, form)
+        return await _answer(request, request_id, body, variant, prompts, sampling, form)
     except RequestError as error:
         if error.param == "prompt":  # what the engine calls so; this client sent messages
             error.param = "messages"
@@ -121,7 +121,7 @@ async def chat_token_ids(request: Request, body: ChatCompletionRequest) -> list[
     state: ServerState = request.app.state.server
     state.require_ready()
     variant = state.client.processor.variant(body.model)
-    tokenizer = state.client.processor.require_tokenizer(variant.name, "a chat", "messages")
+    tokenizer = state.client.processor.require_tokenizer(variant.key, "a chat", "messages")
     messages = [message.for_template() for message in body.messages]
     limit = variant if body.truncate_prompt_tokens is None else None
     encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables(), limit)
@@ -132,21 +132,24 @@ async def _answer(
     request: Request,
     request_id: str,
     body: CompletionRequest | ChatCompletionRequest,
+    variant: VariantInfo,
     prompts: list[Prompt],
     sampling: SamplingParams,
     form: Format,
 ) -> Response:
     state: ServerState = request.app.state.server
+    # The version whose tokenizer made the prompts, whatever the name means by now; unless that is gone.
+    model = variant.key if state.client.processor.versions.find(variant.key) else body.model
     if sampling.structured_outputs is not None:
         processor = state.client.processor
         try:
-            await processor.grammars.prepare(processor.grammar_source(body.model, sampling.structured_outputs))
+            await processor.grammars.prepare(processor.grammar_source(model, sampling.structured_outputs))
         except RequestError as error:
             if body.structured_outputs is None:
                 error.param = "response_format" if body.structure is not None else "tools"
             raise
     tenant, http = tenant_of(request.scope), http_request_of(request.scope)
-    http.variant = body.model
+    http.variant = variant.name
     state.metrics.set_engine(state.client.info)
     salt, qos = body.cache_salt or "", body.qos
     if tenant is not None:
@@ -163,14 +166,14 @@ async def _answer(
         if tenant is not None:
             tenant.begin(sum(lengths))
             begun = True
-        stream = await state.client.submit(request_id, body.model, prompts, sampling, cache_salt=salt, qos=qos)
+        stream = await state.client.submit(request_id, model, prompts, sampling, cache_salt=salt, qos=qos)
     except BaseException as error:
         if tenant is not None and begun:
             tenant.end()
         recorded.close(f"{type(error).__name__}: {error}")
-        state.metrics.recent.error(body.model)
+        state.metrics.recent.error(variant.name)
         if isinstance(error, OverloadedError):
-            state.metrics.of(body.model).rejected.inc()
+            state.metrics.of(variant.name).rejected.inc()
         raise
     # No await between here and the owner of the stream, or a cancellation could leave it open.
     timer = RequestTimer(state.metrics, http, lengths, sampling, recorded, tenant, state.tracer)

@@ -26,6 +26,11 @@ _DASHBOARD = "/ui/"
 _WATCHING = OPEN_PATHS | _OPEN_PAGES | {"/metrics"}  # goes on while the server drains, as the dashboard does
 # Of a body, bytes that count nothing together with others: ordinary requests go on beside a flood of large ones.
 _SMALL_BODY = 64 << 10
+ADMIN_PATH = "/v1/variants"  # and what is below it needs the admin's key, and no other opens it
+
+
+def is_admin_path(path: str) -> bool:
+    return path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/")
 
 
 class ApiKeyMiddleware:
@@ -49,10 +54,11 @@ class ApiKeyMiddleware:
         return _is_open(path) or (self._open_metrics and path == "/metrics")
 
     def _allowed(self, scope: Scope) -> bool:
-        key = _given_key(scope)
+        key = given_key(scope)
         if key is None:
             return False
-        if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
+        path = scope["path"]
+        if path == "/admin" or path.startswith("/admin/"):
             return self._is_admin(key)
         if scope["path"].startswith(_DASHBOARD):
             return self._is_admin(key) or (self._keys.admits(scope, key) and tenant_of(scope) is None)
@@ -63,10 +69,10 @@ class ApiKeyMiddleware:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
+    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER) or is_admin_path(path)
 
 
-def _given_key(scope: Scope) -> bytes | None:
+def given_key(scope: Scope) -> bytes | None:
     """`Authorization: Bearer …`, or `x-api-key`, which clients of the Messages API send. Several are none."""
     given = [(name, value) for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")]
     if len(given) != 1:

@@ -119,6 +119,7 @@ async def _serve(
     finally:
         state.draining = server.should_exit = True
         await asyncio.wait({http}, timeout=_LAST_WORDS)
+        await state.variants.close()
         await client.shutdown()
         await state.encoder.close()
         await http
@@ -176,11 +177,13 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
             show(stage, fraction)
 
         rendering = asyncio.create_task(state.encoder.warm_up())  # while the engine loads
-        info = await (client.restart if client.dead.is_set() else client.start)(on_progress)
-        state.settings.check_variants([variant.name for variant in info.variants])
+        await (client.restart if client.dead.is_set() else client.start)(on_progress)
+        state.settings.check_variants([variant.name for variant in client.processor.served])
         await rendering
     for tokenizer in client.processor.tokenizers:
         await state.encoder.check_template(tokenizer)
+    if state.settings.admin_key is not None:
+        await state.variants.start()
 
 
 async def _attend(client: AsyncEngineClient, state: ServerState, settings: ServerSettings, console: Console) -> None:

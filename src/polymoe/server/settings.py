@@ -103,13 +103,19 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     admin_key: Annotated[str | None, Option("of the administrator", flag=False, secret=True, check=_check_key)] = None
     admin_key_file: Annotated[
-        Path | None, Option("file with the key of /admin; or set POLYMOE_ADMIN_KEY", read=read_path)
+        Path | None, Option("file with the key of /v1/variants; or set POLYMOE_ADMIN_KEY", read=read_path)
     ] = None
     ssl_certfile: Annotated[Path | None, Option("certificates in PEM: the server speaks HTTPS", read=read_path)] = None
     ssl_keyfile: Annotated[Path | None, Option("their private key; default: in the same file", read=read_path)] = None
     open_metrics: Annotated[
         bool, Option("/metrics without a key, for scrapers and endpoint pickers that have none")
     ] = False
+    variants_root: Annotated[
+        Path | None, Option("folder that variants may be added from while others are served", read=read_path)
+    ] = None
+    plan_threads: Annotated[
+        int | None, Option("CPU threads that plan what is added, beside the traffic; default torch's", at_least=1)
+    ] = None
     allowed_origins: Annotated[  # "*": all
         tuple[str, ...],
         Option(
@@ -236,6 +242,23 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 def _no_password() -> str:
     """Instead of asking at the terminal."""
     raise ValueError("the private key is encrypted; store it without a password, readable by its owner only")
+
+
+def _key_of(key: str | None, file: Path | None, name: str) -> str | None:
+    """The key, of a file where one is named: all of it but a line break at its end."""
+    if file is None:
+        return key
+    if key is not None:
+        raise ConfigError(f"both {name} and {name}_file are given; give one.")
+    try:
+        found = file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the key cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    try:
+        _check_key(found)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return found
 
 
 def _key_of(key: str | None, file: Path | None, name: str) -> str | None:

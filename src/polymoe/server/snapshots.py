@@ -174,8 +174,8 @@ class Snapshots:
         }
         if stats is not None:
             found |= {
-                "running": stats.running,
-                "waiting": stats.waiting,
+                "running": _of(names, stats.names, stats.running),
+                "waiting": _of(names, stats.names, stats.waiting),
                 "kv_usage": round(stats.kv_usage, 4),
                 "resident_bytes": stats.resident_bytes,
             }
@@ -189,6 +189,12 @@ class Snapshots:
                 "host_bytes": rate(stats.expert_host_bytes - before.expert_host_bytes),
             }
         return Snapshot(time=now, status=status, stage="", fraction=1.0, variants=names, **found)
+
+
+def _of(names: list[str], counted: list[str], values: list[int]) -> list[int]:
+    """The values of these names; other names mean what somebody else counts."""
+    known = dict(zip(counted, values, strict=True))
+    return [known.get(name, 0) for name in names]
 
 
 def _shares(counts: bytes, num_variants: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from polymoe.server.request_log import RequestLog
 from polymoe.server.settings import ServerSettings
 from polymoe.server.snapshots import Snapshots
 from polymoe.server.traces import Tracer
+from polymoe.server.variants import Variants
 
 
 @dataclass
@@ -26,8 +27,10 @@ class ServerState:
     preparing: bool = False  # the engine may be ready, the server is not
     progress: tuple[str, float] = ("starting", 0.0)  # stage, fraction done
     started: int = field(default_factory=lambda: int(time.time()))
+    variants: Variants = field(init=False)
 
     def __post_init__(self) -> None:
+        self.variants = Variants(self.client, self.settings)
         self.snapshots = Snapshots(self)
 
     def set_progress(self, stage: str, fraction: float) -> None:

@@ -74,6 +74,11 @@ class Scheduler:
     def sequences(self) -> Iterable[Sequence]:
         return [*self.batch.sequences, *self.held]
 
+    def set_place(self, variant: int, max_model_len: int, share: float) -> None:
+        """A variant comes to a place that had none, or goes (its share is next to nothing then)."""
+        self.max_model_len[variant] = max_model_len
+        self.policies.fair.shares[variant] = share
+
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0 or bool(self.held)
 

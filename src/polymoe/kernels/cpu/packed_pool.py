@@ -8,6 +8,7 @@ matrix is decoded, used for the rows of its group and dropped.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from polymoe.quant.codec import decode
-from polymoe.quant.exact import decode_exact
+from polymoe.quant.exact import changes_before_rows, decode_exact
 from polymoe.quant.formats import PLANES, Format, group_size
+
+MARK_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +144,12 @@ class ExactPool:
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for parts in self.tensors.values() for t in parts.values())
+
+    @cached_property
+    def marks(self) -> dict[str, Tensor]:
+        """Matrix -> int32 `[D, ⌈O / MARK_ROWS⌉]`: how many values each delta changes before each such row."""
+        bitmaps = {name: parts["bitmap"] for name, parts in self.tensors.items() if parts["bitmap"].ndim == 3}
+        return {n: changes_before_rows(b)[:, ::MARK_ROWS].to(torch.int32).contiguous() for n, b in bitmaps.items()}
 
     def changed(self, name: str, index: int, base: Tensor) -> Tensor:
         """The variant's own tensor, in the dtype and on the device of `base` [O, I] or [O]."""

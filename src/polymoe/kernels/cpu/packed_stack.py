@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from polymoe.kernels.cpu.packed_pool import ExactPool, PackedPool, StoredPool, TiledPool
-from polymoe.quant.exact import changes_before_rows
 from polymoe.quant.formats import SCALE_DTYPE, Format, Kind, group_size, row_bytes
 
 Pool = PackedPool | TiledPool | StoredPool | ExactPool
@@ -18,7 +17,6 @@ Pool = PackedPool | TiledPool | StoredPool | ExactPool
 _CODED = (Kind.FLOAT8, Kind.CENTRED, Kind.LEVELS)
 _EXACT, _FLOAT8, _STORED = 0, 9, 16  # kinds, as packed_codes.h has them; of other formats their bits
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_MARK_ROWS = 16
 
 
 class Stack(ctypes.Structure):
@@ -113,8 +111,7 @@ def _stack(pool: Pool, name: str, inputs: int, made: list[Tensor]) -> Stack | No
     if isinstance(pool, ExactPool):
         if parts["values"].dtype not in _TYPES:
             return None
-        # int32 [D, ⌈O / 16⌉]
-        marks = changes_before_rows(parts["bitmap"])[:, ::_MARK_ROWS].to(torch.int32).contiguous()
+        marks = pool.marks[name]
         made.append(marks)
         return Stack(
             kind=_EXACT, count=len(pool), data=parts["bitmap"].data_ptr(), row_bytes=parts["bitmap"].shape[-1],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.experts.cache import ExpertCache
 from polymoe.model.experts.layer import LayerExperts
@@ -31,6 +32,7 @@ class ExpertPool:
         progress: called with the fraction loaded.
         transposed: whether the stock modules hold experts as `[in, out]`. The backend may want them turned over when
             they are loaded (`holds_outputs_first`).
+        more_places: of variants that come later (`AddedExperts`).
     """
 
     def __init__(
@@ -43,14 +45,18 @@ class ExpertPool:
         staging: Staging,
         progress: Callable[[float], None],
         transposed: bool = False,
+        more_places: int = 0,
     ) -> None:
-        turned = transposed and context.backend.holds_outputs_first
+        turned = self.turned = transposed and context.backend.holds_outputs_first
         table = store.table
         self.context = context
-        self.table = table.to(device)
-        self.delta = None if store.delta is None else store.delta.to(device)
-        self.sign = None if store.sign is None else store.sign.to(device)
-        self.routing_counts = RoutingCounts(table.shape, device)
+        self.table = _with_places(table, more_places, 0).to(device)
+        self.delta = None if store.delta is None else _with_places(store.delta, more_places, -1).to(device)
+        self.sign = None if store.sign is None else _with_places(store.sign, more_places, 1).to(device)
+        if more_places:  # who comes may have deltas where nobody has any yet
+            self.delta = torch.full_like(self.table, -1) if self.delta is None else self.delta
+            self.sign = torch.ones_like(self.table, dtype=torch.int8) if self.sign is None else self.sign
+        self.routing_counts = RoutingCounts(self.table.shape, device)
         costs = None
         if device.type == "cuda" and bool((table < 0).any()):
             costs = measure_tier_costs(device, dtype, [tuple(shape) for shape in store.packed_shapes.values()])
@@ -63,6 +69,8 @@ class ExpertPool:
                 stored = {n: t.transpose(1, 2) if t.ndim == 3 else t for n, t in stored.items()}
             resident = {n: load_tensor(t, device, staging, dtype) for n, t in stored.items()}
             compressed = load_packed(store, layer, resident, device, staging, transposed and not turned)
+            if compressed is None and more_places:
+                compressed = CompressedLayer(resident, (), (), transposed and not turned)
             delta, sign = (None if t is None or not compressed else t[:, layer] for t in (self.delta, self.sign))
             own = LayerExperts(
                 layer, self.table[:, layer], resident, self.cache, context, compressed, delta, sign,
@@ -113,3 +121,8 @@ class ExpertPool:
                 assert bool((layer.table[layer.delta >= 0] >= 0).all()), (
                     f"layer {layer.layer}: a delta on a host expert"
                 )
+
+
+def _with_places(table: torch.Tensor, more: int, value: int) -> torch.Tensor:
+    """`[V, L, E]` -> `[V + more, L, E]`."""
+    return torch.cat([table, table.new_full((more, *table.shape[1:]), value)]) if more else table

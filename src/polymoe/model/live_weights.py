@@ -1,0 +1,112 @@
+"""A served model whose variants come and go: what a new one brings is loaded beside the steps, and put in between two.
+
+reserve (between steps) -> load (a thread of its own) -> install (between steps)        remove (between steps)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from polymoe.bundle.addition import AddedFiles
+from polymoe.bundle.live import OWN
+from polymoe.model.batch.batch import RowMap
+from polymoe.model.experts.added import AddedExperts, OwnExperts
+from polymoe.model.served_model import ServedModel
+from polymoe.model.transfer.pieces import copy_in_pieces
+from polymoe.model.variants.row_group import RowGroup
+
+
+@dataclass(eq=False)
+class Arriving:
+    """A variant on its way. rows: the group and the row that it will have there; `fills`: whether the row is a new one.
+    Tensors that were one for all become the stacks of `promoted`."""
+
+    place: int
+    files: AddedFiles
+    rows: list[tuple[RowGroup, int, bool]]
+    promoted: RowGroup | None
+    experts: OwnExperts | None = None
+
+
+class LiveWeights:
+    """Adds variants to `model` and takes them away. All methods but `load` belong between two steps."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.experts = AddedExperts(model.pool, model.expert_modules, model.context.backend)
+
+    def reserve(self, place: int, files: AddedFiles) -> Arriving:
+        """Find rows for it."""
+        own, source = set(files.own_nonexperts), files.addition.nonexperts
+        rows = []
+        for group in self._model.groups:
+            sharing = {group.row_map.rows[source[n]] if source[n] != OWN else -1 for n in group.stacks}
+            shares = len(sharing) == 1 and -1 not in sharing and not own & group.stacks.keys()
+            rows.append((group, sharing.pop() if shares else group.reserve(), not shares))
+        plain = [name for name in self._model.plain if name in own]
+        promoted = None
+        if plain:
+            promoted = RowGroup(RowMap([-1] * len(self._model.occupied)))
+            for name in plain:
+                value = self._model.weight(name)
+                promoted.stacks[name] = torch.empty(
+                    self._model.max_variants, *value.shape, dtype=value.dtype, device=value.device
+                )
+        return Arriving(place, files, rows, promoted)
+
+    def load(self, arriving: Arriving) -> None:
+        """Read and copy it. May run in another thread, beside forward passes."""
+        files, model = arriving.files, self._model
+        source = files.addition.nonexperts
+        with torch.inference_mode():
+            for group, row, fills in arriving.rows:
+                for name, rows in group.stacks.items() if fills else ():
+                    shared = source[name] != OWN
+                    tensor = model.bundle.nonexpert(source[name], name) if shared else files.nonexpert(name)
+                    copy_in_pieces(rows[row], tensor)
+            if arriving.promoted is not None:
+                for name, rows in arriving.promoted.stacks.items():
+                    copy_in_pieces(rows[0], model.weight(name))
+                    copy_in_pieces(rows[1], files.nonexpert(name))
+            arriving.experts = self.experts.load(files)
+
+    @torch.inference_mode()
+    def install(self, arriving: Arriving) -> None:
+        """From the next step on it is served."""
+        assert arriving.experts is not None
+        model, place = self._model, arriving.place
+        for group, row, _ in arriving.rows:
+            group.assign(place, row)
+        if arriving.promoted is not None:
+            model.promote(arriving.promoted)
+            for other, occupied in enumerate(model.occupied):
+                arriving.promoted.assign(other, 0 if occupied > 0 else -1)
+            arriving.promoted.assign(place, 1)
+        model.occupied[place] = 1
+        for group in model.groups:  # of tensors that became stacks since it was reserved, and that it shares
+            if group.row_map.rows[place] < 0:
+                group.assign(place, 0)
+        self.experts.install(place, arriving.experts)
+
+    def cancel(self, arriving: Arriving) -> None:
+        """It does not come; its rows are free again."""
+        for group, row, fills in arriving.rows:
+            if fills:
+                group.reserved.discard(row)
+
+    @torch.inference_mode()
+    def remove(self, place: int) -> None:
+        """Nothing runs at `place`, and nothing will."""
+        self._model.occupied[place] = -1
+        for group in self._model.groups:
+            group.assign(place, -1)
+        self.experts.remove(place)
+
+    def bytes_of(self, place: int) -> int:
+        """What only this variant has on the device."""
+        rows = 0
+        for group in self._model.groups:
+            row = group.row_map.rows[place]
+            if row >= 0 and group.row_map.rows.count(row) == 1:
+                rows += sum(t[row].numel() * t.element_size() for t in group.stacks.values())
+        return rows + self.experts.bytes_of(place)

@@ -1,0 +1,78 @@
+"""The planner's process, beside a server: it makes additions, one at a time, and gives way to everybody else.
+
+    python -m polymoe.offline.addition.process --threads N
+
+A line of JSON on stdin is a `Job`, each line on stdout an `Answer`; it ends when stdin does. What needs seconds to be
+imported is imported before the first job comes.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
+
+# isort: split
+import torch
+
+from polymoe.bundle.reader import Bundle
+from polymoe.errors import PolymoeError, explain
+from polymoe.offline.addition.new_variant import open_new
+from polymoe.offline.addition.write_addition import write_addition
+from polymoe.protocol.planning import Answer, Job
+
+_NICE = 15
+
+
+def run(job: Job, answer: Callable[[Answer], None]) -> Answer:
+    """Raises what planning raises."""
+    answer(Answer(stage="reading", fraction=0.0))
+    bundle = Bundle.open(job.bundle)
+    new = open_new(bundle, job.name, job.spec)
+    addition, files = write_addition(
+        bundle, new, Path(job.folder), job.free_bytes, job.bits,
+        lambda stage, fraction: answer(Answer(stage=stage, fraction=fraction)),
+    )  # fmt: skip
+    return Answer(stage="planned", fraction=1.0, addition=addition, files=files, notes=new.notes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="polymoe.offline.addition.process")
+    parser.add_argument("--threads", type=int, default=0)
+    threads = parser.parse_args().threads
+    os.nice(_NICE)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    if threads:
+        torch.set_num_threads(threads)
+    import transformers.models.auto  # noqa: F401
+
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+
+    def answer(found: Answer) -> None:
+        out.write(msgspec.json.encode(found) + b"\n")
+        out.flush()
+
+    answer(Answer(stage="ready", fraction=0.0))
+    for line in sys.stdin.buffer:
+        try:
+            answer(run(msgspec.json.decode(line, type=Job), answer))
+        except BrokenPipeError:
+            return 0
+        except (PolymoeError, OSError) as error:
+            answer(
+                Answer(stage="failed", fraction=0.0, error=explain(error) if isinstance(error, OSError) else str(error))
+            )
+        except Exception as error:
+            answer(Answer(stage="failed", fraction=0.0, error=f"{type(error).__name__}: {error}", deliberate=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The planner's process beside the server: started with it, so that a change need not wait for imports, and started
+again where it was killed."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from polymoe.bundle.live import Addition
+from polymoe.bundle.manifest import FileRecord
+from polymoe.errors import ChangeRefusedError, PolymoeError
+from polymoe.protocol.planning import Answer, Job
+
+MODULE = "polymoe.offline.addition.process"
+_LONGEST_LINE = 64 << 20  # bytes of an answer: the records of all files of a variant
+
+
+class Planner:
+    """One process, one job at a time. All methods belong to one event loop."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Have a process that is importing what it needs."""
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", MODULE, "--threads", str(self._threads or 0),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
+            )  # fmt: skip
+
+    async def plan(
+        self, job: Job, progress: Callable[[str, float], None]
+    ) -> tuple[Addition, list[FileRecord], list[str]]:
+        """(what was planned, its files, notes). Raises `ChangeRefusedError`; cancelled, the process is ended."""
+        async with self._turn:
+            await self.start()
+            process = self._process
+            assert process is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(msgspec.json.encode(job) + b"\n")
+                await process.stdin.drain()
+                async for line in process.stdout:
+                    answer = msgspec.json.decode(line, type=Answer)
+                    if answer.error is not None:
+                        if answer.deliberate:
+                            raise ChangeRefusedError(answer.error)
+                        raise PolymoeError(f"planning {job.name} failed: {answer.error}")
+                    if answer.addition is not None:
+                        return answer.addition, answer.files, answer.notes
+                    if answer.stage != "ready":
+                        progress(answer.stage, answer.fraction)
+            except (ConnectionError, msgspec.DecodeError):
+                pass
+            except asyncio.CancelledError:
+                await self._end()
+                raise
+            await self._end()
+            raise ChangeRefusedError(
+                f"the process that planned {job.name} ended unexpectedly; all is as before. Try again.", status=503
+            )
+
+    async def close(self) -> None:
+        """End the process."""
+        await self._end()
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
