@@ -198,6 +198,7 @@ def test_what_fails_leaves_nothing(
 
     # the planner is killed while it plans
     admin.server.call(variants.planner.start())
+    assert variants.planner.pid is not None
     os.kill(variants.planner.pid, signal.SIGSTOP)
     admin.call("POST", body={"name": "x", "source": "v2"})
     admin.server.wait_for(lambda: len(list((bundle / ADDITIONS).iterdir())) == 1)
@@ -220,9 +221,9 @@ def test_what_fails_leaves_nothing(
         assert "No space left" in admin.refused(507, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     # the engine refuses it: what the planner wrote was damaged on the way
-    import polymoe.server.variants as module
+    from polymoe.server import variant_change
 
-    rename = module.rename_addition
+    rename = variant_change.rename_addition
 
     def damage(folder: Path, final: Path) -> None:
         file = folder / "layer-000.safetensors"
@@ -230,7 +231,7 @@ def test_what_fails_leaves_nothing(
         rename(folder, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "rename_addition", damage)
+        patch.setattr("polymoe.server.variants.rename_addition", damage)
         assert "layer-000" in admin.refused(422, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     admin.ok("POST", body={"name": "x", "source": "v2", "wait": True})

@@ -37,7 +37,7 @@ def write_patch(base: Path, out: Path, share: float) -> None:
     patch: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(base / "model.safetensors").items():
         count = max(1, int(share * tensor.numel()))
-        places = torch.randint(tensor.numel(), (count,), generator=generator).unique()
+        places = torch.unique(torch.randint(tensor.numel(), (count,), generator=generator))
         values = tensor.flatten()[places] * 1.01 + 0.001
         patch |= {f"{name}.indices": places.int(), f"{name}.values": values}
         patch[f"{name}.shape"] = torch.tensor(tensor.shape)

@@ -29,6 +29,8 @@ def merged_info(infos: Mapping[str, EngineInfo]) -> EngineInfo:
         variants=list(variants.values()),
         slots=sum(info.slots for info in infos.values()),
         resident_bytes=resident,
+        max_variants=0,  # nothing adds one to all replicas at once
+        headroom=None,
         **totals,
     )
 

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -27,12 +27,27 @@ from polymoe.model.stock.skeleton import context_limit
 from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.messages import ChangeFailed, Message, VariantAdded, VariantDropped
 
-if TYPE_CHECKING:
-    from polymoe.engine.core import EngineCore
-
 NO_SHARE = 1e-9  # of a place without a variant
 _NICE = 15  # of the thread that loads
 _RESERVE = 64 << 20  # bytes that are left to the machine where no headroom is given
+
+
+class Core(Protocol):
+    """What `EngineCore` lets it see and change; its comments say what each of these is."""
+
+    config: EngineConfig
+    device: torch.device
+    bundle: Bundle
+    variants: dict[int, VariantInfo]
+    max_variants: int
+    vocab_size: int
+    model: Any
+    runner: Any
+    scheduler: Any
+    counters: Any
+    grammars: Any
+
+    def is_running(self, place: int) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -70,7 +85,7 @@ def check_live(config: EngineConfig, bundle: Bundle, device: torch.device) -> No
 class LiveVariants:
     """The places of an engine: `variants` by place, those that leave, and the one that is on its way."""
 
-    def __init__(self, core: "EngineCore", weights: LiveWeights) -> None:
+    def __init__(self, core: Core, weights: LiveWeights) -> None:
         if core.model.runs_per_variant:
             raise ConfigError(
                 "--max-variants: layers of this architecture run once for each variant of a step, and those of a new "

@@ -261,23 +261,6 @@ def _key_of(key: str | None, file: Path | None, name: str) -> str | None:
     return found
 
 
-def _key_of(key: str | None, file: Path | None, name: str) -> str | None:
-    """The key, of a file where one is named: all of it but a line break at its end."""
-    if file is None:
-        return key
-    if key is not None:
-        raise ConfigError(f"both {name} and {name}_file are given; give one.")
-    try:
-        found = file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the key cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    try:
-        _check_key(found)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    return found
-
-
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

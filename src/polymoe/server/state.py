@@ -2,7 +2,9 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import cast
 
+from polymoe.client.client import AsyncEngineClient
 from polymoe.client.interface import EngineClient
 from polymoe.server.encoding import Encoder
 from polymoe.server.errors import UnavailableError
@@ -30,7 +32,8 @@ class ServerState:
     variants: Variants = field(init=False)
 
     def __post_init__(self) -> None:
-        self.variants = Variants(self.client, self.settings)
+        # Other clients' engines hold what was planned (`max_variants` is 0), and nothing more is asked of them.
+        self.variants = Variants(cast(AsyncEngineClient, self.client), self.settings)
         self.snapshots = Snapshots(self)
 
     def set_progress(self, stage: str, fraction: float) -> None:

@@ -14,6 +14,7 @@ from polymoe.server.middleware import ADMIN_PATH, given_key
 from polymoe.server.openapi import answers
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse
+from polymoe.server.variant_change import Change
 from polymoe.server.variant_fields import (
     AddVariantRequest,
     AliasRequest,
@@ -23,7 +24,7 @@ from polymoe.server.variant_fields import (
     VariantChange,
     VariantList,
 )
-from polymoe.server.variants import Change, Variants
+from polymoe.server.variants import Variants
 
 
 def add_variant_routes(app: FastAPI) -> None:
