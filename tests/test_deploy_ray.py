@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -76,6 +78,37 @@ def deployment(bundle: Path) -> Iterator[Deployment]:
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def test_the_command_serves_until_it_is_stopped(bundle: Path, tmp_path: Path) -> None:
+    """`polymoe deploy` with a Ray of its own: before the other tests start theirs."""
+    port = free_port()
+    file = tmp_path / "deploy.toml"
+    file.write_text(
+        f'[server]\nport = {port}\n[[pool]]\nname = "one"\nsources = ["{bundle}"]\ncpus = 0.5\n'
+        '[pool.engine]\nkv_cache = "16MiB"\ndevice = "cpu"\n'
+    )
+    command = [sys.executable, "-c", "from polymoe.cli.main import main; main()", "deploy", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+
+            def is_served() -> bool:
+                assert process.poll() is None, "the command ended"
+                try:
+                    return httpx.get(url + "/v1/models", timeout=5).status_code == 200
+                except httpx.HTTPError:
+                    return False
+
+            wait_for(is_served)
+            body = {"model": "v1", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}
+            answer = httpx.post(url + "/v1/completions", json=body, timeout=LIMIT)
+            assert answer.json()["usage"]["completion_tokens"] == 3, answer.text
+        finally:
+            process.terminate()
+        printed, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, printed
+    assert f"{url} serves 1 pools with 1 replicas" in printed
 
 
 def test_the_same_api_and_the_same_tokens(deployment: Deployment, bundle: Path) -> None:
