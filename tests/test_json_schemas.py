@@ -23,6 +23,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.slow
 def test_every_answer_follows_its_schema(llm: LLM) -> None:
     """Two variants and draws of high temperature; what is cut off is no answer, and nearly all come to an end."""
     assert len(SCHEMAS) >= 300
