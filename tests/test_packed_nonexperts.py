@@ -20,8 +20,11 @@ from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.offline.api import make_plan
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.allocate import auto_plan
 from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.error_on_text import errors_on_text
 from polymoe.offline.plan.plan import Plan
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from polymoe.offline.write.bundle_writer import write_bundle
@@ -186,3 +189,18 @@ def test_a_manifest_with_a_format_that_cannot_be(tmp_path: Path) -> None:
         (bundle.path / MANIFEST).write_bytes(encode_manifest(changed))
         with pytest.raises(BundleError, match=r"packed_nonexperts"):
             Bundle.open(bundle.path)
+
+
+def test_what_an_error_costs_is_measured_on_text(tmp_path: Path) -> None:
+    """An embedding that is the head too is disturbed in both places; every matrix has a figure for each variant."""
+    for tied in (False, True):
+        paths = make_family("qwen3_moe", tmp_path / str(tied), num_variants=2, tie_word_embeddings=tied)
+        family = Family.open(paths)
+        calibration = Calibration(tuple(torch.randint(2, 112, (8, 64)) for _ in range(2)))
+        scan = scan_family(family)
+        found = errors_on_text(family, scan, calibration, of_all=True).nonexpert_nats
+        assert set(found) == set(family.packable)
+        assert all((nats > 0).all() and nats.shape == (2,) for nats in found.values())
+        assert not errors_on_text(family, scan, calibration).nonexpert_nats
+        plan = auto_plan(family, scan, int(0.9 * scan.model_bytes), None, calibration, of_all=True)
+        assert plan.nonexperts
