@@ -15,6 +15,7 @@ from polymoe.bundle.manifest import MANIFEST, PackedNonexpert, encode_manifest
 from polymoe.bundle.reader import Bundle
 from polymoe.errors import BundleError
 from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows, packed_rows_linear, packed_rows_linear_torch
+from polymoe.kernels.cpu.tiles import can_multiply_tiles, tiled_rows
 from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
@@ -71,6 +72,28 @@ def test_products_are_those_with_the_whole_matrices(
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for product in (packed_rows_linear, packed_rows_linear_torch):
         torch.testing.assert_close(product(x, weight, given).float(), whole, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("counts", [[1], [5], [1, 30, 2], [0, 40, 0, 1], [3, 3, 3, 3]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_of_tiles(way: tuple[str, str], counts: list[int], whole: bool) -> None:
+    """In 16-bit activations as close as bfloat16 is; deltas may be as the bundle has them, where rows come and go."""
+    weight, versions = rows_of(way, len(counts), (96, 320))
+    tiled = tiled_rows(weight, whole)
+    if tiled is weight:
+        assert not can_multiply_tiles() or not (whole or weight.has_one_base)
+        return
+    segments = segments_from_variants(list(range(len(counts))), counts)
+    groups = segments.row_groups(RowMap(list(range(len(counts)))))
+    given = groups.on_one_base if weight.has_one_base else groups.on_own_bases
+    x = torch.randn(sum(counts), 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = torch.cat([x[start:end].float() @ versions[v].T for v, start, end in segments.spans])
+    for bits, tolerance in (((16, 16), 0.01), ((16, 8), 0.01), ((8, 8), 0.02)):
+        found = packed_rows_linear(x, tiled, given, bits).float()
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+    for v, version in enumerate(versions if whole else ()):
+        torch.testing.assert_close(tiled.version(v), version, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

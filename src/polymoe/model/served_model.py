@@ -208,7 +208,10 @@ class ServedModel:
         self._bytes["nonexperts_shared"] += placed.shared_bytes
         self._bytes["nonexperts_own"] += placed.rows.num_bytes - placed.shared_bytes
         row_map = self.slots.row_map if placed.in_slots else self._rows_of(sources)
-        set_weight(self.model, name, PackedVariants(placed.rows, row_map, self.context, dtype))
+        rows, module = placed.rows, self.model.get_submodule(name.rpartition(".")[0])
+        if dtype == torch.bfloat16 and not isinstance(module, torch.nn.Embedding):
+            rows = self.context.backend.laid_out_rows(rows, whole=not placed.in_slots)
+        set_weight(self.model, name, PackedVariants(rows, row_map, self.context, dtype))
 
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""
