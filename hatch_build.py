@@ -24,7 +24,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 NATIVE = Path("src/polymoe/native")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"]
 _TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the processor has these too
-MORE_FLAGS = {"amx.cpp": _TILES, "make_tiles.cpp": _TILES, "tiled_experts.cpp": _TILES}
+MORE_FLAGS = dict.fromkeys(("amx.cpp", "make_tiles.cpp", "tiled_experts.cpp", "tiled_linear.cpp"), _TILES)
 
 
 class CustomBuildHook(BuildHookInterface):

@@ -15,13 +15,17 @@ from polymoe.bundle.manifest import MANIFEST, PackedNonexpert, encode_manifest
 from polymoe.bundle.reader import Bundle
 from polymoe.errors import BundleError
 from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows, packed_rows_linear, packed_rows_linear_torch
+from polymoe.kernels.cpu.tiles import can_multiply_tiles, tiled_rows
 from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.offline.api import make_plan
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.plan.allocate import auto_plan
 from polymoe.offline.plan.budget import build_plan
+from polymoe.offline.plan.error_on_text import errors_on_text
 from polymoe.offline.plan.plan import Plan
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from polymoe.offline.write.bundle_writer import write_bundle
@@ -68,6 +72,28 @@ def test_products_are_those_with_the_whole_matrices(
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for product in (packed_rows_linear, packed_rows_linear_torch):
         torch.testing.assert_close(product(x, weight, given).float(), whole, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("counts", [[1], [5], [1, 30, 2], [0, 40, 0, 1], [3, 3, 3, 3]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_of_tiles(way: tuple[str, str], counts: list[int], whole: bool) -> None:
+    """In 16-bit activations as close as bfloat16 is; deltas may be as the bundle has them, where rows come and go."""
+    weight, versions = rows_of(way, len(counts), (96, 320))
+    tiled = tiled_rows(weight, whole)
+    if tiled is weight:
+        assert not can_multiply_tiles() or not (whole or weight.has_one_base)
+        return
+    segments = segments_from_variants(list(range(len(counts))), counts)
+    groups = segments.row_groups(RowMap(list(range(len(counts)))))
+    given = groups.on_one_base if weight.has_one_base else groups.on_own_bases
+    x = torch.randn(sum(counts), 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = torch.cat([x[start:end].float() @ versions[v].T for v, start, end in segments.spans])
+    for bits, tolerance in (((16, 16), 0.01), ((16, 8), 0.01), ((8, 8), 0.02)):
+        found = packed_rows_linear(x, tiled, given, bits).float()
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+    for v, version in enumerate(versions if whole else ()):
+        torch.testing.assert_close(tiled.version(v), version, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
@@ -186,3 +212,18 @@ def test_a_manifest_with_a_format_that_cannot_be(tmp_path: Path) -> None:
         (bundle.path / MANIFEST).write_bytes(encode_manifest(changed))
         with pytest.raises(BundleError, match=r"packed_nonexperts"):
             Bundle.open(bundle.path)
+
+
+def test_what_an_error_costs_is_measured_on_text(tmp_path: Path) -> None:
+    """An embedding that is the head too is disturbed in both places; every matrix has a figure for each variant."""
+    for tied in (False, True):
+        paths = make_family("qwen3_moe", tmp_path / str(tied), num_variants=2, tie_word_embeddings=tied)
+        family = Family.open(paths)
+        calibration = Calibration(tuple(torch.randint(2, 112, (8, 64)) for _ in range(2)))
+        scan = scan_family(family)
+        found = errors_on_text(family, scan, calibration, of_all=True).nonexpert_nats
+        assert set(found) == set(family.packable)
+        assert all((nats > 0).all() and nats.shape == (2,) for nats in found.values())
+        assert not errors_on_text(family, scan, calibration).nonexpert_nats
+        plan = auto_plan(family, scan, int(0.9 * scan.model_bytes), None, calibration, of_all=True)
+        assert plan.nonexperts

@@ -220,7 +220,10 @@ class ServedModel:
         self._bytes["nonexperts_shared"] += placed.shared_bytes
         self._bytes["nonexperts_own"] += placed.rows.num_bytes - placed.shared_bytes
         row_map = self.slots.row_map if placed.in_slots else self._group_of(sources).row_map
-        set_weight(self.model, name, PackedVariants(placed.rows, row_map, self.context, dtype))
+        rows, module = placed.rows, self.model.get_submodule(name.rpartition(".")[0])
+        if dtype == torch.bfloat16 and not isinstance(module, torch.nn.Embedding):
+            rows = self.context.backend.laid_out_rows(rows, whole=not placed.in_slots)
+        set_weight(self.model, name, PackedVariants(rows, row_map, self.context, dtype))
 
     @property
     def groups(self) -> list[RowGroup]:

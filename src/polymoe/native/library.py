@@ -81,6 +81,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     tiled = library.polymoe_tiled_experts_bf16
     tiled.argtypes = [*[_POINTER] * 5, *[_NUMBER] * 4, *[_POINTER] * 4, *[_NUMBER] * 2, *[_POINTER] * 2, _INT]
     tiled.restype = None
+    tiled_linear = library.polymoe_tiled_linear_bf16
+    tiled_linear.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 5, *[_NUMBER] * 2, _POINTER, _INT]
+    tiled_linear.restype = None
     make = library.polymoe_make_tiles
     make.argtypes = [*[_POINTER] * 2, *[_NUMBER] * 4, *[_POINTER] * 2, _INT]
     make.restype = None

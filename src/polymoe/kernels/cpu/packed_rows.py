@@ -14,9 +14,9 @@ from torch import Tensor
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_linear import PackedSegments, packed_product
-from polymoe.kernels.cpu.packed_pool import PackedPool
+from polymoe.kernels.cpu.packed_pool import PackedPool, TiledPool
 from polymoe.kernels.cpu.packed_stack import Matrix
-from polymoe.native.library import cpu_kernels
+from polymoe.native.library import cpu_kernels, kernel_threads
 from polymoe.quant.codec import decode
 from polymoe.quant.formats import Format
 
@@ -67,6 +67,7 @@ class PackedRows:
 
     def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
         """float32 [..., I]: row `ids` of the version of each token. `ids`, `rows` int64 [...]."""
+        assert not isinstance(self.bases, TiledPool)
         if self.deltas is None:
             return _looked_up(self.bases, ids, rows)
         return _looked_up(self.bases, ids, None) + _looked_up(self.deltas, ids, rows)
@@ -81,13 +82,37 @@ def packed_rows(
     return PackedRows(made[0], made[1])
 
 
-def packed_rows_linear(x: Tensor, weight: PackedRows, segments: PackedSegments) -> Tensor:
+def packed_rows_linear(
+    x: Tensor, weight: PackedRows, segments: PackedSegments, activation_bits: tuple[int, int] = (16, 16)
+) -> Tensor:
     """`x [T, I]` times each segment's version -> `[T, O]` in x's dtype, by the compiled kernels where there are any.
 
-    segments: their bases are rows of `weight.bases`, their deltas of `weight.deltas`.
+    Args:
+        segments: their bases are rows of `weight.bases`, their deltas of `weight.deltas`.
+        activation_bits: that rows are rounded to where they meet tiles, before the base and before deltas.
     """
     matrix = weight.matrix if cpu_kernels() is not None and x.device.type == "cpu" else None
-    return packed_rows_linear_torch(x, weight, segments) if matrix is None else packed_product(x, matrix, segments)
+    if matrix is None:
+        return packed_rows_linear_torch(x, weight, segments)
+    if isinstance(weight.bases, TiledPool):
+        return _tiled_product(x, matrix, segments, activation_bits)
+    return packed_product(x, matrix, segments)
+
+
+def _tiled_product(x: Tensor, matrix: Matrix, segments: PackedSegments, activation_bits: tuple[int, int]) -> Tensor:
+    """Of bfloat16 rows."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    assert x.dtype == torch.bfloat16
+    assert x.is_contiguous()
+    out = torch.empty(len(x), matrix.outputs, dtype=x.dtype)
+    starts, base, delta, _ = segments
+    kernels.polymoe_tiled_linear_bf16(
+        x.data_ptr(), matrix.inputs, matrix.outputs, len(base), starts.data_ptr(), base.data_ptr(), delta.data_ptr(),
+        matrix.bases, matrix.deltas, activation_bits[0], activation_bits[1] < activation_bits[0], out.data_ptr(),
+        kernel_threads(),
+    )  # fmt: skip
+    return out
 
 
 def packed_rows_linear_torch(x: Tensor, weight: PackedRows, segments: PackedSegments) -> Tensor:

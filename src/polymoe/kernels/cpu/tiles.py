@@ -14,6 +14,7 @@ import torch
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_experts import why_not_fused
 from polymoe.kernels.cpu.packed_pool import PackedPool, TiledPool
+from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.native.library import cpu_kernels, kernel_threads
 from polymoe.quant.formats import level_bytes
 
@@ -47,6 +48,20 @@ def tiled_layer(module: Any, layer: CompressedLayer, dtype: torch.dtype) -> Comp
         return layer
     bases, deltas = (tuple(_tiled(pool) for pool in pools) for pools in (layer.bases, layer.deltas))
     return replace(layer, bases=bases, deltas=deltas)
+
+
+def tiled_rows(rows: PackedRows, whole: bool) -> PackedRows:
+    """A non-expert matrix with its pools in tiles, for bfloat16; the same where it cannot be. Nothing can be looked up
+    in it any more.
+
+    whole: False where rows come and go (slots): what comes is as the bundle has it.
+    """
+    if not can_multiply_tiles() or any(size % _UNIT for size in rows.shape) or not (whole or rows.has_one_base):
+        return rows
+    bases = _tiled(rows.bases)
+    if bases is rows.bases:  # the other kernel knows no tiles
+        return rows
+    return replace(rows, bases=bases, deltas=_tiled(rows.deltas) if whole else rows.deltas)
 
 
 @functools.cache

@@ -161,6 +161,11 @@ class Backend(ABC):
         loaded, before `prepare_experts`."""
         return weights
 
+    def laid_out_rows(self, rows: PackedRows, whole: bool) -> PackedRows:  # noqa: ARG002
+        """The same of a matrix beside the experts that is multiplied by and not looked up in. whole: False where rows
+        come and go."""
+        return rows
+
     @abstractmethod
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """One layer's experts, which the stock experts `module` stands for."""

@@ -13,7 +13,7 @@ from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
 from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows_linear
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
-from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer
+from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer, tiled_rows
 from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
@@ -48,7 +48,10 @@ class CpuBackend(ReferenceBackend):
     def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call; a base is decoded once for all of them."""
         groups = segments.row_groups(row_map)
-        return packed_rows_linear(x, rows, groups.on_one_base if rows.has_one_base else groups.on_own_bases)
+        given = groups.on_one_base if rows.has_one_base else groups.on_own_bases
+        # Deltas are small, and what they add is as coarse as the coarser of both products of an expert.
+        bits = max(self.activations), min(self.activations)
+        return packed_rows_linear(x, rows, given, bits)
 
     def rms_norm(
         self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
@@ -82,6 +85,10 @@ class CpuBackend(ReferenceBackend):
     def laid_out(self, module: Any, weights: CompressedLayer, dtype: torch.dtype) -> CompressedLayer:
         """In tiles where one call computes the layer."""
         return tiled_layer(module, weights, dtype)
+
+    def laid_out_rows(self, rows: PackedRows, whole: bool) -> PackedRows:
+        """In tiles, where the model is bfloat16."""
+        return tiled_rows(rows, whole) if self.has_own_threads else rows
 
     def prepare_experts(self, module: Any, layer: ExpertLayer) -> PreparedExperts:
         """A layer in one call where there is a kernel for it, else each product in a call of its own."""
