@@ -156,9 +156,9 @@ async def _answer(
         salt, qos = tenant.salt(salt), tenant.qos(qos)
     lengths = [len(token_ids) for _, token_ids in prompts]
     entry = state.requests.open(
-        id=request_id, variant=body.model, version=state.client.processor.variant(body.model).version,
+        id=request_id, variant=variant.name, version=variant.version,
         tenant=qos.tenant, kind="chat" if isinstance(body, ChatCompletionRequest) else "completion",
-        prompt_tokens=sum(lengths), prompt=_shown(state, body.model, prompts),
+        prompt_tokens=sum(lengths), prompt=_shown(state, model, prompts),
     )  # fmt: skip
     recorded = RecordedRequest(state.requests, entry, http.started)
     begun = False

@@ -98,7 +98,9 @@ class Metrics:
             self._variants[name] = VariantMetrics(self, name, "all" if many else name)
 
     def of(self, variant: str) -> VariantMetrics:
-        """Of a variant that the engine has."""
+        """Of a variant that the engine has, or had."""
+        if variant not in self._variants:  # a version that is held though no name means it
+            self._variants[variant] = VariantMetrics(self, variant, variant)
         return self._variants[variant]
 
     def set_stats(self, stats: EngineStats) -> None:
