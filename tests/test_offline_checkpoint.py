@@ -68,7 +68,9 @@ def test_tensors_are_those_of_from_pretrained(arch: str, v5_names: bool, tmp_pat
     experts = {info.expert_tensor(layer, t) for layer in range(info.num_layers) for t in info.expert_shapes}
     assert experts | set(info.nonexperts) == set(model.state_dict())
     assert not experts & set(info.nonexperts)
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(info.vocab_tensors)
+    embeddings = model.get_input_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
+    assert names | {"lm_head.weight"} <= set(info.vocab_tensors)
 
 
 def test_architecture_info() -> None:

@@ -109,7 +109,7 @@ def test_null_content_and_template_variables_over_http(server: ThreadServer) -> 
     ]
     assert counts[0] > counts[1]
     for change, param in (
-        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 import polymoe
 
 # Parts of the package that no figure runs through. Whatever else is there counts, new folders too.
-BESIDE = ("bench", "server", "demo", "cli", "cli/main.py", "cli/arguments.py", "__main__.py")
+BESIDE = ("bench", "server", "deploy", "place", "demo", "cli", "cli/main.py", "cli/arguments.py", "__main__.py")
 _PACKAGE = Path(polymoe.__file__).parent
 _HERE = Path(__file__).parent
 
