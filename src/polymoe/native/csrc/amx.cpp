@@ -2,10 +2,12 @@
 
 #include <cpuid.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cmath>
 
 #include "linear.h"
 #include "tiles.h"
@@ -51,11 +53,40 @@ double seconds(const Work& work) {
     return best;
 }
 
+// Whether two ways came to the same sums, but for rounding: what is faster and wrong is not chosen.
+bool agree(const std::vector<float>& a, const std::vector<float>& b) {
+    float most = 0, apart = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        most = std::max(most, std::abs(a[i]));
+        apart = std::max(apart, std::abs(a[i] - b[i]));
+    }
+    return apart <= most / 64;  // false for NaN
+}
+
+std::vector<float> as_floats(std::vector<uint16_t>& bf16) {
+    std::vector<float> found(bf16.size());
+    for (size_t i = 0; i < bf16.size(); ++i) {
+        const uint32_t bits = static_cast<uint32_t>(bf16[i]) << 16;
+        memcpy(&found[i], &bits, sizeof bits);
+        bf16[i] = 0;
+    }
+    return found;
+}
+
+uint16_t quarter_steps(int64_t i, int64_t period) {  // of -1.5 … 1.5, exact in bfloat16
+    const float value = static_cast<float>(i % period % 13 - 6) / 4;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>(bits >> 16);
+}
+
 // A piece of a layer's size on both ways.
 Choice choose() {
     if (!is_offered()) return {};
     constexpr int64_t IN = 1024, ROWS_TRIED = 96, FEW = 8;
     std::vector<uint16_t> x(ROWS_TRIED * IN, 0x3f80), weights(WEIGHT_ROWS * IN, 0x3f80), y(ROWS_TRIED * WEIGHT_ROWS);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = quarter_steps(i, 1021);
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] = quarter_steps(i, 769);
     std::vector<uint32_t> room;
     uint32_t* packed = aligned(room, IN / 2 * WEIGHT_ROWS);
     const uint16_t* const matrix = weights.data();
@@ -71,26 +102,34 @@ Choice choose() {
         for (int64_t r = 0; r < ROWS_TRIED; r += TILE)
             matmul_tile<TILE>(p, {r, TILE, TILE}, pairs + r * IN / 2, packed, nullptr, 0, WEIGHT_ROWS);
     });
+    const std::vector<float> by_vectors = as_floats(y);
     const double tiles = seconds([&] {
         for (int64_t r = 0; r < ROWS_TRIED; r += AMX_TILE)
             amx_tile<true>(p, {r, AMX_TILE, AMX_TILE}, pairs + r * IN / 2, packed, nullptr, 0, WEIGHT_ROWS);
     });
-    if (tiles < vectors) {
+    if (tiles < vectors && agree(by_vectors, as_floats(y))) {
         choice.products |= BF16;
         const double a_row = seconds([&] { dots<false>(p, 0, 0, WEIGHT_ROWS); }) / FEW;
         const double tile = seconds([&] { pack(), amx_tile<false>(p, {0, ROWS, ROWS}, pairs, packed, nullptr, 0, WEIGHT_ROWS); });
         choice.few_rows = std::clamp<int64_t>(static_cast<int64_t>(tile / a_row), 4, FEW_ROWS);
     }
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
-        const std::vector<int8_t> high((ROWS + FEW) * IN, 1);
+        std::vector<int8_t> high((ROWS + FEW) * IN);
+        for (size_t i = 0; i < high.size(); ++i) high[i] = static_cast<int8_t>(i % 11) - 5;
         const std::vector<float> scales(ROWS * IN / MOST_GROUP, 1);
         const std::vector<int32_t> sums(2 * ROWS * IN / MOST_GROUP, 1);
         const Rounded rounded{high.data(), nullptr, scales.data(), sums.data(), IN, IN / MOST_GROUP};
-        alignas(64) uint8_t bytes[MOST_GROUP * LANES] = {};
+        alignas(64) uint8_t bytes[MOST_GROUP * LANES];
+        for (int64_t i = 0; i < MOST_GROUP * LANES; ++i) bytes[i] = static_cast<uint8_t>(i % 17);
         std::vector<float> out(ROWS * LANES);
         const auto vector_way = [&] { block_rows<FEW, false>(bytes, MOST_GROUP / 4, rounded, 0, 0, _mm512_set1_ps(1), out.data(), LANES); };
         const auto tile_way = [&] { amx_rows<false>(bytes, MOST_GROUP / 4, rounded, 0, 0, FEW, _mm512_set1_ps(1), out.data(), LANES); };
-        if (seconds(tile_way) < seconds(vector_way)) choice.products |= INT8;
+        vector_way();
+        std::vector<float> sums_of_vectors(ROWS * LANES);
+        sums_of_vectors.swap(out);
+        tile_way();
+        const bool same = agree(sums_of_vectors, out);
+        if (same && seconds(tile_way) < seconds(vector_way)) choice.products |= INT8;
     }
     release();
     return choice;
