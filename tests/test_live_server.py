@@ -201,7 +201,7 @@ def test_what_fails_leaves_nothing(
     assert variants.planner.pid is not None
     os.kill(variants.planner.pid, signal.SIGSTOP)
     admin.call("POST", body={"name": "x", "source": "v2"})
-    admin.server.wait_for(lambda: len(list((bundle / ADDITIONS).iterdir())) == 1)
+    admin.server.wait_for(lambda: len(list((bundle / ADDITIONS).glob(".*"))) == 1)
     os.kill(variants.planner.pid, signal.SIGKILL)
     assert "ended unexpectedly" in wait_for(admin, "x")["error"]["message"]
     unchanged()
