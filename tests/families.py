@@ -37,6 +37,22 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+_DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -66,20 +82,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "deepseek_v3": {
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "q_lora_rank": 20,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        **_DEEPSEEK,
         "routed_scaling_factor": 1.5,
     },
     "granitemoe": {
@@ -169,20 +172,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "block_size": 5,
     },
     "deepseek_v32": {
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "q_lora_rank": 20,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
+        **_DEEPSEEK,
         "index_topk": 6,
         "index_head_dim": 16,
         "index_n_heads": 16,  # with few, many scores are zero, and which of them count is not decided
