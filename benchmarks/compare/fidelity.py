@@ -13,13 +13,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 from rich.table import Table
 
-from llama import TYPES, Scorer, gguf_copy, install_llama
+from llama import TYPES, environment, gguf_copy, install_llama
 from polymoe.bundle.manifest import Fidelity
 from polymoe.config import format_bytes
 from polymoe.console import print_error
@@ -31,7 +32,7 @@ from polymoe.machine import available_cores
 from polymoe.offline.checkpoint.family import parse_variant_specs
 from polymoe.offline.plan.options import pairs
 from run import ROOT, console
-from workers import WorkerError
+from workers import Worker, WorkerError
 
 
 def measure(
@@ -47,21 +48,27 @@ def measure(
         vocabulary: int = original.model.config.vocab_size
         for kind in TYPES:
             copy = gguf_copy(link, kind, worker)
-            scorer = Scorer(worker, copy, WINDOW, available_cores())
-
-            def logits(_first: int, windows: list[list[int]], scorer: Scorer = scorer) -> list[torch.Tensor]:
-                rows = []
-                for window in windows:
-                    size = scorer.logits(window, scratch / "logits")
-                    read = numpy.fromfile(scratch / "logits", dtype=numpy.float32)
-                    rows.append(torch.from_numpy(read.reshape(len(window), size)))
-                return rows
-
-            result = compare(samples.windows, original.numbered_logits(None), logits, vocabulary, 8)
-            scorer.stop()
+            scorer = Worker([str(worker)], environment(worker, available_cores()), scratch / "llama.log")
+            try:
+                scorer.send(models=[str(copy)], options={"max_model_len": WINDOW, "max_num_seqs": 1})
+                scorer.answer(timeout=900)
+                scored = partial(_logits, scorer, scratch / "logits")
+                result = compare(samples.windows, original.numbered_logits(None), scored, vocabulary, 8)
+            finally:
+                scorer.stop()
             found[kind][name] = (result, copy.stat().st_size)
             console.print(f"{kind}, {name}: KL {result.kl:.5f}", highlight=False)
     return found
+
+
+def _logits(scorer: Worker, file: Path, _first: int, windows: list[list[int]]) -> list[torch.Tensor]:
+    """float32 `[tokens, vocabulary]` for each window, through `file`."""
+    rows = []
+    for window in windows:
+        scorer.send(tokens=window, logits=str(file))
+        size = int(scorer.answer(timeout=300)["vocab"])
+        rows.append(torch.from_numpy(numpy.fromfile(file, dtype=numpy.float32).reshape(len(window), size)))
+    return rows
 
 
 def main() -> int:

@@ -134,9 +134,21 @@ def install_vllm(folder: Path, root: Path, torch_index: str | None = None) -> Pa
         [*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"],
     ]  # fmt: skip
     for step in steps:
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-            raise WorkerError(f"`{' '.join(step[:5])} …` failed: {reason[0]}")
+        run_step(step)
     marker.touch()
     return python
+
+
+def run_step(command: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """What a program of an installation prints, in `folder`, with `environment` beside this process's. Raises
+    `WorkerError` where it is not there or fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+        )
+    except FileNotFoundError as error:
+        raise WorkerError(f"{command[0]} is needed, and not installed") from error
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
+        raise WorkerError(f"`{' '.join(command[:5])} …` failed: {reason[0]}")
+    return done.stdout
