@@ -87,7 +87,7 @@ async def answer_chat(request: Request, body: ChatCompletionRequest, prefix: str
     variant = processor.variant(body.model)
     tokenizer = processor.require_tokenizer(variant.key, "a chat", "messages")
     answers = answer_format(body, tokenizer.template_text, state.settings.tool_parser_of(variant.name))
-    token_ids = await chat_token_ids(request, body)
+    token_ids = await _chat_token_ids(request, body, variant, tokenizer)
     answers = opened(answers, tokenizer, token_ids)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     token_ids = truncated(token_ids, body, variant, max_tokens or 1)
@@ -122,6 +122,13 @@ async def chat_token_ids(request: Request, body: ChatCompletionRequest) -> list[
     state.require_ready()
     variant = state.client.processor.variant(body.model)
     tokenizer = state.client.processor.require_tokenizer(variant.key, "a chat", "messages")
+    return await _chat_token_ids(request, body, variant, tokenizer)
+
+
+async def _chat_token_ids(
+    request: Request, body: ChatCompletionRequest, variant: VariantInfo, tokenizer: VariantTokenizer
+) -> list[int]:
+    state: ServerState = request.app.state.server
     messages = [message.for_template() for message in body.messages]
     limit = variant if body.truncate_prompt_tokens is None else None
     encoding = state.encoder.encode_chat(tokenizer, messages, body.template_variables(), limit)

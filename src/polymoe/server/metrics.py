@@ -93,14 +93,14 @@ class Metrics:
         if self._engine.info is info:
             return
         self._engine.info = info
-        many = len(info.variants) > _MOST_GROUPS
-        for name in [variant.name for variant in info.variants if variant.name not in self._variants]:
-            self._variants[name] = VariantMetrics(self, name, "all" if many else name)
+        for variant in info.variants:
+            self.of(variant.name)
 
     def of(self, variant: str) -> VariantMetrics:
         """Of a variant that the engine has, or had."""
-        if variant not in self._variants:  # a version that is held though no name means it
-            self._variants[variant] = VariantMetrics(self, variant, variant)
+        if variant not in self._variants:  # new, or a version that is held though no name means it
+            many = self._engine.info is not None and len(self._engine.info.variants) > _MOST_GROUPS
+            self._variants[variant] = VariantMetrics(self, variant, "all" if many else variant)
         return self._variants[variant]
 
     def set_stats(self, stats: EngineStats) -> None:
