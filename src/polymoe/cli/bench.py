@@ -18,6 +18,7 @@ from polymoe.errors import PolymoeError
 
 if TYPE_CHECKING:
     from polymoe.bench.build import Builder
+    from polymoe.bench.report import Document
 
 app = typer.Typer(
     name="bench", help="Measure throughput and quality of service against what one could do instead.",
@@ -138,7 +139,7 @@ def throughput(
     """Saturated: as many requests in flight as told, all systems in turn, tokens a second and latencies."""
     from polymoe.bench.growth import Growth, run_growth
     from polymoe.bench.plots import growth_plot, throughput_plot
-    from polymoe.bench.report import finish, growth_report, throughput_report
+    from polymoe.bench.report import growth_report, throughput_report
     from polymoe.bench.session import output_folder
     from polymoe.bench.throughput import ThroughputPlan, run_throughput
     from polymoe.bench.workload import Lengths
@@ -158,18 +159,12 @@ def throughput(
     if len(counts) > 1:
         results = asyncio.run(run_growth(Growth(plan, builders), console))
         growth_plot(results["points"], folder / "growth.png")
-        document = growth_report(results)
-        if report is not None:
-            write_report(report, document.title, document.sections, console)
-        finish(document, results, folder / "growth", console)
+        _finish(growth_report(results), results, folder / "growth", report)
         return
     builder = builders[counts[0]]
     results = asyncio.run(run_throughput(plan, builder, console))
     throughput_plot(results, folder / "throughput.png")
-    document = throughput_report(results)
-    if report is not None:
-        write_report(report, document.title, document.sections, console)
-    finish(document, results, folder / "throughput", console)
+    _finish(throughput_report(results), results, folder / "throughput", report)
 
 
 @_benchmark
@@ -195,7 +190,7 @@ def qos(
     """Open loop: Poisson arrivals for each variant, or a trace; latencies and goodput at each rate."""
     from polymoe.bench.plots import latency_plot, rate_plot
     from polymoe.bench.qos import QosPlan, run_qos
-    from polymoe.bench.report import finish, qos_report
+    from polymoe.bench.report import qos_report
     from polymoe.bench.session import output_folder
 
     plan = QosPlan(
@@ -211,10 +206,16 @@ def qos(
     if trace is None:
         rate_plot(results["rates"], folder / "qos-throughput.png")
     latency_plot(results["rates"], folder / "qos-latency.png")
-    document = qos_report(results)
+    _finish(qos_report(results), results, folder / "qos", report)
+
+
+def _finish(document: "Document", results: dict[str, Any], stem: Path, report: Path | None) -> None:
+    """Write the page that was asked for, then print the results and keep them as files `stem`.*."""
+    from polymoe.bench.report import finish
+
     if report is not None:
         write_report(report, document.title, document.sections, console)
-    finish(document, results, folder / "qos", console)
+    finish(document, results, stem, console)
 
 
 def _counts(text: str) -> list[int]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import RowMap
-from polymoe.model.variants.variant_stack import METADATA, VariantStack
+from polymoe.model.variants.variant_stack import METADATA, with_bias
 
 
 class PackedVariants(torch.Tensor):
@@ -66,11 +66,7 @@ def _linear(x: torch.Tensor, weight: PackedVariants, bias: Any = None) -> torch.
     flat = x.reshape(-1, x.shape[-1])
     segments = weight.context.batch.segments(flat.shape[0])
     out = weight.context.backend.packed_linear(flat.contiguous(), weight.packed, segments, weight.row_map)
-    if isinstance(bias, VariantStack):
-        out = out + bias.per_token(flat.shape[0])
-    elif bias is not None:
-        out = out + bias
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return with_bias(out, bias).view(*x.shape[:-1], out.shape[-1])
 
 
 def _embedding(

@@ -167,11 +167,14 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
     segments = weight.context.batch.segments(flat.shape[0])
     out = weight.context.backend.linear(flat.contiguous(), weight.rows, segments, weight.row_map)
+    return with_bias(out, bias).view(*x.shape[:-1], weight.own_shape[0])
+
+
+def with_bias(out: torch.Tensor, bias: Any) -> torch.Tensor:
+    """`out [T, O]`, of all tokens of the batch in order, and a bias: each variant's own, one for all, or none."""
     if isinstance(bias, VariantStack):
-        out = out + bias.per_token(flat.shape[0])
-    elif bias is not None:
-        out = out + bias
-    return out.view(*x.shape[:-1], weight.own_shape[0])
+        return out + bias.per_token(out.shape[0])
+    return out if bias is None else out + bias
 
 
 @_handles(F.embedding)
