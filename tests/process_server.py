@@ -18,7 +18,10 @@ BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True
 class ProcessServer:
     """A server in its own process, with its output in a file."""
 
-    def __init__(self, bundle: Path, folder: Path, grace: float, *flags: str, **popen: Any) -> None:
+    def __init__(
+        self, bundle: Path, folder: Path, grace: float, *flags: str, kv_cache: str = "16MB", **popen: Any
+    ) -> None:
+        """flags: of `polymoe serve`. popen: of the process, its environment for example."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -26,7 +29,7 @@ class ProcessServer:
         script = "from polymoe.cli.main import main; main()"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", "16MB"],
+                [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", kv_cache],
                 **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
             )
 
@@ -79,18 +82,16 @@ class ProcessServer:
         others = (c for c in found["server"].children(recursive=True) if c.pid != found["engine"].pid)
         return found | {f"renderer {k}": child for k, child in enumerate(sorted(others, key=lambda c: c.pid))}
 
-    def in_flight(self) -> dict[str, float]:
-        """What `/metrics` says of requests and of the KV cache, over all variants."""
-        found = {"running": 0.0, "waiting": 0.0, "kv": 0.0}
-        names = {"num_requests_running": "running", "num_requests_waiting": "waiting", "kv_cache_usage_perc": "kv"}
-        for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            for name, key in names.items():
-                if line.startswith(f"vllm:{name}{{"):
-                    found[key] += float(line.rsplit(" ", 1)[1])
-        return found
+    def metric(self, name: str) -> float:
+        """vLLM's metric of that name, added up over its labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        found = [line for line in lines if line.startswith((f"vllm:{name}{{", f"vllm:{name} "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
     def is_idle(self) -> bool:
-        return not any(self.in_flight().values()) and httpx.get(f"{self.url}/load").json() == {"server_load": 0}
+        """Nothing runs or waits, no block is held, and nobody waits for an answer."""
+        held = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        return not any(map(self.metric, held)) and httpx.get(f"{self.url}/load").json() == {"server_load": 0}
 
     def __enter__(self) -> "ProcessServer":
         return self
