@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test soak test-bounds test-clients test-ray test-slow sanitize emulate-amx wheel-test ui test-ui \
+.PHONY: install dev demo test soak test-bounds test-clients test-drills test-ray test-slow sanitize emulate-amx wheel-test ui test-ui \
 	lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
@@ -61,7 +61,7 @@ types: dev
 	$(BIN)/mypy benchmarks/compare/*.py
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not soak"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not soak and not drill"
 
 # Simulations of the scheduler's policies over long traces.
 test-slow: dev
@@ -72,7 +72,12 @@ test-ray: dev
 	$(PIP_INSTALL) -e '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m ray
 
-# Variants added, replaced and removed at random under traffic; minutes in SOAK_MINUTES.
+# Many clients or hostile ones against a whole server; each drill prints what it measured.
+test-drills: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m drill tests/drills
+
+# Variants added, replaced and removed at random under traffic, then all that clients do with the memory watched;
+# minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE.
 SOAK_MINUTES ?= 30
 soak: dev
 	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m soak

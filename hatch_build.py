@@ -55,8 +55,10 @@ def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bo
             return made
 
         try:
+            # Of what several objects have under one name (the C++ library's) the first is linked: it must run anywhere.
+            sources = sorted(folder.glob("*.cpp"), key=lambda source: (source.name in MORE_FLAGS, source.name))
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # which waits for compilers, a minute of a core in all
-                objects = list(pool.map(compiled, sorted(folder.glob("*.cpp"))))
+                objects = list(pool.map(compiled, sources))
             library = Path(temporary) / target.name
             command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]
             subprocess.run(command, check=True, capture_output=True)

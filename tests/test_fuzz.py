@@ -23,7 +23,7 @@ from families import make_family
 from polymoe.bundle.manifest import MANIFEST, digest_of, read_manifest, why_not_only_a_bundle
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.tensor_file import read_header
-from polymoe.engine.process import Channel
+from polymoe.engine.channel import Channel
 from polymoe.errors import BundleError, CheckpointError, EngineDeadError
 from polymoe.offline.api import make_plan
 from polymoe.protocol.messages import Abort, Accepted, GetStats, Outputs, Shutdown, decode_command, decode_event, frame

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -19,68 +18,8 @@ import psutil
 import pytest
 
 from polymoe.server.serve import stop_signals
-from servers import CONTEXT, events, free_port, make_bundle, wait_for
-
-BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True}
-
-
-class ProcessServer:
-    """A server in its own process, with its output in a file."""
-
-    def __init__(self, bundle: Path, folder: Path, grace: float, *flags: str, **popen: Any) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "log"
-        command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1", *flags]
-        script = "from polymoe.cli.main import main; main()"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", "16MB"],
-                **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
-            )
-
-    def wait_until_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                return httpx.get(f"{self.url}/ready").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_for(ready, timeout=120)
-
-    def engine(self) -> psutil.Process:
-        (engine,) = (c for c in psutil.Process(self.process.pid).children() if "polymoe.engine.process" in c.cmdline())
-        return engine
-
-    def stream(self, seen: list[Any], running: threading.Event, max_tokens: int) -> None:
-        """Read a stream to its end, in a thread."""
-        with httpx.stream(
-            "POST", f"{self.url}/v1/completions", json={**BODY, "max_tokens": max_tokens}, timeout=60
-        ) as r:
-            for event in events(r):
-                seen.append(event)
-                if len(seen) == 5:
-                    running.set()
-
-    def during_a_stream(self, action: Any, max_tokens: int = CONTEXT - 50) -> tuple[list[Any], int]:
-        """(what a client receives, the exit code) when `action` happens while it streams."""
-        self.wait_until_ready()
-        engine = self.engine()
-        seen: list[Any] = []
-        running = threading.Event()
-        reader = threading.Thread(target=self.stream, args=(seen, running, max_tokens))
-        reader.start()
-        assert running.wait(30)
-        action(engine)
-        code = self.process.wait(30)
-        reader.join(10)
-        assert not reader.is_alive(), "the client hangs"
-        wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
-        return seen, code
-
-    def stop(self, _: psutil.Process) -> None:
-        self.process.send_signal(signal.SIGTERM)
+from process_server import BODY, ProcessServer
+from servers import CONTEXT, make_bundle, wait_for
 
 
 class Terminal:

@@ -165,6 +165,11 @@ def test_effort_reaches_the_template(server: ThreadServer) -> None:
             {"tools": [NOW], "tool_choice": "required", "response_format": {"type": "json_object"}},
             "tool_choice",
         ),
+        (
+            "base",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {}}}]},
+            "tools",
+        ),
         ("base", {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
         ("base", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
         ("base", {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),

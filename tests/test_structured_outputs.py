@@ -285,6 +285,11 @@ def test_openai_client_streams_json(client: openai.OpenAI) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
             "response_format",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {}}}},
+            "response_format",
+        ),
+        ({"guided_json": {}}, "guided_json"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),

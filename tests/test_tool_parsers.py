@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,16 @@ def deep(*calls: str) -> str:
     return begin + "\n".join(call + text + end for text in calls) + close
 
 
+def dsml(outer: str, *calls: tuple[str, list[tuple[str, bool, str]]]) -> str:
+    text = f"<｜DSML｜{outer}>\n"
+    for name, arguments in calls:
+        text += f'<｜DSML｜invoke name="{name}">\n'
+        for key, is_text, value in arguments:
+            text += f'<｜DSML｜parameter name="{key}" string="{str(is_text).lower()}">{value}</｜DSML｜parameter>\n'
+        text += "</｜DSML｜invoke>\n"
+    return text + f"</｜DSML｜{outer}>"
+
+
 # format, answer, its text, its calls
 EXAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", "Just text with a < b.", "Just text with a < b.", []),
@@ -95,6 +106,36 @@ EXAMPLES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         "Wait.",
         [PARIS, ("now", {})],
     ),
+    (
+        "deepseek_v32",
+        "Wait.\n\n"
+        + dsml("function_calls", ("get_weather", [("city", True, 'New "York" </b>'), ("days", False, "3")])),
+        "Wait.\n\n",
+        [("get_weather", {"city": 'New "York" </b>', "days": 3})],
+    ),
+    (
+        "deepseek_v32",
+        dsml("function_calls", ("now", []), ("get_weather", [("city", True, "5"), ("where", False, '{"a": [1]}')])),
+        "",
+        [("now", {}), ("get_weather", {"city": "5", "where": {"a": [1]}})],
+    ),
+    (
+        "deepseek_v32",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n{"city": "Paris"}\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>",
+        "",
+        [PARIS],
+    ),
+    ("deepseek_v4", dsml("tool_calls", ("get_weather", [("city", True, "Paris")])), "", [PARIS]),
+    ("llama", '{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
+    (
+        "llama",
+        '<|python_tag|>{"name": "now", "parameters": {}}; {"name": "get_weather", "parameters": {"city": "Paris"}}',
+        "",
+        [("now", {}), PARIS],
+    ),
+    ("llama", '{"name": "Ada", "parameters": 36}', '{"name": "Ada", "parameters": 36}', []),
+    ("llama", 'It is {"name": "now", "parameters": {}}.', 'It is {"name": "now", "parameters": {}}.', []),
     ("mistral", '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [PARIS]),
     (
         "mistral",
@@ -167,6 +208,8 @@ def test_arguments_come_while_they_are_written() -> None:
         ("glm_xml", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>a very long name"),
         ("deepseek", deep(f'get_weather{DEEP[2]}{{"city": "a very long name')[: -len(DEEP[3] + DEEP[4])]),
         ("mistral", '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "a very long name'),
+        ("llama", '{"name": "get_weather", "parameters": {"city": "a very long name'),
+        ("deepseek_v32", dsml("function_calls", ("get_weather", [("city", True, "a very long name")])).split("</")[0]),
         ("harmony", '<|channel|>commentary to=functions.get_weather<|message|>{"city": "a very long name'),
     ):
         parser = TOOL_PARSERS[name](TOOLS)
@@ -208,12 +251,30 @@ def test_what_forced_calls_may_look_like(
             ("<function", "<|start|>", "<tool_call>now<", "<tool_call>get_weather<", "[TOOL_CALLS]get_weather{")
         )
         or "CALL_ID" in answer
+        or answer.startswith("<|python_tag|>")
+        or '">\n{' in answer
     )
     if calls and usual and not odd and name != "harmony":
         assert matches(tokenizer, grammar, answer), grammar
         assert not matches(tokenizer, grammar, answer.replace("get_weather", "get_wether").replace("now", "new"))
         if len(calls) == 2:
             assert not matches(tokenizer, TOOL_PARSERS[name].grammar(TOOLS, False, Token({})), answer)
+
+
+def test_forced_calls_where_the_marker_is_a_special_token(tmp_path: Path) -> None:
+    """Any text can be an argument then too, what looks like the beginning of the end included."""
+    fast = make_tokenizer(tmp_path, all_bytes=True)
+    fast.add_special_tokens({"additional_special_tokens": ["｜DSML｜"]})
+    special = {"｜DSML｜": fast.convert_tokens_to_ids("｜DSML｜")}
+    tokenizer = LLTokenizer(fast.backend_tokenizer.to_str(), eos_token=[1])
+    grammar = TOOL_PARSERS["deepseek_v32"].grammar(TOOLS, True, Token(special))
+    for city in ("Paris", "a < b", "<b></b>", "</", ""):
+        answer = dsml("function_calls", ("get_weather", [("city", True, city), ("unit", True, "c")]), ("now", []))
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        ids = fast(answer, add_special_tokens=False)["input_ids"]
+        assert ids.count(special["｜DSML｜"]) == 10
+        assert matcher.try_consume_tokens(ids) == len(ids), (city, matcher.get_error())
+        assert matcher.is_accepting()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,11 @@ def test_a_response_thinks(client: openai.OpenAI) -> None:
         ({"nonsense": 1}, "nonsense"),
         ({"max_output_tokens": 100000}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "strong"}}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "strict": True, "schema": {"type": "object"}}}},
+            "text.format",
+        ),
+        ({"tools": [{"type": "function", "name": "a", "strict": True, "parameters": {"type": "object"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     ],

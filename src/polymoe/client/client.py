@@ -182,9 +182,10 @@ class AsyncEngineClient:
         *,
         cache_salt: str = "",
         qos: QoS = _EQUAL,
+        whole: bool = True,
     ) -> RequestStream:
         """Give prompts to the engine, all or none. What is wrong with them is found here; whether there is room
-        for them is for the engine to say.
+        for them is for the engine to say. Not `whole`: the stream's results have no text, tokens and logprobs.
 
         Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
         `EngineDeadError`.
@@ -195,7 +196,7 @@ class AsyncEngineClient:
         _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
             self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(request_id, len(prompts), self.abort)
+        stream = RequestStream(request_id, len(prompts), self.abort, sampling.n)
         submission = next(self._submissions)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
@@ -211,6 +212,7 @@ class AsyncEngineClient:
                     cache_salt=cache_salt,
                     qos=qos,
                     arrival_time=time.monotonic(),
+                    whole=whole,
                 )
                 self._streams[request_id] = stream
                 self._place_of[request_id] = info.place

@@ -43,6 +43,7 @@ class EngineClient(Protocol):
         *,
         cache_salt: str = "",
         qos: QoS = ...,
+        whole: bool = ...,
     ) -> RequestStream: ...
 
     async def stats(self, routing: bool = False) -> EngineStats: ...

@@ -193,6 +193,7 @@ class OutputProcessor:
         qos: QoS = _EQUAL,
         arrival_time: float = 0.0,
         fit: bool = False,
+        whole: bool = True,
     ) -> list[EngineRequest]:
         """Check a request and take note of it.
 
@@ -200,6 +201,7 @@ class OutputProcessor:
             prompt: text, or token ids (`text` is then what the output reports as its prompt, if given).
             prompt_index: of a request with several prompts, each given by a call of its own.
             arrival_time: seconds, time.monotonic().
+            whole: the result is wanted, and not only what comes step by step.
             fit: nobody asked for `max_tokens`; it is lowered to what the context has room for.
 
         Returns: the `n` engine requests to add. The engine relies on what is checked here and does not check it again.
@@ -230,7 +232,7 @@ class OutputProcessor:
         )
         engine_requests = []
         for k in range(sampling.n):
-            sequence = OutputSequence(request, k, frozenset(stop_ids))
+            sequence = OutputSequence(request, k, frozenset(stop_ids), whole)
             request.sequences.append(sequence)
             self._sequences[sequence.id] = sequence
             engine_requests.append(

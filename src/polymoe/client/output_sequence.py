@@ -1,6 +1,6 @@
 """One of the n sequences of a request, on its way from tokens back to text."""
 
-from dataclasses import dataclass
+import msgspec
 
 from polymoe.client.stop_strings import StopStrings
 from polymoe.protocol.request import (
@@ -15,8 +15,7 @@ from polymoe.protocol.request import (
 from polymoe.text.tokenizer import VariantTokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionChunk:
+class CompletionChunk(msgspec.Struct, frozen=True):
     """What one step added to one of the n sequences of a request."""
 
     request_id: str
@@ -75,7 +74,8 @@ class ClientRequest:
 class OutputSequence:
     """One of the n sequences: tokens come in, text goes out."""
 
-    def __init__(self, request: ClientRequest, index: int, stop_ids: frozenset[int]) -> None:
+    def __init__(self, request: ClientRequest, index: int, stop_ids: frozenset[int], whole: bool = True) -> None:
+        """whole: `result` is asked for at the end. A stream that nobody reads would keep what it has given out."""
         sampling = request.sampling
         self.request = request
         self.id = SequenceId(request.request_id, request.prompt_index, index)
@@ -86,12 +86,18 @@ class OutputSequence:
             tokenizer.detokenizer(request.continued_token_ids, sampling.skip_special_tokens) if tokenizer else None
         )
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
+        # A step then brings text and nothing else, unless it is the last.
+        self._is_plain = self._detokenizer is not None and not sampling.stop and sampling.logprobs is None
+        self._whole = whole
+        self._num_tokens = 0
         self._pieces: list[str] = []
         logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
         self.output = CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs)
 
     def update(self, new: TokenOutput) -> CompletionChunk:
         """Take the tokens of a step. Tokens behind a stop string are dropped."""
+        if self._is_plain and new.finish_reason is None and new.prompt_logprobs is None:
+            return self._grow(new)
         text, count, stop = self._push(new)
         if stop is None and new.finish_reason is not None:
             held, stop = self._flush(may_stop=self._may_stop(count) and new.finish_reason != "abort")
@@ -100,7 +106,8 @@ class OutputSequence:
         logprobs = None
         if self.output.logprobs is not None and new.logprobs is not None:
             logprobs = [self._logprob_dict(entry, self._sampling.logprobs) for entry in new.logprobs[:count]]
-            self.output.logprobs += logprobs
+            if self._whole:
+                self.output.logprobs += logprobs
         request = self.request
         prompt_logprobs = None
         if new.prompt_logprobs is not None:
@@ -113,8 +120,7 @@ class OutputSequence:
         stop_reason: int | str | None = stop
         if stop is None and new.stop_reason in self._sampling.stop_token_ids:
             stop_reason = new.stop_reason  # the end-of-text token is no reason to report, as in vLLM
-        self.output.token_ids += token_ids
-        self._pieces.append(text)
+        self._keep(token_ids, text)
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
         return CompletionChunk(
             request_id=request.request_id,
@@ -130,10 +136,33 @@ class OutputSequence:
             timing=None if finish_reason is None else (new.queue_time, new.prefill_time, new.decode_time),
         )
 
+    def _keep(self, token_ids: list[int], text: str) -> None:
+        self._num_tokens += len(token_ids)
+        if self._whole:
+            self.output.token_ids += token_ids
+            self._pieces.append(text)
+
+    def _grow(self, new: TokenOutput) -> CompletionChunk:
+        """What `update` comes to for nearly all tokens, in less time."""
+        assert self._detokenizer is not None
+        text = "".join(map(self._detokenizer.push, new.new_token_ids))
+        self._keep(new.new_token_ids, text)
+        request = self.request
+        if new.num_cached_tokens > request.num_cached_tokens:
+            request.num_cached_tokens = new.num_cached_tokens
+        return CompletionChunk(
+            request_id=request.request_id,
+            prompt_index=request.prompt_index,
+            index=self.output.index,
+            text=text,
+            token_ids=new.new_token_ids,
+            num_cached_tokens=new.num_cached_tokens,
+        )
+
     def finish(self, reason: str) -> CompletionChunk:
         """End without another token."""
         text, _ = self._flush(may_stop=False)
-        self._pieces.append(text)
+        self._keep([], text)
         self.output.finish_reason = reason
         return CompletionChunk(
             request_id=self.request.request_id,
@@ -186,7 +215,7 @@ class OutputSequence:
 
     def _may_stop(self, count: int) -> bool:
         """Whether a stop string may end the text with the `count`-th of the step's tokens."""
-        return len(self.output.token_ids) + count > self._sampling.min_tokens
+        return self._num_tokens + count > self._sampling.min_tokens
 
     def _flush(self, may_stop: bool) -> tuple[str, str | None]:
         """(the text still held, the stop string that was found in it)."""

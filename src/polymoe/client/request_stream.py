@@ -14,13 +14,16 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
     Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
     """
 
-    def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None]) -> None:
-        self.request_id, self.num_prompts = request_id, num_prompts
+    def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None], n: int = 1) -> None:
+        """n: answers to each prompt."""
+        self.request_id, self.num_prompts, self.num_sequences = request_id, num_prompts, num_prompts * n
         self.results: dict[int, RequestOutput] = {}  # index of the prompt -> its complete output, filled as they end
         self.restartable = False  # nobody has seen a chunk, nor will before the end: the answer may begin again
+        # Takes a chunk at once while the reader waits for one, without waking it; False: it is the reader's.
+        self.sink: Callable[[CompletionChunk], bool] | None = None
         self._abort = abort
         self._chunks: list[CompletionChunk] = []
-        self._delivered = False
+        self._delivered = self._waiting = False
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
@@ -32,7 +35,11 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
             if self.is_complete:
                 raise StopAsyncIteration
             self._wake.clear()
-            await self._wake.wait()
+            self._waiting = True
+            try:
+                await self._wake.wait()
+            finally:
+                self._waiting = False
         chunks, self._chunks = self._chunks, []
         self._delivered = True
         return chunks
@@ -55,9 +62,18 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
         self.close()
 
     def push_chunk(self, chunk: CompletionChunk) -> None:
-        if self._error is None:  # after an error the chunks are only those of the abort that follows it
-            self._chunks.append(chunk)
-            self._wake.set()
+        if self._error is not None:  # after an error the chunks are only those of the abort that follows it
+            return
+        if self.sink is not None and self._waiting and not self._chunks:
+            try:
+                if self.sink(chunk):
+                    self._delivered = True
+                    return
+            except Exception as error:
+                self.fail(error)
+                return
+        self._chunks.append(chunk)
+        self._wake.set()
 
     def push_result(self, result: RequestOutput) -> None:
         self.results[result.prompt_index] = result

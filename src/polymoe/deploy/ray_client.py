@@ -125,11 +125,14 @@ class RayClient:
         *,
         cache_salt: str = "",
         qos: QoS = _EQUAL,
+        whole: bool = True,
     ) -> RequestStream:
-        """As `AsyncEngineClient.submit`. What is wrong with a request is found by the replica.
+        """As `AsyncEngineClient.submit`; the results are whole in any case. What is wrong with a request is found by
+        the replica.
 
         A replica that is lost before anybody has seen a part of the answer is replaced by another one.
         """
+        del whole
         self.processor.variant(variant)
         asked = Generate(
             request_id=request_id, variant=variant, prompts=list(prompts), sampling=sampling, cache_salt=cache_salt,
@@ -140,7 +143,7 @@ class RayClient:
         def abort(_: list[str]) -> None:
             pump.cancel()
 
-        stream = RequestStream(request_id, len(prompts), abort)
+        stream = RequestStream(request_id, len(prompts), abort, sampling.n)
         pump = asyncio.create_task(self._pump(asked, stream, accepted), name=request_id)
         self._tasks.add(pump)
         pump.add_done_callback(self._tasks.discard)

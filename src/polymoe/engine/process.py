@@ -8,7 +8,6 @@ SIGTERM, a terminal that is closed) are left to the server, which lets running r
 """
 
 import argparse
-import select
 import signal
 import socket
 import sys
@@ -20,10 +19,10 @@ from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
 
 # isort: split
 from polymoe.config import EngineConfig
+from polymoe.engine.channel import Channel
 from polymoe.engine.core import EngineCore
 from polymoe.errors import PolymoeError, RequestError
 from polymoe.protocol.messages import (
-    HEADER_BYTES,
     Abort,
     Accepted,
     Add,
@@ -34,7 +33,6 @@ from polymoe.protocol.messages import (
     DropVariant,
     Fatal,
     GetStats,
-    Message,
     Outputs,
     Progress,
     Ready,
@@ -42,9 +40,6 @@ from polymoe.protocol.messages import (
     Shutdown,
     Start,
     Stats,
-    body_length,
-    decode_command,
-    frame,
 )
 
 MakeCore = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
@@ -52,43 +47,6 @@ MakeCore = Callable[[EngineConfig, Callable[[str, float], None]], EngineCore]
 # A step without output (a chunk of a long prompt) is reported this often, in seconds: proof of life without noise.
 _SIGN_OF_LIFE_EVERY = 0.5
 _LOOK_AGAIN = 0.002  # seconds that an idle engine waits for a command while variants come or go
-
-
-class Channel:
-    """The engine's end of the socket. `EOFError` or `OSError` from any method: the server is gone."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._buffer = bytearray()
-
-    def send(self, message: Message) -> None:
-        self._sock.sendall(frame(message))
-
-    def receive(self, wait_for: float | None) -> list[Command]:
-        """All commands that have arrived; waits for one, for so many seconds, None: for ever."""
-        commands: list[Command] = []
-        while True:
-            wait = 0 if commands else wait_for
-            if not select.select([self._sock], [], [], wait)[0]:
-                return commands
-            data = self._sock.recv(1 << 20)
-            if not data:
-                raise EOFError
-            self._buffer += data
-            commands += self._take_frames()
-
-    def _take_frames(self) -> list[Command]:
-        commands = []
-        start = 0
-        while len(self._buffer) - start >= HEADER_BYTES:
-            body = start + HEADER_BYTES
-            end = body + body_length(bytes(self._buffer[start:body]))
-            if end > len(self._buffer):
-                break
-            commands.append(decode_command(bytes(self._buffer[body:end])))
-            start = end
-        del self._buffer[:start]
-        return commands
 
 
 def run(core: EngineCore, channel: Channel, commands: Sequence[Command] = ()) -> None:

@@ -185,7 +185,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # of the token itself, 1 = the most probable
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one engine step added to one request."""
 
     request_id: SequenceId

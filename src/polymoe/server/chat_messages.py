@@ -10,6 +10,7 @@ from polymoe.errors import RequestError
 from polymoe.server.errors import printable
 from polymoe.server.known_fields import OF_MESSAGES
 from polymoe.server.strict import Strict
+from polymoe.server.strict_schema import check_strict
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 256
@@ -22,7 +23,13 @@ class Function(Strict):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None  # a JSON schema; null: no arguments are described
-    strict: bool | None = None  # the schema holds either way where calls are forced
+    strict: bool | None = None  # the schema holds either way where calls are forced; true: OpenAI's rules for it
+
+    @model_validator(mode="after")
+    def check_rules(self) -> "Function":
+        if self.strict and self.parameters is not None:
+            check_strict(self.parameters, f"function '{self.name}'", "tools")
+        return self
 
 
 class Tool(Strict):

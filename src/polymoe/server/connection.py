@@ -44,6 +44,30 @@ def raise_file_limit() -> int:
     return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
+class PieceWriter:
+    """Writes the pieces of an answer that is sent while it is made, past h11 and the middleware, which have nothing to
+    say between its head and its end and would cost more than the rest of a token's way. In the scope's extensions."""
+
+    EXTENSION = "polymoe.pieces"
+
+    def __init__(self, connection: "Connection") -> None:
+        self._transport, self._flow, self._cycle = connection.transport, connection.flow, connection.cycle
+        self._is_chunked = connection.scope["http_version"] == "1.1"  # as h11 decides for an answer without a length
+
+    @property
+    def is_paused(self) -> bool:
+        """The client reads more slowly than is written: `drain` first."""
+        return self._flow.write_paused
+
+    async def drain(self) -> None:
+        await self._flow.drain()
+
+    def write(self, piece: bytes) -> None:
+        """Nothing happens where the client has gone."""
+        if not self._cycle.disconnected:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._is_chunked else piece)
+
+
 class Connection(H11Protocol):
     """uvicorn's, with limits. Beyond the largest number of connections the one that has idled longest makes room; where
     none idles, the new one is told to come later."""
@@ -76,6 +100,7 @@ class Connection(H11Protocol):
         elif self.cycle is not before:  # the head is complete
             self._limits.idle.pop(self, None)
             self._cancel_head()
+            self._extend_scope()
         elif self._is_idle and self._head_timer is None:
             self._await_head()
 
@@ -104,6 +129,12 @@ class Connection(H11Protocol):
                 self._await_head()
             if self.conn.their_state is h11.SEND_BODY:
                 self.loop.call_later(_LINGER, self._end_linger, before)
+        else:
+            self._extend_scope()
+
+    def _extend_scope(self) -> None:
+        """The application has not seen this request yet."""
+        self.scope.setdefault("extensions", {})[PieceWriter.EXTENSION] = PieceWriter(self)
 
     def _end_linger(self, cycle: object) -> None:
         if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:

@@ -29,6 +29,10 @@ class Format(ABC):
     def chunks(self, chunk: CompletionChunk) -> list[Json]:
         """The events for what one step added."""
 
+    def encoded(self, chunk: CompletionChunk) -> bytes:
+        """`chunks` as they are sent."""
+        return b"".join(map(self.event, self.chunks(chunk)))
+
     def closing(self) -> list[Json]:
         """The events after the last chunk."""
         return []

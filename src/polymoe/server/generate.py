@@ -173,7 +173,9 @@ async def _answer(
         if tenant is not None:
             tenant.begin(sum(lengths))
             begun = True
-        stream = await state.client.submit(request_id, model, prompts, sampling, cache_salt=salt, qos=qos)
+        stream = await state.client.submit(
+            request_id, model, prompts, sampling, cache_salt=salt, qos=qos, whole=not form.stream
+        )
     except BaseException as error:
         if tenant is not None and begun:
             tenant.end()

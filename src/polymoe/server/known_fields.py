@@ -60,6 +60,15 @@ _VLLM: Inert = {
     "watermarking": (None, False),
 }
 OF_GENERATION: Inert = {**_OPENAI, **_VLLM}
+# Older names of what is implemented under another.
+INSTEAD: Mapping[str, str] = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_choice": "structured_outputs with choice",
+    "guided_grammar": "structured_outputs with grammar",
+    "guided_json": "structured_outputs with json",
+    "guided_regex": "structured_outputs with regex",
+}
 
 # Of chats, which completions do not know.
 OF_COMPLETIONS: Inert = {

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from polymoe.protocol.info import EngineInfo, EngineStats
 from polymoe.server.engine_metrics import EngineCollector
 from polymoe.server.recent import Recent
+from polymoe.server.tally import TallyHistogram
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -71,7 +72,8 @@ class Metrics:
         )
         self.success = counter("vllm:request_success", "Sequences that ended, by reason.", "finished_reason")
         self.first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
-        self.between_tokens = histogram("vllm:inter_token_latency_seconds", "Token to token.", _BETWEEN_TOKENS)
+        self.between_tokens = TallyHistogram("vllm:inter_token_latency_seconds", "Token to token.", _BETWEEN_TOKENS)
+        self._registry.register(self.between_tokens)
         self.whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST)
         self.queue = histogram("vllm:request_queue_time_seconds", "Waiting to be scheduled.", _REQUEST)
         self.prefill = histogram("vllm:request_prefill_time_seconds", "Scheduled to first token.", _REQUEST)

@@ -30,7 +30,10 @@ class Recent:
         self._past: deque[dict[str, _Second]] = deque(maxlen=_SECONDS)
 
     def _of(self, variant: str) -> _Second:
-        return self._now.setdefault(variant, _Second())
+        found = self._now.get(variant)
+        if found is None:
+            found = self._now[variant] = _Second()
+        return found
 
     def prompt(self, variant: str, tokens: int) -> None:
         self._of(variant).prompt_tokens += tokens

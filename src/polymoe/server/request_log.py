@@ -66,8 +66,9 @@ class RecordedRequest:
     def __init__(self, log: RequestLog, record: RequestRecord, arrival: float) -> None:
         self._log, self._record, self._arrival = log, record, arrival  # time.monotonic()
 
-    def observe(self, chunks: Sequence[CompletionChunk]) -> None:
-        record, now = self._record, time.monotonic()
+    def observe(self, chunks: Sequence[CompletionChunk], now: float) -> None:
+        """now: time.monotonic()."""
+        record = self._record
         for chunk in chunks:
             if chunk.token_ids and record.first_token is None:
                 record.first_token = round(now - self._arrival, 6)

@@ -14,6 +14,15 @@ from polymoe.server.traces import Tracer
 _Key = tuple[int, int]  # (prompt, which of its n)
 
 
+class _Progress:
+    """Of one sequence: the time of its last token, time.monotonic(), and its tokens."""
+
+    __slots__ = ("last", "tokens")
+
+    def __init__(self) -> None:
+        self.last, self.tokens = 0.0, 0
+
+
 class RequestTimer:
     """Latencies are those that its client sees.
 
@@ -34,8 +43,7 @@ class RequestTimer:
         self._http, self._recorded, self._tenant, self._tracer = http, recorded, tenant, tracer
         self._variant, self._recent, self._metrics = http.variant, metrics.recent, metrics.of(http.variant)
         self._open = {(p, k) for p in range(len(prompt_lengths)) for k in range(sampling.n)}
-        self._last: dict[_Key, float] = {}  # time of its last token
-        self._tokens: dict[_Key, int] = {}
+        self._progress: dict[_Key, _Progress] = {}  # of those that have a token
         http.num_prompt_tokens = sum(prompt_lengths)
         self._metrics.prompt_tokens.inc(http.num_prompt_tokens)
         self._recent.prompt(self._variant, http.num_prompt_tokens)
@@ -47,22 +55,28 @@ class RequestTimer:
     def observe(self, chunks: Sequence[CompletionChunk]) -> None:
         now = time.monotonic()
         metrics = self._metrics
-        self._recorded.observe(chunks)
+        self._recorded.observe(chunks, now)
         for chunk in chunks:
             key = (chunk.prompt_index, chunk.index)
             if chunk.token_ids:
                 count = len(chunk.token_ids)
                 metrics.generation_tokens.inc(count)
-                self._tokens[key] = self._tokens.get(key, 0) + count
+                progress = self._progress.get(key)
+                first = progress is None
+                if progress is None:
+                    progress = self._progress[key] = _Progress()
+                    latency = now - self._http.started
+                    metrics.first_token.observe(latency)
+                    self._http.first_token = self._http.first_token or now
+                else:
+                    latency = now - progress.last
+                    metrics.between_tokens.observe(latency)
+                progress.tokens += count
+                progress.last = now
                 self._http.num_tokens += count
                 if self._tenant is not None:
                     self._tenant.charge(count)
-                first = key not in self._last
-                latency = now - (self._http.started if first else self._last[key])
-                (metrics.first_token if first else metrics.between_tokens).observe(latency)
                 self._recent.token(self._variant, count, latency, first)
-                self._http.first_token = self._http.first_token or now
-                self._last[key] = now
             if chunk.finish_reason is not None:
                 self._end(key, chunk.finish_reason)
                 metrics.whole.observe(now - self._http.started)
@@ -75,7 +89,7 @@ class RequestTimer:
         metrics.prefill.observe(prefill)
         metrics.decode.observe(decode)
         metrics.inference.observe(prefill + decode)
-        count = self._tokens.get(key, 0)
+        count = self._count(key)
         if count > 1:
             metrics.per_output_token.observe(decode / (count - 1))
         if self._tracer is not None:
@@ -84,8 +98,12 @@ class RequestTimer:
     def _end(self, key: _Key, reason: str) -> None:
         self._open.discard(key)
         self._metrics.ended[reason].inc()
-        self._metrics.request_generation_tokens.observe(self._tokens.get(key, 0))
+        self._metrics.request_generation_tokens.observe(self._count(key))
         self._http.finish_reasons.append(reason)
+
+    def _count(self, key: _Key) -> int:
+        progress = self._progress.get(key)
+        return 0 if progress is None else progress.tokens
 
     def close(self, error: str | None = None) -> None:
         """Sequences that did not end by themselves were aborted, or failed with `error`. Idempotent."""
@@ -95,11 +113,11 @@ class RequestTimer:
         for key in sorted(self._open):
             self._end(key, "abort")
         longest: dict[int, int] = {}
-        for (prompt, _), count in self._tokens.items():
-            longest[prompt] = max(count, longest.get(prompt, 0))
+        for (prompt, _), progress in self._progress.items():
+            longest[prompt] = max(progress.tokens, longest.get(prompt, 0))
         for count in longest.values():
             self._metrics.request_max_generation_tokens.observe(count)
-        self._tokens.clear()
+        self._progress.clear()
         if self._tenant is not None:
             self._tenant.end()
             self._tenant = None

@@ -7,12 +7,13 @@ from polymoe.client.interface import Prompt
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.protocol.request import CompletionOutput, Logprob, RequestOutput
 from polymoe.server.answers import AnswerFormat, AnswerPart, AnswerReader
-from polymoe.server.format import Format, Json
+from polymoe.server.format import Format, Json, encode_json
 from polymoe.server.logprobs import LegacyLogprobs, chat_logprobs, prompt_logprobs_json
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.text.tokenizer import VariantTokenizer
 
 Piece = CompletionChunk | CompletionOutput  # a part of a sequence, or all of it
+_MARK = "\0 text \0"  # is in no model's name and in no id
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None
 
 
@@ -44,8 +45,27 @@ class ChoicesFormat(Format):
         self._completion_tokens = 0
         self._return_token_ids = bool(body.return_token_ids)
         self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._only_text = not (self._return_token_ids or self._wants_prompt_logprobs or self._continuous_usage)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # index -> what comes before and after the text
         self._prompted: set[int] = set()  # indices whose prompt has been given
         self._cached_tokens: dict[int, int] = {}  # index of the prompt -> tokens of it found in the prefix cache
+
+    def encoded(self, chunk: CompletionChunk) -> bytes:
+        """Nearly all chunks differ in their text only: the rest is encoded once for a choice."""
+        if not self._only_text or chunk.finish_reason is not None:
+            return super().encoded(chunk)
+        p = chunk.prompt_index
+        self._count(p, chunk.token_ids, chunk.num_cached_tokens)
+        index = self._index(p, chunk.index)
+        frame = self._frames.get(index)
+        if frame is None:
+            before, _, after = self.event(self._chunk([self._plain(index, _MARK)])).partition(encode_json(_MARK))
+            frame = self._frames[index] = before, after
+        return frame[0] + encode_json(chunk.text) + frame[1]
+
+    def _plain(self, index: int, text: str) -> Json:
+        """An entry of `choices` for a chunk that has nothing but text, where `_only_text` is set."""
+        raise NotImplementedError
 
     def chunks(self, chunk: CompletionChunk) -> list[Json]:
         p = chunk.prompt_index
@@ -131,6 +151,7 @@ class CompletionFormat(ChoicesFormat):
         # echo with max_tokens 0 asks for the prompt alone; the engine makes one token all the same.
         self._prompt_only = self._echo and body.max_tokens == 0
         self._wants_logprobs = body.logprobs is not None
+        self._only_text &= not self._echo and not self._wants_logprobs
         self._skip_special = body.skip_special_tokens is not False
         self._logprobs: dict[int, LegacyLogprobs] = {}  # index -> how far its text offsets are
         self._echoed: set[int] = set()  # indices
@@ -151,8 +172,7 @@ class CompletionFormat(ChoicesFormat):
             form = self._logprobs.setdefault(index, LegacyLogprobs(self._tokenizer, self._skip_special))
             arrays = form.json(token_ids, logprobs)
         choice: Json = {
-            "index": index,
-            "text": text,
+            **self._plain(index, text),
             "logprobs": arrays,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
@@ -161,6 +181,9 @@ class CompletionFormat(ChoicesFormat):
         if self._wants_prompt_logprobs:
             choice["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
         return choice
+
+    def _plain(self, index: int, text: str) -> Json:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def _count(self, p: int, token_ids: Sequence[int], cached: int) -> None:
         super()._count(p, [] if self._prompt_only else token_ids, cached)
@@ -189,6 +212,7 @@ class ChatFormat(ChoicesFormat):
         self._answers = answers
         self._readers: dict[int, AnswerReader] = {}  # by the index of their choice
         self._top = (body.top_logprobs or 0) if body.logprobs else None
+        self._only_text &= answers.is_plain and self._top is None
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
@@ -222,6 +246,10 @@ class ChatFormat(ChoicesFormat):
             "stop_reason": piece.stop_reason,
             **({"token_ids": list(piece.token_ids)} if self._return_token_ids else {}),
         }
+
+    def _plain(self, index: int, text: str) -> Json:
+        rest = dict.fromkeys(("logprobs", "finish_reason", "stop_reason"))
+        return {"index": index, "delta": {"content": text}, **rest}
 
     def _delta(self, part: AnswerPart) -> Json:
         """`reasoning` has two names, the newer one and the one that clients know; a delta has what is in it."""

@@ -11,8 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
 from polymoe.errors import NoProbabilitiesError, PolymoeError, RequestError
+from polymoe.server.connection import PieceWriter
 from polymoe.server.errors import error_response
 from polymoe.server.format import Format, encode_json
 from polymoe.server.request_timer import RequestTimer
@@ -52,11 +54,12 @@ class EventStream(Response):
         self._form = form
         self._timer = timer
         self._error: str | None = None
+        self._writer: PieceWriter | None = None  # None: another server than ours runs the application
         # Proxies must not collect events, and nobody may keep them.
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
+        self._writer = scope.get("extensions", {}).get(PieceWriter.EXTENSION)
         sender = asyncio.create_task(self._send(send))
         watcher = asyncio.create_task(disconnected(receive))
         try:
@@ -70,9 +73,26 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if self._writer is not None and self._stream.num_sequences == 1:  # of several the chunks of a step go together
+            self._stream.sink = self._write_chunk
         async for event in self._events():
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            if self._writer is None:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                continue
+            if self._writer.is_paused:
+                await self._writer.drain()
+            self._writer.write(event)
+        self._stream.sink = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _write_chunk(self, chunk: CompletionChunk) -> bool:
+        """At once, where nothing has to wait: no task is woken for a token."""
+        if self._writer is None or self._writer.is_paused or chunk.finish_reason is not None:
+            return False
+        self._timer.observe((chunk,))
+        if event := self._form.encoded(chunk):
+            self._writer.write(event)
+        return True
 
     async def _events(self) -> AsyncIterator[bytes]:
         form = self._form
@@ -81,8 +101,8 @@ class EventStream(Response):
                 yield b"".join(map(form.event, opening))
             async for chunks in self._stream:
                 self._timer.observe(chunks)
-                if events := [form.event(event) for chunk in chunks for event in form.chunks(chunk)]:
-                    yield b"".join(events)
+                if event := b"".join(map(form.encoded, chunks)):
+                    yield event
                 if any(chunk.finish_reason == "error" for chunk in chunks):
                     raise NoProbabilitiesError(form.model)
             if closing := form.closing():

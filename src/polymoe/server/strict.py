@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from polymoe.server.errors import printable
-from polymoe.server.known_fields import Inert, asks_for_nothing
+from polymoe.server.known_fields import INSTEAD, Inert, asks_for_nothing
 
 
 def _document_unsupported(schema: dict[str, Any], model: "type[Strict]") -> None:
@@ -49,6 +49,8 @@ class Strict(BaseModel):
                 )
             elif not asks_for_nothing(value, cls.unsupported[name]):
                 allowed = " or ".join(json.dumps(value) for value in cls.unsupported[name])
+                if name in INSTEAD:
+                    allowed += f"; send {INSTEAD[name]} in its place"
                 raise PydanticCustomError(
                     "unsupported_parameter",
                     "{name} is not supported by this server; leave it out, or send {allowed}.",

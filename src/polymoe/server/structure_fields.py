@@ -6,15 +6,23 @@ from pydantic import Field, model_validator
 
 from polymoe.errors import RequestError
 from polymoe.protocol.structured_outputs import MAX_CHOICES, StructuredOutputsParams
+from polymoe.server.errors import printable
 from polymoe.server.known_fields import OF_STRUCTURED_OUTPUTS
 from polymoe.server.strict import Strict
+from polymoe.server.strict_schema import check_strict
 
 
 class JsonSchema(Strict):
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")  # None: any object
-    strict: bool | None = None  # the schema holds either way
+    strict: bool | None = None  # the schema holds either way; true: it has to keep OpenAI's rules
+
+    @model_validator(mode="after")
+    def check_rules(self) -> "JsonSchema":
+        if self.strict and self.schema_ is not None:
+            check_strict(self.schema_, f"response_format '{printable(self.name)}'", "response_format")
+        return self
 
 
 class ResponseFormat(Strict):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from polymoe.text.detokenizer import REPLACEMENT
 
+_MOST_PIECES = 65536  # remembered
 _incremental = codecs.getincrementaldecoder("utf-8")
 
 
@@ -43,11 +44,13 @@ class ByteFallbackDetokenizer:
         byte_of: Callable[[int], int | None],
         has_text: Callable[[int], bool],
         context: Sequence[int] = (),
+        pieces: dict[int, str] | None = None,
     ) -> None:
         """`decode` gives the text of ids; `byte_of` the byte that a token stands for, None for any other token;
         `has_text` says which tokens `decode` does not leave out. `context` are the last of those before the first one
-        pushed."""
+        pushed. `pieces`: the text of tokens that are not the first, which many sequences may share."""
         self._decode, self._byte_of, self._has_text = decode, byte_of, has_text
+        self._pieces = {} if pieces is None else pieces
         # The last token given out: whether a piece's first space is kept depends on whether it is the first.
         self._anchor: int | None = None
         self._run: list[int] = []
@@ -97,9 +100,15 @@ class ByteFallbackDetokenizer:
         return text
 
     def _piece(self, token_id: int) -> str:
-        before = [] if self._anchor is None else [self._anchor]
-        self._anchor = token_id
-        return self._decode([*before, token_id])[len(self._decode(before)) if before else 0 :]
+        anchor, self._anchor = self._anchor, token_id
+        if anchor is None:
+            return self._decode([token_id])
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._decode([anchor, token_id])[len(self._decode([anchor])) :]
+            if len(self._pieces) < _MOST_PIECES:
+                self._pieces[token_id] = piece
+        return piece
 
     def _num_incomplete(self, context: Sequence[int]) -> int:
         """How many of the last tokens are the bytes of an incomplete character."""

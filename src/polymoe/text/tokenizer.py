@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Ids this far back in the prompt decide whether the first generated token starts with a space.
 _CONTEXT_TOKENS = 8
 _MANY_TOKENS = 4096
+_REMEMBERED_TOKENS = 65536
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 # Steps of a decoder under which a token's text depends on the run of bytes it is in and on being the first, only.
 _LOCAL_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -52,7 +53,12 @@ class VariantTokenizer:
             self._rust.no_padding()
         self._decoder_steps = self._read_decoder_steps()
         self._to_bytes = self._bytes_function()
-        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        # Asked for every token of every answer, and most of them again and again.
+        remember = lru_cache(maxsize=_REMEMBERED_TOKENS)
+        self._shown_bytes = {skip: remember(partial(self._bytes_shown, skip)) for skip in (False, True)}
+        self._pieces: dict[bool, dict[int, str]] = {False: {}, True: {}}  # by skip_special_tokens
+        self._fallback_byte = remember(self._read_fallback_byte)
+        self.token_bytes = remember(self._token_bytes)
         self._read_template()
 
     def _read_template(self) -> None:
@@ -200,15 +206,17 @@ class VariantTokenizer:
         def has_text(token_id: int) -> bool:
             return self._has_text(token_id, skip_special_tokens)
 
-        def bytes_of(token_id: int) -> bytes:
-            return self._to_bytes(token_id) if has_text(token_id) else b""
-
         context = [token_id for token_id in prompt_token_ids[-_CONTEXT_TOKENS:] if has_text(token_id)]
         if self._decoder_steps == ["ByteLevel"]:
-            return ByteLevelDetokenizer(bytes_of, context)
+            return ByteLevelDetokenizer(self._shown_bytes[skip_special_tokens], context)
         if "ByteFallback" in self._decoder_steps and set(self._decoder_steps) <= _LOCAL_STEPS:
-            return ByteFallbackDetokenizer(decode, self._fallback_byte, has_text, context)
+            return ByteFallbackDetokenizer(
+                decode, self._fallback_byte, has_text, context, self._pieces[skip_special_tokens]
+            )
         return IncrementalDetokenizer(decode, context)
+
+    def _bytes_shown(self, skip_special_tokens: bool, token_id: int) -> bytes:
+        return self._to_bytes(token_id) if self._has_text(token_id, skip_special_tokens) else b""
 
     def _has_text(self, token_id: int, skip_special_tokens: bool) -> bool:
         """False for what decoding leaves out: special tokens that are skipped, ids that the tokenizer does not know."""
@@ -230,7 +238,7 @@ class VariantTokenizer:
         """The content of a special token, None for any other."""
         return self._added[token_id] if token_id in self._special_ids else None
 
-    def _fallback_byte(self, token_id: int) -> int | None:
+    def _read_fallback_byte(self, token_id: int) -> int | None:
         found = _BYTE_TOKEN.fullmatch(self._rust.id_to_token(token_id) or "")
         return None if found is None else int(found[1], 16)
 

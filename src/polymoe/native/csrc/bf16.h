@@ -4,6 +4,16 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+// Functions of headers are compiled into each source that includes them, and of those with one name the linker keeps one.
+// Sources that are compiled for more instructions than the others (hatch_build.py) have names of their own for them.
+#ifdef __AVX512VBMI__
+#define POLYMOE_INSTRUCTIONS with_vbmi
+#else
+#define POLYMOE_INSTRUCTIONS without_vbmi
+#endif
+
+inline namespace POLYMOE_INSTRUCTIONS {
+
 inline float from_bf16(uint16_t value) {
     union { uint32_t u; float f; } bits = {static_cast<uint32_t>(value) << 16};
     return bits.f;
@@ -71,3 +81,5 @@ inline __m512 exp_negative(__m512 x) {
     p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
 }
+
+}  // inline namespace

@@ -4,6 +4,7 @@
 #include "problem.h"
 
 namespace polymoe {
+inline namespace POLYMOE_INSTRUCTIONS {
 
 // sum[r * NR + o] += x[r] . w[o], lane by lane. ahead: how far behind the first FETCHED of w the weights lie that are
 // fetched meanwhile.
@@ -116,4 +117,5 @@ void dots(const Problem& p, int64_t g, int64_t o, int64_t count) {
         dots<PAIRED, true>(p, g, o, count, most, passes);
 }
 
+}  // inline namespace
 }  // namespace polymoe

@@ -11,6 +11,7 @@
 #include "matmul.h"
 
 namespace polymoe {
+inline namespace POLYMOE_INSTRUCTIONS {
 
 inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     const int64_t few = amx::few_rows();
@@ -39,4 +40,5 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     });
 }
 
+}  // inline namespace
 }  // namespace polymoe

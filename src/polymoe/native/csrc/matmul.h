@@ -8,6 +8,7 @@
 #include "threads.h"
 
 namespace polymoe {
+inline namespace POLYMOE_INSTRUCTIONS {
 
 constexpr int64_t TILE = 12;          // rows of x in a matmul's tile: 12 x 2 sums, 2 weights, 1 row in 32 registers
 constexpr int64_t AMX_TILE = 32;      // with AMX: 2 x 2 tiles of sums, 2 of rows, 2 of weights
@@ -190,4 +191,5 @@ inline void pack_tiles(const Problem& p, Scratch& scratch, int num_threads) {
     });
 }
 
+}  // inline namespace
 }  // namespace polymoe

@@ -14,6 +14,7 @@
 #include "bf16.h"
 
 namespace polymoe {
+inline namespace POLYMOE_INSTRUCTIONS {
 
 constexpr int64_t EXACT = 0, INT8 = 8, FP8 = 9, STORED = 16;  // kinds; 1 to 6 are the bits of formats with a table
 constexpr int64_t BF16 = 0, FLOAT16 = 1, FLOAT32 = 2;         // types of values
@@ -369,4 +370,5 @@ inline void replace_rows(const Stack& s, int64_t index, int64_t outputs, int64_t
         }
 }
 
+}  // inline namespace
 }  // namespace polymoe

@@ -7,6 +7,7 @@
 #include "bf16.h"
 
 namespace polymoe {
+inline namespace POLYMOE_INSTRUCTIONS {
 
 constexpr int64_t WEIGHT_ROWS = 32;  // of one piece: 32 x 1024 bfloat16 are 64 KiB, well inside L2
 
@@ -44,4 +45,5 @@ inline T* aligned(std::vector<T>& buffer, int64_t size) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 }
 
+}  // inline namespace
 }  // namespace polymoe

@@ -2,17 +2,19 @@
 
 from polymoe.text.tools.base import ToolParser
 from polymoe.text.tools.deepseek import DeepSeekParser, DeepSeekV3Parser
+from polymoe.text.tools.dsml import DeepSeekV4Parser, DeepSeekV32Parser
 from polymoe.text.tools.glm_xml import GlmXmlParser
 from polymoe.text.tools.harmony import HarmonyParser
 from polymoe.text.tools.hermes import HermesParser
+from polymoe.text.tools.llama import LlamaParser
 from polymoe.text.tools.mistral import MistralNamedParser, MistralParser
 from polymoe.text.tools.qwen_xml import QwenXmlParser
 
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
     parser.name: parser
     for parser in (
-        HarmonyParser, DeepSeekParser, DeepSeekV3Parser, QwenXmlParser, GlmXmlParser, HermesParser,
-        MistralNamedParser, MistralParser,
+        HarmonyParser, DeepSeekV32Parser, DeepSeekV4Parser, DeepSeekParser, DeepSeekV3Parser, QwenXmlParser,
+        GlmXmlParser, HermesParser, MistralNamedParser, MistralParser, LlamaParser,
     )
 }  # fmt: skip
 

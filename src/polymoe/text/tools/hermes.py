@@ -12,12 +12,12 @@ from polymoe.text.tools.base import Steps, ToolParser
 from polymoe.text.tools.lark import Token, json_rule, rules
 
 
-def call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call with name and arguments looks like."""
+def call_schema(name: str, parameters: Mapping[str, Any], key: str = "arguments") -> dict[str, Any]:
+    """What a call with its name and, under `key`, its arguments looks like."""
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, "arguments": parameters or {"type": "object"}},
-        "required": ["name", "arguments"],
+        "properties": {"name": {"const": name}, key: parameters or {"type": "object"}},
+        "required": ["name", key],
         "additionalProperties": False,
     }
 
