@@ -13,7 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test soak test-bounds test-clients test-drills test-ray test-slow sanitize emulate-amx wheel-test ui test-ui \
+.PHONY: install dev demo test soak test-bounds test-clients test-drills test-ray test-slow sanitize emulate-amx emulate-arm \
+	test-levels wheel-test ui test-ui \
 	lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
@@ -28,7 +29,7 @@ FROM_INDEX = $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 # What the package needs to run. Without dependencies from TORCH_INDEX: an index of torch builds need not have them.
 # A venv that could not get its pip (Debian without python3-venv) is made again.
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/native/csrc/*.cpp src/polymoe/native/csrc/*.h) $(ANOTHER_TORCH)
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polymoe/native/csrc/*.cpp src/polymoe/native/csrc/*.h src/polymoe/native/csrc/portable/*) $(ANOTHER_TORCH)
 	@$(PYTHON) -c 'import sys; sys.exit("polymoe needs Python 3.11 or newer; run: make PYTHON=python3.12 " + "$(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
 	@echo "Installing into $(VENV); torch from $(or $(TORCH_INDEX),PyPI (on Linux with CUDA: 2.8 GB. README: what is installed))."
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -98,6 +99,14 @@ sanitize: dev
 # The tests of what multiplies on AMX, with its instructions emulated.
 emulate-amx: dev
 	$(BIN)/python tools/emulate_amx.py
+
+# The kernels compiled for 64-bit Arm, in QEMU, against plain loops (apt-get install g++-aarch64-linux-gnu qemu-user).
+emulate-arm: dev
+	$(BIN)/python tools/emulate_arm.py
+
+# The compiled kernels' tests at every level that this processor can run; options of pytest in PYTEST.
+test-levels: dev
+	$(BIN)/python tools/try_levels.py $(PYTEST)
 
 # Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found; options
 # in WHEEL, for example make wheel-test WHEEL=--build-only.

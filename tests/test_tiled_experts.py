@@ -15,7 +15,7 @@ from polymoe.quant.exact import encode_exact
 from polymoe.quant.formats import FREE_LEVELS, get_format, level_bytes
 from test_packed_experts import Module, no_host
 
-pytestmark = pytest.mark.skipif(not can_multiply_tiles(), reason="this processor has no AVX512-VNNI and VBMI")
+pytestmark = pytest.mark.skipif(not can_multiply_tiles(), reason="this processor cannot run the kernels of tiles")
 
 H, INNER, V = 192, 352, 4  # groups of 192, and of 192 and 160
 SHAPES = {"gate_up_proj": (2 * INNER, H), "down_proj": (H, INNER)}

@@ -25,7 +25,7 @@ def main() -> int:
             "POLYMOE_STRICT_TESTS": "1",
             "OMP_NUM_THREADS": "1",
         }
-        asked = "from polymoe.native.library import matrix_unit; assert matrix_unit() == 'AMX', matrix_unit()"
+        asked = "from polymoe.native.library import instruction_set; assert instruction_set() == 'AMX'"
         subprocess.run([sys.executable, "-c", asked], env=environment, check=True)
         command = [sys.executable, "-m", "pytest", "-n", "0", *(f"tests/{test}.py" for test in TESTS), *sys.argv[1:]]
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

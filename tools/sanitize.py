@@ -3,8 +3,8 @@
     python tools/sanitize.py                    # both, one after the other
     python tools/sanitize.py thread -- -k norm
 
-Each builds the library with `-fsanitize` into a temporary folder, which `POLYMOE_KERNELS` names, and preloads the
-sanitizer's runtime, since Python itself is not built with it. A finding ends the test process. The kernels' threads are
+Each builds the library (of `POLYMOE_CPU_LEVEL`, if that is set) with `-fsanitize` into a temporary folder, which
+`POLYMOE_KERNELS` names, and preloads the sanitizer's runtime, since Python itself is not built with it. A finding ends the test process. The kernels' threads are
 their own (csrc/threads.h); torch runs on one, because its OpenMP is not built for ThreadSanitizer.
 """
 
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from polymoe.native.installed import level, library_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
@@ -40,7 +42,7 @@ def main() -> int:
     failed = []
     for name in arguments.sanitizers or RUNTIMES:
         with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "libpolymoe_cpu.so"
+            library = Path(folder) / library_of(level()).name
             flags = [f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer"]
             subprocess.run([sys.executable, str(ROOT / "hatch_build.py"), str(library), *flags], check=True)
             found = subprocess.run(

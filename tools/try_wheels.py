@@ -11,6 +11,7 @@ is no torch is named and left out.
 
 import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = {"x86_64": 4, "aarch64": 2}  # of each level that hatch_build.py knows
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 # In the wheel's environment: plan the package's own models and let one speak, on whatever computes here.
 USE = """
@@ -57,7 +59,7 @@ def build(python: str | Path, sdist: Path, out: Path, compiler: bool) -> Path:
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     tag = "-".join(wheel.stem.split("-")[-3:])
     if compiler:
-        assert libraries == ["polymoe/native/libpolymoe_cpu.so"], libraries
+        assert len(libraries) == LIBRARIES.get(platform.machine()), libraries
         assert tag.startswith("py3-none-"), tag
         assert not tag.endswith("-any"), tag
     else:

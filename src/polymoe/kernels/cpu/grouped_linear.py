@@ -3,7 +3,7 @@
     y_r = W_g(r) x_r + b_g(r)
 
 Letters: S rows, G groups, P stored weights, I inputs, O outputs. `grouped_linear_by_loop` is the reference (one matmul
-a group, any device and dtype). On a CPU with AVX512-BF16 bfloat16 goes to the compiled kernel (grouped_linear.cpp),
+a group, any device and dtype). On a CPU bfloat16 goes to the compiled kernel (grouped_linear.cpp) where there is one,
 which reads each weight once at close to the memory's speed. Both sum in float32 and round once.
 """
 

@@ -6,7 +6,6 @@ needs no more memory than its bundle promises. What is in tiles can be multiplie
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,12 @@ from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.packed_experts import why_not_fused
 from polymoe.kernels.cpu.packed_pool import PackedPool, TiledPool
 from polymoe.kernels.cpu.packed_rows import PackedRows
+from polymoe.native.installed import instructions, level
 from polymoe.native.library import cpu_kernels, kernel_threads
 from polymoe.quant.formats import level_bytes
 
 _LANES, _UNIT = 16, 32  # outputs of a tile, inputs that a tile's codes are grouped by
-_NEEDED = ("avx512_vnni", "avx512_vbmi")  # beside what all kernels need
+_NEEDED = {"avx512_vnni", "avx512_vbmi"}  # at the level avx512, beside what all its kernels need
 
 
 class Activations(NamedTuple):
@@ -66,8 +66,8 @@ def tiled_rows(rows: PackedRows, whole: bool) -> PackedRows:
 
 @functools.cache
 def can_multiply_tiles() -> bool:
-    """Whether the processor has what tiled_experts.cpp needs."""
-    return cpu_kernels() is not None and all(flag in Path("/proc/cpuinfo").read_text() for flag in _NEEDED)
+    """Whether the processor has what the kernels of tiles need."""
+    return cpu_kernels() is not None and (level() != "avx512" or instructions() >= _NEEDED)
 
 
 def _tiled(pool: Any) -> Any:

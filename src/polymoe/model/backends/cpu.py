@@ -18,7 +18,7 @@ from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, Sco
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
-from polymoe.native.library import matrix_unit
+from polymoe.native.library import instruction_set
 
 
 class CpuBackend(ReferenceBackend):
@@ -38,7 +38,7 @@ class CpuBackend(ReferenceBackend):
     @property
     def multiplies_on(self) -> str:
         """See the base class."""
-        return f"{self.runs_on} ({matrix_unit()})" if matrix_unit() else self.runs_on
+        return f"{self.runs_on} ({instruction_set()})" if instruction_set() else self.runs_on
 
     def linear(self, x: torch.Tensor, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call."""
@@ -100,7 +100,7 @@ class CpuBackend(ReferenceBackend):
                 reason = why_not_fused(module, layer.dtype, weights)
                 path = experts_path("compiled packed", reason and f"each product by itself: {reason}")
             if weights.is_tiled:
-                unit = f", {matrix_unit()}" if matrix_unit() else ""
+                unit = f", {instruction_set()}" if instruction_set() else ""
                 path = experts_path(f"compiled packed ({self.activations}{unit})")
             product = partial(experts_compressed, activation_bits=self.activations)
             return PackedExperts(path, module, layer, weights, product)

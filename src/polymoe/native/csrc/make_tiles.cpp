@@ -1,7 +1,12 @@
-// Packed matrices as bundles have them -> tiles; see tiles.h for both, tiles.py for when.
+// Packed matrices as bundles have them -> tiles; see tile_layout.h for both, tiles.py for when.
+
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "threads.h"
-#include "tiles.h"
+#include "tile_layout.h"
 
 // Codes in rows as polymoe/quant/formats.py packs them, [rows, row bytes], and scales [rows, groups] -> tiles. rows is a
 // multiple of 16, in of 32.

@@ -10,7 +10,6 @@
 // core costs as much as a small job. torch's own threads (OpenMP) must not spin meanwhile, see native/quiet_torch.py.
 #pragma once
 
-#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -25,6 +24,15 @@
 #include <thread>
 
 namespace polymoe {
+
+// Tells the processor that this thread waits for another one.
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 class Helpers {
    public:
@@ -48,7 +56,7 @@ class Helpers {
         if (asleep_.load()) syscall(SYS_futex, &bell_, FUTEX_WAKE_PRIVATE, threads - 1, nullptr, nullptr, 0);
         take();
         for (int turn = 0; left_.load(std::memory_order_acquire); ++turn) {
-            if (turn < SPINS) _mm_pause();
+            if (turn < SPINS) pause();
             else sched_yield();  // whoever has the last pieces may be waiting for this core
         }
         claim_.store(CLOSED | static_cast<uint64_t>(job) << 32, std::memory_order_release);
@@ -87,7 +95,7 @@ class Helpers {
         while (true) {
             const auto spin = std::chrono::microseconds(spin_microseconds.load(std::memory_order_relaxed));
             for (const auto start = Clock::now(); bell_.load(std::memory_order_acquire) == heard && Clock::now() - start < spin;)
-                for (int turn = 0; turn < 16; ++turn) _mm_pause();
+                for (int turn = 0; turn < 16; ++turn) pause();
             if (bell_.load() == heard) {
                 asleep_.fetch_add(1);
                 syscall(SYS_futex, &bell_, FUTEX_WAIT_PRIVATE, heard, nullptr, nullptr, 0);
