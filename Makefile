@@ -13,8 +13,8 @@ TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install dev demo test soak test-bounds test-clients test-drills test-ray test-slow sanitize emulate-amx emulate-arm \
-	test-levels wheel-test ui test-ui \
+.PHONY: install dev demo test soak test-bounds test-clients test-drills test-harness test-levels test-ray test-schema \
+	test-slow sanitize emulate-amx emulate-arm wheel-test ui test-ui \
 	lint types tests format bench compare vllm \
 	family switch-family architectures clean another-torch
 
@@ -92,6 +92,18 @@ test-bounds:
 test-clients: dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(CLIENTS)
 
+# Requests that /openapi.json allows and that it does not, drawn by schemathesis: SCHEMA_CASES of them, some ten minutes.
+SCHEMA_CASES ?= 5000
+test-schema: dev
+	SCHEMA_CASES=$(SCHEMA_CASES) PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py --limit 7200 \
+		schemathesis_cases.py
+
+# lm-evaluation-harness against its own hf backend, then guidellm and `vllm bench serve` over all variants for
+# HARNESS_MINUTES each, in environments of their own; names of scripts in HARNESS.
+HARNESS_MINUTES ?= 10
+test-harness: dev vllm
+	PYTHONPATH=tests $(BIN)/python tests/clients/harness/run.py --minutes $(HARNESS_MINUTES) $(TORCH_OPTION) $(HARNESS)
+
 # The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
 sanitize: dev
 	$(BIN)/python tools/sanitize.py $(SANITIZE)
@@ -157,4 +169,4 @@ architectures: dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/time_architectures.py --out docs/architectures.md
 
 clean:
-	rm -rf $(VENV) .llama.cpp .venv-lowest .venv-newest .venv-clients .mypy_cache .ruff_cache
+	rm -rf $(VENV) .llama.cpp .venv-lowest .venv-newest .venv-clients .venv-harness .mypy_cache .ruff_cache

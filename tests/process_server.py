@@ -82,10 +82,10 @@ class ProcessServer:
         others = (c for c in found["server"].children(recursive=True) if c.pid != found["engine"].pid)
         return found | {f"renderer {k}": child for k, child in enumerate(sorted(others, key=lambda c: c.pid))}
 
-    def metric(self, name: str) -> float:
-        """vLLM's metric of that name, added up over its labels."""
+    def metric(self, name: str, prefix: str = "vllm") -> float:
+        """The metric of that name, added up over its labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        found = [line for line in lines if line.startswith((f"vllm:{name}{{", f"vllm:{name} "))]
+        found = [line for line in lines if line.startswith((f"{prefix}:{name}{{", f"{prefix}:{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
     def is_idle(self) -> bool:

@@ -1,5 +1,6 @@
 """Which shape of content a chat template reads, and what a request may tell it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from families import make_tokenizer
-from polymoe.errors import RequestError
-from polymoe.text.chat_template import ContentFormat
+from polymoe.errors import BundleError, RequestError
+from polymoe.text.chat_template import ChatTemplate, ContentFormat, TemplateSource
+from polymoe.text.template_trial import try_template
 from polymoe.text.tokenizer import VariantTokenizer
 
 TEXT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -86,6 +88,27 @@ def test_variables_for_the_template(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=f"cannot set {name}") as refused:
             tokenizer.render_chat(user, {name: "x"})
         assert refused.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "too long"),
+        ("{{ '%3000000000d'|format(1) }}{{ messages[0].content }}", "MemoryError"),
+        ("{{ (messages[0].content | string) * 300000 }}", "characters for a conversation of a few words"),
+        ("{{ raise_exception('no') }}{{ 1 / 0 }}", ""),
+    ],
+)
+def test_a_template_is_tried_where_it_can_be_ended(jinja: str, message: str) -> None:
+    """A checkpoint with a template that loops made planning it go on for ever."""
+    template = ChatTemplate(TemplateSource(jinja))
+    began = time.monotonic()
+    if message:
+        with pytest.raises(BundleError, match=message):
+            try_template(template, seconds=1.0, size=256 << 20)
+    else:
+        assert try_template(template) == template.trial()
+    assert time.monotonic() - began < 5
 
 
 def test_a_template_with_an_error_takes_nothing_from_completions(tmp_path: Path) -> None:

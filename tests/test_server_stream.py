@@ -10,29 +10,39 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from polymoe.client.output_sequence import CompletionChunk
-from polymoe.server.answers import AnswerFormat
+from polymoe.server.answers import AnswerFormat, AnswerReader
 from polymoe.server.format import Format
 from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
 from polymoe.server.responses import ChatFormat, CompletionFormat
 from polymoe.server.tally import TallyHistogram
 from polymoe.text.reasoning import ReasoningMarks
+from polymoe.text.tools.base import ToolParser
+from polymoe.text.tools.hermes import HermesParser
 from servers import CONTEXT, ThreadServer, engine_config, make_bundle
 
+MARKS = ReasoningMarks("<think>", "</think>")
 ASK = [{"role": "user", "content": "the fox"}]
+CALL = '<tool_call>{"name": "look", "arguments": {"at": "it"}}</tool_call>'
 CHUNKS = [
     CompletionChunk("id", 0, 0, 'a \n"quoted" \\ text \u2028', [5], num_cached_tokens=2),
     CompletionChunk("id", 0, 1, "", [6]),
     CompletionChunk("id", 0, 1, "\x00 é 漢 </s>", [6, 7]),
+    CompletionChunk("id", 0, 1, "<think>", [6]),
+    CompletionChunk("id", 0, 0, f"\n{CALL[:30]}", [6]),
+    CompletionChunk("id", 0, 0, f"{CALL[30:]} and text", [6]),
+    CompletionChunk("id", 0, 0, "</think>\n\nwell", [6]),
     CompletionChunk("id", 0, 0, "end", [8], finish_reason="length"),
     CompletionChunk("id", 0, 1, "end", [8], finish_reason="stop", stop_reason="x"),
 ]
 
 
-def chat(marks: ReasoningMarks | None = None, **fields: Any) -> Format:
+def chat(
+    marks: ReasoningMarks | None = None, parser: type[ToolParser] | None = None, is_open: bool = False, **fields: Any
+) -> Format:
     body = ChatCompletionRequest.model_validate(
         {"model": 'a "model"', "messages": ASK, "stream": True, "n": 2} | fields
     )
-    answers = AnswerFormat(parser=None, tools={}, marks=marks)
+    answers = AnswerFormat(parser=parser, tools={"look": {}}, marks=marks, is_open=is_open)
     return ChatFormat("chatcmpl-1", body, [(None, [1, 2, 3])], None, answers)
 
 
@@ -48,8 +58,15 @@ def completion(**fields: Any) -> Format:
         {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, {"return_token_ids": True},
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("make", [chat, completion, lambda **f: chat(ReasoningMarks("<think>", "</think>"), **f)])
-def test_a_chunk_is_the_same_on_both_ways(make: Any, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        chat, completion, lambda **f: chat(MARKS, **f), lambda **f: chat(MARKS, is_open=True, **f),
+        lambda **f: chat(None, HermesParser, **f), lambda **f: chat(MARKS, HermesParser, is_open=True, **f),
+    ],
+)  # fmt: skip
+def test_a_chunk_is_the_same_on_both_ways(make: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AnswerReader, "call_id", lambda _: "call_1")
     short, long = make(**fields), make(**fields)
     long._created = short._created
     for chunk in CHUNKS:

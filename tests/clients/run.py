@@ -30,7 +30,7 @@ from tool_bundle import make_tool_bundle
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parent.parent / ".venv-clients"
-KEY = "clients' key"
+KEY, ADMIN_KEY = "clients' key", "admin's key"
 SCRIPTS = (
     "openai_python.py", "anthropic_python.py", "litellm_client.py", "langchain_client.py", "instructor_client.py",
     "llama_index_client.py", "openai_node.mjs",
@@ -51,6 +51,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     thread = threading.Thread(target=loading.run, daemon=True)
     thread.start()
     options: dict[str, Any] = {"api_key": KEY, "keys": folder / "keys.json", "aliases": ("alias=base",)}
+    options |= {"admin_key": ADMIN_KEY, "variants_root": folder / "checkpoints"}
     try:
         with ThreadServer(engine_config(bundle), **options) as server:
             wait_for(lambda: loading.started)
@@ -60,6 +61,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
                 "POLYMOE_URL": server.url,
                 "POLYMOE_LOADING_URL": f"http://127.0.0.1:{port}",
                 "POLYMOE_KEY": KEY,
+                "POLYMOE_ADMIN_KEY": ADMIN_KEY,
                 "POLYMOE_SPENT_KEY": spent,
             }
     finally:

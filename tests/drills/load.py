@@ -32,19 +32,20 @@ class Answer:
         return max((b - a for a, b in zip([0.0, *self.times], self.times, strict=False)), default=0.0)
 
 
-def http(path: str, body: object) -> bytes:
+def http(path: str, body: object, key: str = "none") -> bytes:
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {key}\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
 
 
-async def stream(port: int, body: dict[str, Any], leave_after: int | None = None) -> Answer:
+async def stream(port: int, body: dict[str, Any], leave_after: int | None = None, key: str = "none") -> Answer:
     """Read a stream of completions to its end, or leave after so many events."""
     answer, began = Answer(), time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LINE)
     try:
         async with asyncio.timeout(LIMIT):
-            writer.write(http("/v1/completions", {**body, "stream": True}))
+            writer.write(http("/v1/completions", {**body, "stream": True}, key))
             while line := await reader.readline():
                 _read(answer, line, time.monotonic() - began)
                 if leave_after is not None and len(answer.times) >= leave_after:

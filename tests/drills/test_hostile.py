@@ -18,6 +18,7 @@ from servers import CONTEXT, wait_for
 pytestmark = pytest.mark.drill
 HEADER_TIMEOUT, BODY_TIMEOUT = 3.0, 5.0
 LONGEST_GAP = 2.0  # seconds that a neighbour's stream may pause while two cores are shared with the clients and a test
+# A checkpoint whose template is hostile to everybody is refused when it is planned; these are to some conversations.
 HOSTILE = {
     "v1": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "v2": "{{ '%500000000d'|format(messages|length) }}",
@@ -35,7 +36,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessServer]:
         max_position_embeddings=CONTEXT,
     )  # fmt: skip
     for name, template in HOSTILE.items():
-        (paths[name] / "chat_template.jinja").write_text(template)
+        choice = (
+            f"{{% if 'fox' in messages[0].content %}}{template}{{% else %}}{{{{ messages[0].content }}}}{{% endif %}}"
+        )
+        (paths[name] / "chat_template.jinja").write_text(choice)
     make_plan(paths, "separate", None, folder / "bundle")
     env = {**os.environ, "POLYMOE_HEADER_TIMEOUT": str(HEADER_TIMEOUT), "POLYMOE_BODY_TIMEOUT": str(BODY_TIMEOUT)}
     with ProcessServer(folder / "bundle", folder, 5.0, env=env) as server:

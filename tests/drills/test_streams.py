@@ -87,12 +87,14 @@ def test_two_hundred_clients_that_never_read(server: ProcessServer) -> None:
             sock.close()
         return most, took
 
-    round_()  # warms up
     before = memory(server)["server"]
-    most, took = round_()
-    after = memory(server)["server"]
-    say("two hundred that never read", before_mib=before, most_mib=most, after_mib=after, seconds=took)
-    assert after < before * 1.03 + 4
+    rounds = [(*round_(), memory(server)["server"]) for _ in range(4)]
+    say(
+        "two hundred that never read, four times", before_mib=before,
+        most_mib=[round(most, 1) for most, _, _ in rounds],
+        after_mib=[round(after, 1) for _, _, after in rounds], seconds=[round(took, 1) for _, took, _ in rounds],
+    )  # fmt: skip
+    assert rounds[3][2] < rounds[1][2] * 1.03, "what one round holds is what the next one takes"
 
 
 def test_three_hundred_aborted_streams(server: ProcessServer) -> None:

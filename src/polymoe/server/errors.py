@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from polymoe.errors import EngineDeadError, OverloadedError, RequestError
 from polymoe.server.json_body import InvalidJsonError
@@ -92,10 +93,19 @@ def error_response(error: Exception, path: str = "") -> JSONResponse:
 
 def install_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error, request.scope["path"])
+        response = error_response(error, request.scope["path"])
+        if response.status_code == 405:
+            response.headers["Allow"] = ", ".join(_methods(request))
+        return response
 
     for kind in (RequestError, EngineDeadError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def _methods(request: Request) -> list[str]:
+    """That this URL knows. A route of its own for each of them makes Starlette name only those of the first."""
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def _http_body(error: HTTPException) -> dict[str, dict[str, str | None]]:

@@ -44,11 +44,21 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path comes from the scope: what a URL object makes of a request also depends on its Host header.
-        if scope["type"] == "http" and not self._is_open(scope["path"]) and not self._allowed(scope):
-            error = AuthenticationError("A valid API key is needed.", code="invalid_api_key")
+        error = self._refusal(scope) if scope["type"] == "http" else None
+        if error is not None:
             await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> AuthenticationError | None:
+        path = scope["path"]
+        if is_admin_path(path):
+            if self._admin_key is None or self._is_admin(given_key(scope) or b""):
+                return None  # without a key there is no such API, which is the endpoints' to say
+            return AuthenticationError("The admin's key is needed.", code="invalid_admin_key")
+        if self._is_open(path) or self._allowed(scope):
+            return None
+        return AuthenticationError("A valid API key is needed.", code="invalid_api_key")
 
     def _is_open(self, path: str) -> bool:
         return _is_open(path) or (self._open_metrics and path == "/metrics")
@@ -69,7 +79,7 @@ class ApiKeyMiddleware:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER) or is_admin_path(path)
+    return path in OPEN_PATHS or path in _OPEN_PAGES or path.startswith(_OPEN_FOLDER)
 
 
 def given_key(scope: Scope) -> bytes | None:

@@ -20,16 +20,20 @@ _REFERENCE = "#/components/schemas/{model}"
 _LARGEST = 2**53 - 1  # what every reader of JSON keeps exactly
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _SECURITY = "api_key"
+_VALIDATION_ERROR = "HTTPValidationError"
 
 _ERRORS = {
     400: "The body or a field is wrong; `param` names the field.",
     401: "No key, or a wrong one, where the server was started with one.",
     404: "No variant has this name.",
     408: "The body took too long to arrive.",
+    409: "Another change of this name goes on, or its state does not allow this one.",
     413: "The body is too large.",
+    422: "The variant cannot be served beside the others; the message says why.",
     429: "The server is busy; try again after `Retry-After` seconds.",
     500: "An error of the server.",
     503: "The server is loading or shutting down, or its engine is dead.",
+    507: "There is no room for it.",
 }
 _RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
 _CHALLENGE = {"description": "The scheme of the key.", "schema": {"type": "string"}}
@@ -100,7 +104,7 @@ def document(app: FastAPI, key_needed: bool, root_path: str = "") -> Json:
         ref_template=_REFERENCE,
     )
     components["schemas"] |= chunks["$defs"]
-    for name in ("HTTPValidationError", "ValidationError"):
+    for name in (_VALIDATION_ERROR, "ValidationError"):
         components["schemas"].pop(name, None)
     components["securitySchemes"] = {
         _SECURITY: {"type": "http", "scheme": "bearer", "description": "The key that the server was started with."}
@@ -109,7 +113,8 @@ def document(app: FastAPI, key_needed: bool, root_path: str = "") -> Json:
     found["security"] = [{_SECURITY: []}] if key_needed else [{}, {_SECURITY: []}]
     for path, operations in found["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own error, which this server never sends
+            if _VALIDATION_ERROR in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]  # FastAPI's own error, which this server never sends
             if path in OPEN_PATHS:
                 operation["security"] = []
     _tidy_bounds(found)

@@ -46,7 +46,8 @@ class ChoicesFormat(Format):
         self._return_token_ids = bool(body.return_token_ids)
         self._wants_prompt_logprobs = body.prompt_logprobs is not None
         self._only_text = not (self._return_token_ids or self._wants_prompt_logprobs or self._continuous_usage)
-        self._frames: dict[int, tuple[bytes, bytes]] = {}  # index -> what comes before and after the text
+        # (index, kind of text) -> the event without its text, which may occur twice in it
+        self._frames: dict[tuple[int, str], list[bytes]] = {}
         self._prompted: set[int] = set()  # indices whose prompt has been given
         self._cached_tokens: dict[int, int] = {}  # index of the prompt -> tokens of it found in the prefix cache
 
@@ -54,17 +55,21 @@ class ChoicesFormat(Format):
         """Nearly all chunks differ in their text only: the rest is encoded once for a choice."""
         if not self._only_text or chunk.finish_reason is not None:
             return super().encoded(chunk)
+        return self._framed(chunk, "text", chunk.text)
+
+    def _framed(self, chunk: CompletionChunk, kind: str, text: str) -> bytes:
+        """The event for a chunk that has nothing but a text of this kind."""
         p = chunk.prompt_index
         self._count(p, chunk.token_ids, chunk.num_cached_tokens)
         index = self._index(p, chunk.index)
-        frame = self._frames.get(index)
+        frame = self._frames.get((index, kind))
         if frame is None:
-            before, _, after = self.event(self._chunk([self._plain(index, _MARK)])).partition(encode_json(_MARK))
-            frame = self._frames[index] = before, after
-        return frame[0] + encode_json(chunk.text) + frame[1]
+            event = self.event(self._chunk([self._plain(index, kind, _MARK)]))
+            frame = self._frames[index, kind] = event.split(encode_json(_MARK))
+        return encode_json(text).join(frame)
 
-    def _plain(self, index: int, text: str) -> Json:
-        """An entry of `choices` for a chunk that has nothing but text, where `_only_text` is set."""
+    def _plain(self, index: int, kind: str, text: str) -> Json:
+        """An entry of `choices` for `_framed`."""
         raise NotImplementedError
 
     def chunks(self, chunk: CompletionChunk) -> list[Json]:
@@ -172,7 +177,7 @@ class CompletionFormat(ChoicesFormat):
             form = self._logprobs.setdefault(index, LegacyLogprobs(self._tokenizer, self._skip_special))
             arrays = form.json(token_ids, logprobs)
         choice: Json = {
-            **self._plain(index, text),
+            **self._plain(index, "text", text),
             "logprobs": arrays,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
@@ -182,8 +187,8 @@ class CompletionFormat(ChoicesFormat):
             choice["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
         return choice
 
-    def _plain(self, index: int, text: str) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+    def _plain(self, index: int, kind: str, text: str) -> Json:
+        return {"index": index, kind: text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
     def _count(self, p: int, token_ids: Sequence[int], cached: int) -> None:
         super()._count(p, [] if self._prompt_only else token_ids, cached)
@@ -212,7 +217,7 @@ class ChatFormat(ChoicesFormat):
         self._answers = answers
         self._readers: dict[int, AnswerReader] = {}  # by the index of their choice
         self._top = (body.top_logprobs or 0) if body.logprobs else None
-        self._only_text &= answers.is_plain and self._top is None
+        self._only_text &= self._top is None
 
     def opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
@@ -232,7 +237,7 @@ class ChatFormat(ChoicesFormat):
 
     def _choice(self, p: int, index: int, piece: Piece, prompt_logprobs: PromptLogprobs) -> Json:
         del p, prompt_logprobs  # a chat has one prompt and does not echo it
-        reader = self._readers.setdefault(index, self._answers.reader())
+        reader = self._reader(index)
         part = reader.push(piece.text, last=piece.finish_reason is not None)
         message = self._delta(part) if self.stream else self._message(part)
         logprobs = None
@@ -247,9 +252,33 @@ class ChatFormat(ChoicesFormat):
             **({"token_ids": list(piece.token_ids)} if self._return_token_ids else {}),
         }
 
-    def _plain(self, index: int, text: str) -> Json:
-        rest = dict.fromkeys(("logprobs", "finish_reason", "stop_reason"))
-        return {"index": index, "delta": {"content": text}, **rest}
+    def encoded(self, chunk: CompletionChunk) -> bytes:
+        if self._answers.is_plain or not self._only_text or chunk.finish_reason is not None:
+            return super().encoded(chunk)
+        part = self._reader(chunk.index).push(chunk.text, last=False)
+        if part.calls or (part.content and part.reasoning):
+            self._count(0, chunk.token_ids, chunk.num_cached_tokens)
+            return self.event(self._chunk([self._entry(chunk.index, part)]))
+        return self._framed(chunk, "reasoning" if part.reasoning else "text", part.reasoning or part.content)
+
+    def _plain(self, index: int, kind: str, text: str) -> Json:
+        return self._entry(index, AnswerPart(text) if kind == "text" else AnswerPart(reasoning=text))
+
+    def _entry(self, index: int, part: AnswerPart) -> Json:
+        """Of `choices`, for a chunk in the middle."""
+        return {
+            "index": index,
+            "delta": self._delta(part),
+            "logprobs": None,
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+
+    def _reader(self, index: int) -> AnswerReader:
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = self._answers.reader()
+        return reader
 
     def _delta(self, part: AnswerPart) -> Json:
         """`reasoning` has two names, the newer one and the one that clients know; a delta has what is in it."""

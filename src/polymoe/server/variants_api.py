@@ -27,9 +27,16 @@ from polymoe.server.variant_fields import (
 from polymoe.server.variants import Variants
 
 
+class AdminApiOffError(RequestError):
+    """404: this server has no such URLs."""
+
+    status = 404
+    type = "not_found_error"
+
+
 def add_variant_routes(app: FastAPI) -> None:
-    changed = answers(VariantChange, 400, 401, 404, 503)
-    pointed = answers(VariantCard, 400, 401, 404, 503)
+    refused = (400, 401, 404, 408, 409, 422, 503, 507)
+    changed, pointed = answers(VariantChange, *refused), answers(VariantCard, *refused)
     one = ADMIN_PATH + "/{name}"
     for path, endpoint, method, responses in (
         (ADMIN_PATH, list_variants, "GET", answers(VariantList, 401, 404, 503)),
@@ -51,7 +58,7 @@ def _admin(request: Request) -> Variants:
     state: ServerState = request.app.state.server
     wanted = state.settings.admin_key
     if wanted is None:
-        raise RequestError(
+        raise AdminApiOffError(
             "The admin API is off; start the server with --admin-key-file or POLYMOE_ADMIN_KEY.", code="admin_api_off"
         )
     given = given_key(request.scope)

@@ -12,6 +12,7 @@ from polymoe.errors import BundleError, CheckpointError, PolymoeError
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 from polymoe.offline.checkpoint.family import Family, max_model_len
 from polymoe.offline.checkpoint.source import TOKENIZER_FILES, side_files
+from polymoe.text.template_trial import try_template
 
 if TYPE_CHECKING:
     from polymoe.text.tokenizer import VariantTokenizer
@@ -102,7 +103,7 @@ def _check_template(folder: Path, vocab_size: int, tokenizer: "VariantTokenizer"
     if template is None:
         return []
     try:
-        text, warning = template.trial()
+        text, warning = try_template(template)
     except BundleError as error:
         raise CheckpointError(f"{where}: the chat template fails ({error}); {fix}") from error
     beyond = [token for token in tokenizer.encode(text, add_special_tokens=False) if token >= vocab_size]

@@ -20,7 +20,7 @@ _CALL, _SEP, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<
 
 
 class DeepSeekParser(ToolParser):
-    """V3.1 and later."""
+    """V3.1."""
 
     name = "deepseek"
     marks = ("<｜tool▁call▁begin｜>",)
