@@ -33,14 +33,18 @@ import transformers
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from polymoe.config import EngineConfig
 from polymoe.console import Console
 from polymoe.engine.core import EngineCore
 from polymoe.errors import UnsupportedModelError
+from polymoe.model.stock.kind import kind_of
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.plan import separate_plan
 from polymoe.offline.similarity.scan import scan_family
@@ -75,11 +79,31 @@ SMALL: dict[str, Any] = {
     **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "eod_token_id": 1, "sep_token_id": None},
 }
 
+# The same for what reads images and sound, which is built and saved, and left out when it is served.
+TOWER: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 16, "out_hidden_size": 32, "output_dim": 32, "d_model": 32},
+    **dict.fromkeys(("depth", "num_hidden_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads"), 2),
+    **{"encoder_ffn_dim": 16, "num_mel_bins": 16, "downsample_hidden_size": 8, "projection_intermediate_size": 16},
+    **{"image_size": 28, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "layer_types": None},
+    **{"mlp_dim": 16, "output_channels": 8, "downsample_channels": [8, 32], "head_dim": 16, "vocab_size": 16},
+}
+
 # What shrinking alone does not get right, by model_type.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    # the published rate of heavy compression is 128, which these sequences would not reach
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
+    "deepseek_ocr2_text": {
+        **{"num_experts_per_tok": 2, "topk_group": None, "n_group": None},
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "layer_types": PLAIN},
+    "ernie4_5_vl_moe_text": {
+        **{"moe_intermediate_size": [16, 8], "mlp_layer_types": ["dense", "sparse"] * 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
     "gemma4_text": {
         **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
         **{
@@ -89,6 +113,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         **{"final_logit_softcapping": 30.0},
     },
+    "glm4v_moe_text": {
+        **{"num_attention_heads": 2, "num_key_value_heads": 1},
+        "rope_parameters": {
+            **{"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    "glm5_next_text": {"index_topk": 8, "index_kpool": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_d_head": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -100,6 +132,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
         **{"indexer_compress_ratio": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 2, "hc_lowrank": 4},
     },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 109, "audio_start_token_id": 108},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -118,7 +152,8 @@ class Outcome:
 def architectures() -> dict[str, str]:
     """Every folder of transformers/models with a registered experts class -> the model_type to try.
 
-    That is the type whose own config class belongs to the folder's causal LM, else the folder's composite type.
+    That is the type whose own config class belongs to the folder's causal LM, else to its multimodal one, else the
+    folder's composite type.
     """
     found = {}
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
@@ -126,20 +161,40 @@ def architectures() -> dict[str, str]:
         if "@use_experts_implementation" not in source:
             continue
         classes = set(re.findall(r"^class (\w+)\(", source, re.MULTILINE))
-        types = [
-            t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in classes and "ForCausalLM" in name
-        ]
-        types.sort(key=lambda t: not t.endswith("_text"))
-        found[path.parent.name] = types[0] if types else path.parent.name
+        text = [t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in classes and "ForCausalLM" in name]
+        text.sort(key=lambda t: not t.endswith("_text"))
+        whole = [t for t, name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items() if name in classes]
+        found[path.parent.name] = [*text, *whole, path.parent.name][0]
     return found
 
 
 def small_config(model_type: str, sizes: Mapping[str, Any] = SMALL) -> Any:
     """The architecture's own config class with every size made small: where `sizes` has the field, from there."""
     default = CONFIG_MAPPING[model_type]()
+    if default.get_text_config() is default:
+        return AutoConfig.for_model(model_type, **small_fields(default, sizes))
+    parts = {name: part for name, part in vars(default).items() if isinstance(part, PreTrainedConfig)}
+    small = {name: small_tower(part) for name, part in parts.items()}
+    text = parts["text_config"]
+    small["text_config"] = {"model_type": text.model_type, **small_fields(text, sizes)}
+    own = OVERRIDES.get(model_type, {})
+    return AutoConfig.for_model(model_type, **{**small, "tie_word_embeddings": False, **own})
+
+
+def small_tower(default: Any) -> dict[str, Any]:
+    """The fields of a config that reads images or sound."""
+    own = vars(default)
+    values = {name: value for name, value in TOWER.items() if name in own and own[name] is not None}
+    inner = {name: small_tower(part) for name, part in own.items() if isinstance(part, PreTrainedConfig)}
+    for name, value in own.items():
+        if isinstance(value, list | tuple) and len(value) == own.get("num_hidden_layers"):
+            inner[name] = list(value[:1])
+    return {"model_type": default.model_type, **values, **inner}
+
+
+def small_fields(default: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a text model's config."""
     fields = {key: value for key, value in default.to_dict().items() if not isinstance(value, dict)}
-    if getattr(default, "vision_config", None) is not None:
-        return default  # refused before anything is built
     values = {k: v for k, v in sizes.items() if k in fields and (fields[k] is not None or k.endswith("_id"))}
     depth = getattr(default, "num_hidden_layers", None)
     for key, value in fields.items():
@@ -149,10 +204,10 @@ def small_config(model_type: str, sizes: Mapping[str, Any] = SMALL) -> Any:
     if "kv_lora_rank" in fields:  # latent attention has no grouped heads, and its own head sizes
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)
-    more = OVERRIDES.get(model_type, {})
+    more = OVERRIDES.get(default.model_type, {})
     if sizes is not SMALL:
         more = {k: sizes.get(k, v) for k, v in more.items()}
-    return AutoConfig.for_model(model_type, **{**values, **more})
+    return {**values, **more}
 
 
 @torch.no_grad()
@@ -160,7 +215,7 @@ def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
     """Unrelated random models of one config, saved as users' checkpoints are."""
     paths = {}
     for index in range(NUM_VARIANTS):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = kind_of(config).auto.from_config(config, dtype=torch.float32).eval()
         randomize(model, seed=index)
         for name, tensor in model.state_dict().items():
             if tensor.ndim and not tensor.is_floating_point():  # tables of ids
@@ -214,9 +269,9 @@ def serve(bundle: Path, slots: int, requests: list[EngineRequest]) -> Answers:
 def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> Answers:
     """The same from each model alone, with transformers' plainest code paths."""
     models = [
-        AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-        ).eval()
+        kind_of(AutoConfig.from_pretrained(path))
+        .auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
+        .eval()
         for path in paths.values()
     ]
     tokens: dict[SequenceId, list[int]] = {}
@@ -241,7 +296,8 @@ def try_one(name: str, model_type: str) -> Outcome:
     config = small_config(model_type)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "vision_config", None) is not None:
+        classes = kind_of(config).classes
+        if type(config) not in classes or "Diffusion" in classes[type(config)].__name__:
             paths = {"v0": root / "v0"}
             config.save_pretrained(paths["v0"])
             save_file({"weight": torch.zeros(1)}, paths["v0"] / "model.safetensors")  # never gets that far
@@ -253,7 +309,7 @@ def try_one(name: str, model_type: str) -> Outcome:
             write_bundle(family, scan, separate_plan(scan.expert_same_as), root / "bundle", console=Console(quiet=True))
         except UnsupportedModelError as error:
             return Outcome(name, model_type, "refused", str(error))
-        requests = make_requests(config.vocab_size)
+        requests = make_requests(config.get_text_config().vocab_size)
         want_tokens, want_logits = reference(paths, requests)
         worst = 0.0
         wrong = 0

@@ -12,9 +12,11 @@ from typing import Any
 
 from polymoe.bench.written_family import (
     GRANITE_1B,
+    QWEN3_5_HYBRID,
     QWEN3_128E,
     SWITCH_BASE_8,
     TINY_GRANITE,
+    TINY_HYBRID,
     TINY_QWEN3,
     TINY_SWITCH,
     write_variant,
@@ -60,7 +62,9 @@ TINY_MIXTRAL: dict[str, Any] = {
 _WRITTEN = {
     "granite-1b-a400m": GRANITE_1B,
     "qwen3-128e": QWEN3_128E,
+    "qwen3.5-hybrid": QWEN3_5_HYBRID,
     "granite-tiny": TINY_GRANITE,
+    "hybrid-tiny": TINY_HYBRID,
     "qwen3-tiny": TINY_QWEN3,
     "switch-base-8": SWITCH_BASE_8,
     "switch-tiny": TINY_SWITCH,

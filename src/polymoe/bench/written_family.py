@@ -59,6 +59,30 @@ QWEN3_128E: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+# Qwen3.5-35B-A3B made small, 431M parameters: three of four layers are linear attention.
+QWEN3_5_HYBRID: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "vocab_size": 16384,
+    "hidden_size": 768,
+    "moe_intermediate_size": 320,
+    "shared_expert_intermediate_size": 320,
+    "num_hidden_layers": 8,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 6,
+    "linear_num_value_heads": 12,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 # Google's Switch-Base-8 with half of its layers sparse: 620M parameters.
 SWITCH_BASE_8: dict[str, Any] = {
     "vocab_size": 32128,
@@ -88,6 +112,19 @@ _TINY: dict[str, Any] = {
 }
 TINY_GRANITE: dict[str, Any] = {**GRANITE_1B, **_TINY, "intermediate_size": 32}
 TINY_QWEN3: dict[str, Any] = {**QWEN3_128E, **_TINY, "moe_intermediate_size": 32, "head_dim": 32, "num_experts": 16}
+TINY_HYBRID: dict[str, Any] = {
+    **QWEN3_5_HYBRID,
+    **_TINY,
+    "layer_types": ["linear_attention", "full_attention"],
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "num_experts": 16,
+}
 TINY_SWITCH: dict[str, Any] = {
     **SWITCH_BASE_8,
     "vocab_size": 512,

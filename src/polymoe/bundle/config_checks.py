@@ -36,19 +36,27 @@ def load_config(folder: Path) -> Any:
 def text_part(config: Any) -> Any:
     """The config of the text model inside a multimodal one; any other `config` as it is.
 
-    `left_out_inputs` of the result names the configs of the parts that are left out (`vision_config`, …).
+    Where transformers has no text model for the language part by itself it is that of the whole model, of which only
+    the language part is used. `left_out_inputs` of the result names the configs of the parts that are left out
+    (`vision_config`, …).
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-    other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
+    whole = config
+    config = getattr(whole, "thinker_config", None) or whole  # the part of an omni model that writes text
+    other = [name for name in OTHER_INPUTS if any(getattr(c, name, None) is not None for c in (config, whole))]
     text = config.get_text_config()
-    if not other or text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config
+    if not other or text is config:
+        return whole
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = text
+    elif type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return whole
     for name in ("dtype", "quantization_config", "architectures"):
-        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
-            setattr(text, name, getattr(config, name))
-    text.left_out_inputs = other
-    return text
+        if getattr(config, name, None) is None and getattr(whole, name, None) is not None:
+            setattr(config, name, getattr(whole, name))
+    config.left_out_inputs = other
+    return config
 
 
 def check_config(folder: Path) -> None:

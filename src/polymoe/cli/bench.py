@@ -50,7 +50,7 @@ class Common:
         str,
         typer.Option(
             help="the random family: 430m or 110m (Mixtral), granite-1b-a400m, qwen3-128e (491M) or switch-base-8; "
-            "tiny, granite-tiny, qwen3-tiny and switch-tiny: to try the command"
+            "tiny, granite-tiny, qwen3-tiny, hybrid-tiny and switch-tiny: to try the command"
         ),
     ] = "430m"
     memory: Annotated[str, typer.Option(help="expert bytes of the bundle of all variants, as for `polymoe plan`")] = (

@@ -9,7 +9,7 @@ from polymoe.errors import ConfigError
 from polymoe.model.backends.base import Backend
 from polymoe.model.encoder_decoder import EncoderDecoderModel
 from polymoe.model.served_model import ServedModel
-from polymoe.model.stock.kind import DecoderOnly, EncoderDecoder, kind_of
+from polymoe.model.stock.kind import DecoderOnly, EncoderDecoder, LanguagePart, kind_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class EngineKind:
             raise ConfigError("encoder–decoder models are served on a CPU only; use --device cpu.")
 
 
+_DECODER = EngineKind(ServedModel, ModelRunner, keeps_prefixes=True, pads_steps=True)
 _KINDS = {
-    DecoderOnly: EngineKind(ServedModel, ModelRunner, keeps_prefixes=True, pads_steps=True),
+    DecoderOnly: _DECODER,
+    LanguagePart: _DECODER,
     EncoderDecoder: EngineKind(EncoderDecoderModel, EncoderDecoderRunner, keeps_prefixes=False, pads_steps=False),
 }
 

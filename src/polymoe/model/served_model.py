@@ -142,8 +142,9 @@ class ServedModel:
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
         together = all(spec.together for spec in self._per_variant.values())
-        self.states = SequenceStates(cache_factory(self.model, bundle.config), together)
-        install(self.model, self._per_variant, self.states)
+        joint = all(spec.joint for spec in self._per_variant.values())
+        self.states = SequenceStates(cache_factory(self.model, bundle.config), together, joint)
+        install(self.model, self._per_variant, self.states, self.context)
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:

@@ -98,6 +98,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     norm = kernels.polymoe_rms_norm_bf16
     norm.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _FLOAT, _POINTER, _INT]
     norm.restype = None
+    delta = kernels.polymoe_gated_delta_f32
+    delta.argtypes = [*[_POINTER] * 6, *[_NUMBER] * 5, _INT, _POINTER, _INT]
+    delta.restype = None
     encode = kernels.polymoe_encode_f32
     encode.argtypes = [_POINTER, *[_NUMBER] * 4, *[_POINTER] * 2, *[_FLOAT] * 2, _POINTER, _NUMBER, _POINTER, _INT]
     encode.restype = None

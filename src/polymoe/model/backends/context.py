@@ -5,6 +5,8 @@ replaced weight of one model holds the same `ForwardContext`, and the runner set
 is no module-level state: two models in one process have two contexts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from polymoe.model.backends.base import Backend
@@ -27,3 +29,12 @@ class ForwardContext:
 
     def set(self, batch: ForwardBatch | None) -> None:
         self._batch = batch
+
+    @contextmanager
+    def within(self, batch: ForwardBatch) -> Iterator[None]:
+        """For as long as some of the pass's rows are a batch of their own."""
+        whole, self._batch = self._batch, batch
+        try:
+            yield
+        finally:
+            self._batch = whole

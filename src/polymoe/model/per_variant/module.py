@@ -1,4 +1,5 @@
-"""A stock module that runs once for each variant of a step, on that variant's rows, with plain weights.
+"""A stock module that runs once for each variant of a step, on that variant's rows, with plain weights; once for all
+sequences that decode, with stacks for weights, where a trial run has shown that it can.
 
 So runs what a variant stack cannot: layers that read and write a state of their sequence (linear attention, state
 spaces, convolutions, sparse attention), and modules with operations that stacks do not know. The module's own forward
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.per_variant.operations import with_fast_operations
 from polymoe.model.per_variant.plain_weights import PlainWeights
 from polymoe.model.per_variant.sequence_states import Group, SequenceStates
 from polymoe.model.per_variant.spec import MaskFunction, PerVariantSpec
@@ -27,12 +30,13 @@ class PerVariantModule:
         module: the stock module, whose weights are in place.
         spec: what a trial run learned of it.
         states: of the model's sequences.
+        context: the model's, which its weights share.
     """
 
-    def __init__(self, module: Any, spec: PerVariantSpec, states: SequenceStates) -> None:
-        self._module, self._spec, self._states = module, spec, states
+    def __init__(self, module: Any, spec: PerVariantSpec, states: SequenceStates, context: ForwardContext) -> None:
+        self._module, self._spec, self._states, self._context = module, spec, states, context
         self._weights = PlainWeights(module)
-        self._stock = module.forward
+        self._stock = with_fast_operations(module)
         self._names = argument_names(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +47,7 @@ class PerVariantModule:
             inputs = list(leaves)
             for leaf, axes in spec.inputs.items():
                 inputs[leaf] = axes.pick(leaves[leaf], group.rows, group.shape)
-            with self._weights.of(group.variant):
+            with self._weights.of(group.variant) if group.batch is None else self._context.within(group.batch):
                 outputs, out_tree = self._run(group, inputs, tree)
             if not result:
                 result = [None if isinstance(x, torch.Tensor) else x for x in outputs]
@@ -138,9 +142,11 @@ def attend_as_stock(module: torch.nn.Module) -> None:
             part.config._attn_implementation_internal = "eager"
 
 
-def install(model: torch.nn.Module, specs: Mapping[str, PerVariantSpec], states: SequenceStates) -> None:
+def install(
+    model: torch.nn.Module, specs: Mapping[str, PerVariantSpec], states: SequenceStates, context: ForwardContext
+) -> None:
     """Replace the forward of each module named in `specs`, whose weights are in place."""
     for path, spec in specs.items():
         module: Any = model.get_submodule(path)
         attend_as_stock(module)
-        module.forward = PerVariantModule(module, spec, states)
+        module.forward = PerVariantModule(module, spec, states, context)

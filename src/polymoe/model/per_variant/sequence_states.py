@@ -2,9 +2,9 @@
 
     sequence -> (herd, row)      a herd: one stock cache `[B, …]` of sequences that ran together last
 
-Sequences of a variant that decode are one call of each module. As long as the same ones run together nothing is
-copied; when the company changes, their rows are put together anew. A state lives as long as the key of its sequence,
-which a sequence loses when it is preempted.
+Sequences that decode are one call of each module: those of a variant, or of all variants where the modules can. As long
+as the same ones run together nothing is copied; when the company changes, their rows are put together anew. A state
+lives as long as the key of its sequence, which a sequence loses when it is preempted.
 """
 
 import copy
@@ -18,20 +18,25 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from polymoe.model.batch.batch import ForwardBatch
+from polymoe.model.batch.batch import ForwardBatch, segments_from_variants
 
+_ALL = -1  # in place of a variant
 _PARTS = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Sequences of one variant that are one call: B of them, each with L tokens of this pass."""
+    """Sequences that are one call: B of them, each with L tokens of this pass.
+
+    batch: what their rows are to stacks, where they are of several variants; `variant` says nothing then.
+    """
 
     variant: int
     rows: slice | torch.Tensor  # which B * L rows of the pass, sequence after sequence
     shape: tuple[int, int]  # (B, L)
     computed: int  # tokens before, of the first sequence
     cache: Cache
+    batch: ForwardBatch | None = None
 
 
 @dataclass(eq=False)
@@ -47,10 +52,11 @@ class SequenceStates:
         new_cache: an empty cache of the stock model's kind.
         together: whether states of sequences of different lengths have the same shapes, so that they can be put
             together; else every sequence is a call of its own.
+        joint: whether sequences of several variants that decode can be one call of every module.
     """
 
-    def __init__(self, new_cache: Callable[[], Cache], together: bool) -> None:
-        self._new_cache, self._together = new_cache, together
+    def __init__(self, new_cache: Callable[[], Cache], together: bool, joint: bool = False) -> None:
+        self._new_cache, self._together, self._joint = new_cache, together, joint
         self._homes: WeakKeyDictionary[Any, tuple[_Herd, int]] = WeakKeyDictionary()
         self.groups: tuple[Group, ...] = ()
 
@@ -63,12 +69,15 @@ class SequenceStates:
         variant, _, last = next(spans)
         alike: dict[tuple[int, ...], list[int]] = {}
         bounds = list(pairwise(attention.query_start_loc))
+        variants: list[int] = []
         for i, (start, end) in enumerate(bounds):
             while start >= last:
                 variant, _, last = next(spans)
             fresh = attention.seq_lens[i] == end - start
             alone = -1 if fresh or self._together else i
-            alike.setdefault((variant, end - start, int(fresh), alone), []).append(i)
+            whose = _ALL if self._joint and end - start == 1 and not fresh else variant
+            variants.append(variant)
+            alike.setdefault((whose, end - start, int(fresh), alone), []).append(i)
         groups = []
         for (variant, length, is_fresh, _), members in alike.items():
             starts = [bounds[i][0] for i in members]
@@ -78,7 +87,14 @@ class SequenceStates:
                 rows = rows.to(batch.tokens.token_variant.device)
             computed = attention.seq_lens[members[0]] - length
             cache = self._take([keys[i] for i in members], bool(is_fresh))
-            groups.append(Group(variant, rows, (len(members), length), computed, cache))
+            shape = len(members), length
+            tokens = None
+            if variant == _ALL:
+                own = segments_from_variants(
+                    [variants[i] for i in members], [1] * len(members), batch.tokens.token_variant.device
+                )
+                tokens = ForwardBatch(tokens=own, sampled=own, shape=shape)
+            groups.append(Group(variant, rows, shape, computed, cache, tokens))
         self.groups = tuple(groups)
         self._held = keys  # states of sequences that nobody keeps live as long as the pass
 

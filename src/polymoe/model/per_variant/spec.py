@@ -63,6 +63,7 @@ class PerVariantSpec:
     outputs: Mapping[int, TokenAxes]
     state: StateSize
     one_by_one: bool  # whether it forgets what was before when it is given several tokens
+    joint: bool = False  # whether one call serves sequences of several variants that decode, with stacks for weights
 
     @property
     def together(self) -> bool:

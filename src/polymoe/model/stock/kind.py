@@ -1,4 +1,5 @@
-"""The kinds of models there are, decoder-only and encoder–decoder: all that is different between them, in one place.
+"""The kinds of models there are, decoder-only, the language part of a multimodal one, and encoder–decoder: all that is
+different between them, in one place.
 
 Whoever meets a model asks `kind_of(config)` what it needs to know instead of which kind it is. What the engine and
 calibration need beside that is in `engine/kind.py` and `offline/calibrate/kind.py`.
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
 )
@@ -28,6 +31,7 @@ from polymoe.model.attention.cross import attention_forward
 from polymoe.model.attention.paged import AttentionLayer, polymoe_attention_forward
 from polymoe.model.attention.relative_bias import replace_relative_biases
 from polymoe.model.experts.layer import polymoe_experts_forward
+from polymoe.model.stock.language_part import leave_out_other_inputs
 from polymoe.model.stock.switch_experts import STACKED, SwitchExperts, stack_switch_experts
 
 IMPLEMENTATION = "polymoe"  # the entry in transformers' registries
@@ -57,7 +61,7 @@ class DecoderOnly:
 
     auto: Any = AutoModelForCausalLM
     classes: Mapping[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING
-    head = "ForCausalLM"
+    head: str | tuple[str, ...] = "ForCausalLM"
     parts = 1
     length_field = "max_position_embeddings"
     stacked: Mapping[str, str] = {}
@@ -71,17 +75,26 @@ class DecoderOnly:
         name `attention`; `IMPLEMENTATION` is polymoe's."""
         config._experts_implementation = IMPLEMENTATION
         with torch.device("meta"):
-            model = self.auto.from_config(config, attn_implementation=attention)
+            model = self.auto.from_config(config, attn_implementation=self.attention(config, attention))
+        self.prepare(model)
         model.set_experts_implementation(IMPLEMENTATION)
         return model.eval()
+
+    def attention(self, config: Any, name: str) -> str | dict[str, str]:
+        """`attn_implementation` of a model that attends by the registry's entry `name`."""
+        return name
+
+    def prepare(self, model: Any) -> None:
+        """Make of a model that transformers has just built the one that is served."""
 
     def why_not(self, model: Any) -> str | None:
         """Why a model of this kind cannot be served; None: this says nothing against it."""
         name = type(model).__name__
-        return None if name.endswith(self.head) else f"{name} is not a text model for generation (…{self.head})"
+        return None if name.endswith(self.head) else f"{name} is not a model that writes text token by token"
 
     def context_limit(self, config: Any) -> int:
         """Longest sequence, in tokens, that the configured positions cover."""
+        config = config.get_text_config()
         limit = int(config.max_position_embeddings)
         rope = getattr(config, "rope_parameters", None) or {}
         for scheme in (r for r in (rope, *rope.values()) if isinstance(r, dict)):
@@ -110,7 +123,7 @@ class DecoderOnly:
         return False
 
     def experts_per_token(self, config: Any, num_experts: int) -> int:
-        return int(getattr(config, "num_experts_per_tok", None) or num_experts)
+        return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or num_experts)
 
     def in_encoder(self, expert_module: str) -> bool:
         """Whether an experts module of this path sees the encoder's tokens."""
@@ -122,6 +135,26 @@ class DecoderOnly:
 
     def as_generated(self, model: Any) -> None:
         """Make one pass over a whole text compute what `generate`, which goes token by token, would."""
+
+
+class LanguagePart(DecoderOnly):
+    """Of a multimodal model for whose language part transformers has no text model of its own: the whole model's class,
+    which computes as it does for text. Its config is the whole one."""
+
+    auto = AutoModelForMultimodalLM
+    classes = MODEL_FOR_MULTIMODAL_LM_MAPPING
+    head = "ForConditionalGeneration", "ForCausalLM"
+    distils = False
+
+    def attention(self, config: Any, name: str) -> dict[str, str]:
+        """Towers may have no choice of attention."""
+        return {"": name} | {part: name if part == "text_config" else "eager" for part in config.sub_configs}
+
+    def prepare(self, model: Any) -> None:
+        leave_out_other_inputs(model)
+
+    def trunk(self, model: Any) -> Any:
+        return model.get_decoder()
 
 
 class EncoderDecoder(DecoderOnly):
@@ -144,10 +177,13 @@ class EncoderDecoder(DecoderOnly):
         with torch.device("meta"):
             name = _ENCODER_DECODER if served else attention
             model: PreTrainedModel = self.auto.from_config(config, attn_implementation=name)
-            stack_switch_experts(model)
+            self.prepare(model)
             if served:
                 replace_relative_biases(model)
         return model.eval()
+
+    def prepare(self, model: Any) -> None:
+        stack_switch_experts(model)
 
     def why_not(self, model: Any) -> str | None:
         if any(isinstance(module, SwitchExperts) for module in model.modules()):
@@ -195,8 +231,11 @@ class EncoderDecoder(DecoderOnly):
                 module.expert_capacity = sys.maxsize
 
 
-_DECODER_ONLY, _ENCODER_AND_DECODER = DecoderOnly(), EncoderDecoder()
+_DECODER_ONLY, _LANGUAGE_PART, _ENCODER_AND_DECODER = DecoderOnly(), LanguagePart(), EncoderDecoder()
 
 
 def kind_of(config: Any) -> DecoderOnly:
-    return _ENCODER_AND_DECODER if getattr(config, "is_encoder_decoder", False) else _DECODER_ONLY
+    if getattr(config, "is_encoder_decoder", False):
+        return _ENCODER_AND_DECODER
+    multimodal = type(config) in LanguagePart.classes and type(config) not in DecoderOnly.classes
+    return _LANGUAGE_PART if multimodal else _DECODER_ONLY

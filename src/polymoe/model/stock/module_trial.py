@@ -5,7 +5,9 @@ One module of each kind is given made-up weights and a made-up sequence, and mus
 - in one call and in chunks, with transformers' cache between them: then what tokens tell each other is in the cache;
 - alone and beside another sequence, whose states were put together: then sequences do not meet.
 
-Stock code that forgets the cache when it is given several tokens is found out so, and given its tokens one by one.
+Where it computes the same beside a sequence of another variant too, with stacks of both for weights, one call serves
+all sequences that decode. Stock code that forgets the cache when it is given several tokens is found out so, and given
+its tokens one by one.
 """
 
 import math
@@ -19,11 +21,14 @@ import torch
 from transformers import Cache
 
 from polymoe.errors import UnsupportedModelError
+from polymoe.model.backends.context import ForwardContext
+from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.per_variant.module import Call, run_stock
 from polymoe.model.per_variant.sequence_states import joined, tensors_of
 from polymoe.model.per_variant.spec import MaskFunction, PerVariantSpec, StateSize, TokenAxes
+from polymoe.model.variants.variant_stack import VariantStack
 
-_STRIDES = (1, 7, 61, 401)
+_STRIDES = (1, 7, 61, 401, 2003)
 _TOLERANCE = 1e-3  # of the largest output
 
 
@@ -86,6 +91,8 @@ class ModuleTrial:
             self.spec = replace(self.spec, state=self._state_size())
             if self.spec.together:
                 self._check_apart(whole, late)
+        if self.spec.together:
+            self.spec = replace(self.spec, joint=self._is_joint(late))
         shapes = [x.new_zeros(()).expand(x.shape) if isinstance(x, torch.Tensor) else x for x in whole]
         return Learned(self.spec, (shapes, tree))
 
@@ -135,8 +142,8 @@ class ModuleTrial:
             sizes.append((end, sum(t.numel() for t in found), sum(t.numel() * t.element_size() for t in found)))
         if sizes[0][1] == sizes[-1][1]:
             return StateSize(fixed=sizes[0][2])
-        grown = max(-(-(numbers - sizes[0][1]) // (tokens - sizes[0][0])) for tokens, numbers, _ in sizes[1:])
-        rest = max(0, sizes[0][1] - grown * sizes[0][0])
+        grown = max(0, *(-(-(numbers - sizes[0][1]) // (tokens - sizes[0][0])) for tokens, numbers, _ in sizes[1:]))
+        rest = max(0, *(numbers - grown * tokens for tokens, numbers, _ in sizes))
         return StateSize(fixed=4 * rest, per_token=grown)
 
     def _check_apart(self, whole: list[Any], late: int) -> None:
@@ -161,6 +168,44 @@ class ModuleTrial:
             if not _close(together[i].narrow(axes.batch, 0, 1), whole[i].narrow(axes.tokens, late, 1)):
                 raise NotPerVariantError(f"{name} mixes the sequences of a batch.")
 
+    def _is_joint(self, late: int) -> bool:
+        """Whether the last tokens of three sequences, one of a first and two of a second variant, give in one call what
+        each gives alone."""
+        if self.spec.cache_argument is None or any(axes.batch is None for axes in self.inputs.values()):
+            return False
+        sequences = [self._sequence(2), self.second, self.first]
+        owners = [0, 1, 1]
+        caches, alone = [], []
+        for variant in (1, 0):
+            with _made_up_weights(self.module, self.initialise, variant) as stacks:
+                for sequence in [s for s, owner in zip(sequences, owners, strict=True) if owner == variant][::-1]:
+                    cache = self.new_cache()
+                    for start, end in pairwise(range(late + 1) if self.spec.one_by_one else [0, late]):
+                        self._call(sequence, start, end, cache)
+                    caches.insert(0, joined([(cache, 0, 1)]))
+                    alone.insert(0, self._call(sequence, late, late + 1, cache)[0])
+                if variant:
+                    continue
+                own = segments_from_variants(owners, [1] * len(owners))
+                context = ForwardContext()
+                context.set(ForwardBatch(tokens=own, sampled=own, shape=(len(owners), 1)))
+                for part, name, rows in stacks:  # each with a map of its own, as in service
+                    vars(part)[name] = VariantStack(rows, RowMap([0, 1]), context)
+                together = list(self.first)
+                for i, axes in self.inputs.items():
+                    assert axes.batch is not None
+                    together[i] = torch.cat([sequence[i] for sequence in sequences], dim=axes.batch)
+                try:
+                    outputs = self._call(together, late, late + 1, joined([(part, 0, 1) for part in caches]))[0]
+                except NotPerVariantError:
+                    return False
+        for i, axes in self.spec.outputs.items():
+            assert axes.batch is not None
+            for row, expected in enumerate(alone):
+                if not _close(outputs[i].narrow(axes.batch, row, 1), expected[i]):
+                    return False
+        return True
+
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
@@ -170,17 +215,25 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _made_up_weights(module: torch.nn.Module, initialise: Callable[[Any], object]) -> Iterator[None]:
-    """Weights that differ from each other and take no memory: all rows lie in a short strip of noise.
+def _made_up_weights(
+    module: torch.nn.Module, initialise: Callable[[Any], object], variant: int = 0
+) -> Iterator[list[tuple[Any, str, torch.Tensor]]]:
+    """Weights of one of two variants that differ from each other and take no memory: all rows lie in a short strip of
+    noise. Gives (part, name, both variants' rows) of each.
 
     Buffers may belong together (powers of the same decay), so they are what the model's initialiser makes of them.
     """
     generator = torch.Generator().manual_seed(0)
     kept: list[tuple[Any, dict[str, Any], str, Any]] = []
+    stacks: list[tuple[Any, str, torch.Tensor]] = []
 
     def replace_by(part: Any, holder: dict[str, Any], name: str, value: torch.Tensor) -> None:
         kept.append((part, holder, name, holder.pop(name)))
         vars(part)[name] = value
+
+    def stack(part: Any, name: str, like: torch.Tensor) -> torch.Tensor:
+        stacks.append((part, name, _noise(like, generator)))
+        return stacks[-1][2][variant]
 
     try:
         for part in module.modules():
@@ -191,11 +244,11 @@ def _made_up_weights(module: torch.nn.Module, initialise: Callable[[Any], object
                 initialise(part)
             for name in buffers:
                 if not vars(part)[name].any():
-                    vars(part)[name] = _noise(vars(part)[name], generator)
+                    vars(part)[name] = stack(part, name, vars(part)[name])
             for name, weight in list(part._parameters.items()):
                 if weight is not None and weight.is_meta:
-                    replace_by(part, part._parameters, name, _noise(weight, generator))
-        yield
+                    replace_by(part, part._parameters, name, stack(part, name, weight))
+        yield stacks
     finally:
         for part, holder, name, value in kept:
             vars(part).pop(name, None)
@@ -203,11 +256,12 @@ def _made_up_weights(module: torch.nn.Module, initialise: Callable[[Any], object
 
 
 def _noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    shape = tuple(like.shape)
+    """Two tensors like it: `[2, *shape]`."""
+    shape = (2, *like.shape)
     if not like.dtype.is_floating_point:
         return torch.zeros(shape, dtype=like.dtype)
     strides = _STRIDES[: len(shape)][::-1]
     length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    inputs = torch.Size(shape[1:]).numel() if len(shape) > 1 else 4
+    inputs = torch.Size(shape[2:]).numel() if len(shape) > 2 else 4
     strip: torch.Tensor = torch.randn(length, generator=generator) / math.sqrt(max(inputs, 1))
     return strip.as_strided(shape, strides)

@@ -190,7 +190,7 @@ class _TrialModule:
     def __init__(self, attempt: "_Attempt", path: str, module: Any) -> None:
         self.attempt, self.path, self.module = attempt, path, module
         self.stock, self.names, self.cache_argument = module.forward, argument_names(module), cache_argument(module)
-        layer_types = getattr(attempt.config, "layer_types", None) or ()
+        layer_types = getattr(attempt.config.get_text_config(), "layer_types", None) or ()
         layer = getattr(module, "layer_idx", None)
         kind = layer_types[layer] if isinstance(layer, int) and layer < len(layer_types) else None
         shapes = tuple((name, tensor.shape) for name, tensor in module.state_dict().items())

@@ -7,6 +7,7 @@ runs unchanged. It stores `rows [R, *shape]`. `__torch_function__` turns
 - `embedding` into a look-up in the flattened rows, offset by variant,
 - adding, subtracting, multiplying and dividing with a token tensor into a gather of the row of each token,
 - norms with a weight into the norm without one followed by those,
+- a convolution of each channel by itself into one with each sequence's own weights, in a batch `[B, …]`,
 - casts, arithmetic with a plain number, plain indexing and axes of one into the same on all rows.
 
 Any other operation is an error that names it: never a silent wrong answer.
@@ -149,8 +150,16 @@ def _gathered(x: torch.Tensor, stack: VariantStack) -> torch.Tensor:
     """
     shape = stack.context.batch.shape
     if shape is not None:
-        assert x.shape[:2] == shape, f"{tuple(x.shape)} is not of the batch {shape}"
-        return stack.per_token(shape[0] * shape[1]).reshape(*shape, *_aligned(x, stack)[2:])
+        count, own = shape[0] * shape[1], _aligned(x, stack)
+        rows = stack.per_token(count)
+        if not stack.own_shape and x.is_floating_point():
+            rows = rows.to(x.dtype)
+        if x.shape[:2] == shape:
+            return rows.reshape(*shape, *own[2:])
+        repeat, rest = divmod(x.shape[0], count)  # heads are folded into the rows: [B * L * heads, …]
+        if rest or own[0] != 1:
+            raise RuntimeError(f"{tuple(x.shape)} is not of the batch {shape}")
+        return rows.repeat_interleave(repeat, dim=0).reshape(x.shape[0], *own[1:])
     axis = _token_axis(x, stack)
     count = x.shape[axis]
     rows = stack.per_token(count)
@@ -307,3 +316,30 @@ def _affine(out: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
     if bias is not None:
         out = out + (_gathered(out, bias) if isinstance(bias, VariantStack) else bias)
     return out
+
+
+@_handles(F.conv1d, torch.conv1d)
+def _conv1d(
+    x: torch.Tensor,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """`x [B, C, N]` with a weight `[C, 1, K]`: of each window with the weights of its sequence's variant."""
+    stack = weight if isinstance(weight, VariantStack) else bias
+    shape = stack.context.batch.shape
+    numbers = [n[0] if isinstance(n, tuple | list) else n for n in (stride, padding, dilation)]
+    plain = numbers[0] == numbers[2] == 1 and isinstance(numbers[1], int) and groups == x.shape[1] == weight.shape[0]
+    if shape is None or x.shape[0] != shape[0] or not plain:
+        raise NotImplementedError("this convolution is not supported on weights that differ between variants")
+
+    def own(part: Any) -> torch.Tensor:  # [B or 1, C, 1, …]
+        one = part.per_token(shape[0] * shape[1])[:: shape[1]] if isinstance(part, VariantStack) else part[None]
+        return one.float().reshape(*one.shape[:2], 1, -1)
+
+    windows = F.pad(x, (numbers[1], numbers[1])).float().unfold(-1, weight.shape[-1], 1)  # [B, C, N', K]
+    out = (windows * own(weight)).sum(dim=-1)
+    return (out if bias is None else out + own(bias)[..., 0]).to(x.dtype)

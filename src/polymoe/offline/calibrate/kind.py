@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from polymoe.errors import PlanError, PolymoeError
-from polymoe.model.stock.kind import DecoderOnly, EncoderDecoder, kind_of
+from polymoe.model.stock.kind import DecoderOnly, EncoderDecoder, LanguagePart, kind_of
 from polymoe.offline.calibrate.pairs import pair_ids, read_pairs
 from polymoe.offline.calibrate.spread import spread
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
@@ -75,7 +75,11 @@ class CalibratedEncoderDecoder(CalibratedDecoder):
         return _ENCODER_DECODER_ATTENTION
 
 
-_CALIBRATED = {DecoderOnly: CalibratedDecoder(), EncoderDecoder: CalibratedEncoderDecoder()}
+_CALIBRATED = {
+    DecoderOnly: CalibratedDecoder(),
+    LanguagePart: CalibratedDecoder(),
+    EncoderDecoder: CalibratedEncoderDecoder(),
+}
 
 
 def calibrated(config: Any) -> CalibratedDecoder:

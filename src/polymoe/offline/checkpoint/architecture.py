@@ -15,7 +15,6 @@ from torch import nn
 from polymoe.bundle.config_checks import OTHER_INPUTS
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.stock.kind import kind_of
-from polymoe.model.stock.switch_experts import stack_switch_experts
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def refusal(config: Any, reason: str, way_out: str = _WAY_OUT) -> UnsupportedMod
 def check_supported_config(config: Any) -> None:
     """Refuse what the config alone tells. Raises `UnsupportedModelError` with the reason."""
     other = [name for name in OTHER_INPUTS if getattr(config, name, None) is not None]
-    if other:
+    if other and not getattr(config, "left_out_inputs", None):
         reason = (
             f"it takes images or sound ({', '.join(other)}), and transformers has no text model for its language part"
         )
@@ -70,11 +69,15 @@ def build_on_meta(config: Any) -> Any:
     """
     kind = kind_of(config)
     if type(config) not in kind.classes:
-        raise refusal(config, f"transformers has no text-generation model (…{kind.head}) for it")
+        raise refusal(config, "transformers has no text-generation model for it")
+    found = kind.classes[type(config)]
+    name = (found if isinstance(found, type) else found[0]).__name__
+    if not name.endswith(kind.head):
+        raise refusal(config, f"{name} is not a model that writes text token by token")
     try:
         with torch.device("meta"):
             model = kind.auto.from_config(config, trust_remote_code=False)
-        stack_switch_experts(model)
+        kind.prepare(model)
     except Exception as error:  # no such class for this config, or its constructor refuses the values
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = f"transformers cannot build a text model from its config ({reason})"

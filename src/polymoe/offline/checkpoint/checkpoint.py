@@ -166,7 +166,7 @@ class Checkpoint:
     def _account_for_stored(self) -> tuple[str, ...]:
         """Names that are stored but not loaded on purpose. Raises `CheckpointError` for any other left-over name."""
         model, tensors = self._names.model, self._names.tensors
-        unread = sort_unread(model, self._names.unmatched, list(tensors))
+        unread = sort_unread(model, self._names.unmatched, list(tensors), self._names.left_out)
         strange = [*sorted(unread.strange), *sorted(set(self._names.targets) - set(model.state_dict()))]
         class_name = type(model).__name__
         if strange:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from polymoe.model.stock.kind import kind_of
+from polymoe.model.stock.kind import LanguagePart, kind_of
 from polymoe.model.stock.skeleton import keeps_float32
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
@@ -15,7 +15,10 @@ _SWITCH = {"up_proj": "wi.weight", "down_proj": "wo.weight"}  # stacked here, a 
 @torch.no_grad()
 def loaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Runs in `dtype`, but for what transformers keeps in float32 then. Needs memory for one model and one tensor."""
-    model = kind_of(checkpoint.config).auto.from_config(checkpoint.config, dtype=dtype)
+    kind = kind_of(checkpoint.config)
+    model = kind.auto.from_config(checkpoint.config, dtype=dtype)
+    if isinstance(kind, LanguagePart):
+        kind.prepare(model)
     state = model.state_dict()
     for target in checkpoint.target_names:
         tensor = checkpoint.tensor(target)

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 
 from polymoe.errors import CheckpointError
 from polymoe.model.stock.kind import kind_of
+from polymoe.model.stock.language_part import is_left_out
 from polymoe.offline.checkpoint.source import some
 from polymoe.offline.checkpoint.source_tensor import Load, SourceTensor
 
@@ -58,7 +59,7 @@ class NameMap:
     """All targets that a checkpoint's tensors make in `model` (on the meta device).
 
     `tensors`: stored name -> how to read it. `targets`: target name -> Target. `unmatched`: stored names that map
-    nowhere.
+    nowhere; `left_out`: those of them that belong to parts that the model was built without.
     Raises `CheckpointError` when two stored tensors claim one target or a conversion rule fails on the stored shapes.
     """
 
@@ -70,6 +71,7 @@ class NameMap:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._state = model.state_dict()
         self.unmatched: list[str] = []
+        self.left_out: set[str] = set()
         self.targets: dict[str, Target] = {}
         # The rules run on meta tensors first: that gives names and shapes of all results without reading any data.
         shapes = {
@@ -78,6 +80,8 @@ class NameMap:
         }
         for recipe in self._collect(stored):
             for target, tensor in self._apply(recipe, shapes.__getitem__).items():
+                if target not in self._state and is_left_out(model, target):
+                    continue  # stored together with what is read
                 if target in self.targets:
                     names = [name for other in (self.targets[target].recipe, recipe) for _, name in other.sources]
                     raise CheckpointError(
@@ -133,6 +137,8 @@ class NameMap:
             target, pattern = self.rename(name)
             if target not in self._state:
                 self.unmatched.append(name)
+                if is_left_out(self.model, target):
+                    self.left_out.add(name)
                 continue
             converter = None if pattern is None else self._converter(pattern)
             recipe = recipes.setdefault(target, Recipe(target, converter))

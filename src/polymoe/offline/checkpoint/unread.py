@@ -1,7 +1,7 @@
 """Stored tensors that no stock model reads: named and left out. Anything else without a place is an error."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ class Unread:
         ]
 
 
-def sort_unread(model: Any, unmatched: Sequence[str], stored: Sequence[str]) -> Unread:
-    """Sort the names of `stored` that have no place in `model`.
+def sort_unread(model: Any, unmatched: Sequence[str], stored: Sequence[str], left_out: Collection[str] = ()) -> Unread:
+    """Sort the names of `stored` that have no place in `model`; `left_out`: of parts that it was built without.
 
     Raises `CheckpointError` for whole layers beyond `num_hidden_layers` that are no different from those below: then
     config.json is wrong, and leaving them out would serve half a model.
@@ -71,7 +71,7 @@ def sort_unread(model: Any, unmatched: Sequence[str], stored: Sequence[str]) -> 
             kind = "tables"
         elif _PREDICTION.search(name):
             kind = "prediction"
-        elif multimodal and _TOWERS.search(name):
+        elif multimodal and (_TOWERS.search(name) or name in left_out):
             kind = "towers"
         elif layer is not None and depth is not None and int(layer[2]) >= depth and layer[1].count("layers") == 1:
             own = layers[layer[1], int(layer[2])]
