@@ -81,7 +81,7 @@ test-drills: dev
 # minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE.
 SOAK_MINUTES ?= 30
 soak: dev
-	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m soak
+	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m soak
 
 # The tests of what depends on torch's and transformers' private parts, with the oldest and the newest releases that
 # pyproject.toml allows, each in an environment of its own; options in BOUNDS, for example make test-bounds BOUNDS=lowest.

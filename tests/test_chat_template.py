@@ -96,18 +96,20 @@ def test_variables_for_the_template(tmp_path: Path) -> None:
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "too long"),
         ("{{ '%3000000000d'|format(1) }}{{ messages[0].content }}", "MemoryError"),
         ("{{ (messages[0].content | string) * 300000 }}", "characters for a conversation of a few words"),
+        ("{% for", "line 1"),
+        ("{{ messages | nofilter }}", "nofilter"),
         ("{{ raise_exception('no') }}{{ 1 / 0 }}", ""),
     ],
 )
 def test_a_template_is_tried_where_it_can_be_ended(jinja: str, message: str) -> None:
     """A checkpoint with a template that loops made planning it go on for ever."""
-    template = ChatTemplate(TemplateSource(jinja))
+    source = TemplateSource(jinja)
     began = time.monotonic()
     if message:
         with pytest.raises(BundleError, match=message):
-            try_template(template, seconds=1.0, size=256 << 20)
+            try_template(source, seconds=1.0, size=256 << 20)
     else:
-        assert try_template(template) == template.trial()
+        assert try_template(source) == ChatTemplate(source).trial()
     assert time.monotonic() - began < 5
 
 

@@ -10,7 +10,7 @@ import torch
 from families import make_family
 from polymoe import LLM, SamplingParams
 from polymoe.engine.sampler import Generators, sample
-from polymoe.engine.scheduling.step_record import NO_TOKEN
+from polymoe.engine.scheduling.step_record import NO_TOKEN, NOTHING_ALLOWED
 from polymoe.errors import RequestError
 from polymoe.offline.api import make_plan
 from polymoe.protocol.request import sampling_params
@@ -91,7 +91,7 @@ def test_no_usable_logit_is_no_token(logits: torch.Tensor, temperature: float) -
     tokens, reports = sample(
         rows, [sequence(temperature=temperature, logprobs=1) for _ in range(4)], Generators("cpu", 0)
     ).wait()
-    assert tokens[:3] == [NO_TOKEN] * 3
+    assert tokens[:3] == [NO_TOKEN, NOTHING_ALLOWED, NO_TOKEN]
     assert tokens[3] not in (NO_TOKEN, NEVER)
     assert reports[3] is not None
 

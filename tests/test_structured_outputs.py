@@ -14,9 +14,10 @@ import pytest
 from pydantic import BaseModel
 
 from polymoe import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from polymoe.client.output_sequence import NOTHING_ALLOWED
 from polymoe.errors import RequestError
 from polymoe.text.grammar import check_grammar, grammar_text
-from servers import ThreadServer, engine_config, make_bundle
+from servers import ThreadServer, engine_config, events, make_bundle
 
 PERSON = {
     "type": "object",
@@ -134,7 +135,7 @@ def test_a_grammar_that_goes_wrong_later_is_an_error_not_half_an_answer(llm: LLM
     """llguidance allows an end token once its parser has given up, as if the answer were complete."""
     monster = structured(regex="(a?){3000}a{3000}")
     output = llm.generate("the fox", greedy(monster, max_tokens=200), "base", use_tqdm=False)[0]
-    assert output.outputs[0].finish_reason == "error"
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("error", NOTHING_ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +304,18 @@ def test_wrong_ones_are_400_and_name_the_field(server: ThreadServer, fields: dic
     response = server.post("/v1/chat/completions", {"model": "base", "messages": MESSAGES, **fields})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_goes_wrong_is_the_clients_error(server: ThreadServer, stream: bool) -> None:
+    """It was a 500, as if the model's weights were damaged."""
+    body = {"model": "base", "prompt": "the fox", "max_tokens": 200, "temperature": 0, "stream": stream}
+    response = server.post("/v1/completions", {**body, "structured_outputs": {"regex": "(a?){3000}a{3000}"}})
+    if stream:
+        *_, error, done = events(response)
+        assert (error["error"]["code"], done) == ("nothing_allowed", "[DONE]")
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "nothing_allowed")
 
 
 def test_neighbours_go_on_while_a_schema_compiles(server: ThreadServer, client: openai.OpenAI) -> None:

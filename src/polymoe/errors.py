@@ -11,6 +11,7 @@ PolymoeError
 │   ├── UnknownVariantError       404 model_not_found
 │   ├── VariantUnusableError      503, its files in the bundle cannot be used; other variants are served
 │   ├── NoProbabilitiesError      500, the model computed NaN
+│   ├── NothingAllowedError       400, a grammar leaves no token
 │   ├── ContextLengthError        400 context_length_exceeded
 │   ├── OverloadedError           429, with the seconds to wait
 │   └── ChangeRefusedError        422 (404, 409): the set of variants cannot be changed so; all is as before
@@ -105,8 +106,7 @@ class VariantUnusableError(RequestError):
 
 
 class NoProbabilitiesError(RequestError):
-    """No token can be chosen: the model's output was NaN, the fault of its weights or of the dtype, or what the request
-    asks for leaves none."""
+    """No token can be chosen: the model's output was NaN, the fault of its weights or of the dtype."""
 
     status = 500
     type = "internal_server_error"
@@ -114,10 +114,20 @@ class NoProbabilitiesError(RequestError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"The model `{name}` computed no probabilities (NaN) for this prompt, so there is no answer. "
-            "Its weights are damaged, or the server's --dtype is too narrow for them; or the request's structured "
-            "output, allowed_token_ids or bad_words left no token that may come next.",
+            "Its weights are damaged, or the server's --dtype is too narrow for them.",
             param="model",
             code="no_probabilities",
+        )
+
+
+class NothingAllowedError(RequestError):
+    """What the request asks for leaves no token that may come next."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The answer cannot go on: the request's structured output, allowed_token_ids or bad_words leave no token "
+            "that may come next. A grammar contradicts itself, or takes too much work at this place; make it simpler.",
+            code="nothing_allowed",
         )
 
 

@@ -14,6 +14,8 @@ from polymoe.protocol.request import (
 )
 from polymoe.text.tokenizer import VariantTokenizer
 
+NOTHING_ALLOWED = "nothing allowed"  # stop reason of an error that is the request's
+
 
 class CompletionChunk(msgspec.Struct, frozen=True):
     """What one step added to one of the n sequences of a request."""
@@ -120,6 +122,8 @@ class OutputSequence:
         stop_reason: int | str | None = stop
         if stop is None and new.stop_reason in self._sampling.stop_token_ids:
             stop_reason = new.stop_reason  # the end-of-text token is no reason to report, as in vLLM
+        if new.nothing_allowed:
+            stop_reason = NOTHING_ALLOWED
         self._keep(token_ids, text)
         self.output.finish_reason, self.output.stop_reason = finish_reason, stop_reason
         return CompletionChunk(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher
 
-from polymoe.engine.scheduling.step_record import NO_TOKEN, PENDING, ScheduledSequence, SequenceKey
+from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence, SequenceKey
 from polymoe.model.transfer.upload import upload
 
 # The 8 tokens that a byte of a mask stands for, lowest bit first.
@@ -104,6 +104,6 @@ class GrammarMasks:
             new[-1] = pending()[sequence.key]
         progress.num_tokens += len(new)
         # A sequence that turns out to have ended is still in this step; what is drawn for it is dropped.
-        if progress.matcher is not None and (NO_TOKEN in new or not progress.matcher.consume_tokens(new)):
+        if progress.matcher is not None and (min(new, default=0) < 0 or not progress.matcher.consume_tokens(new)):
             progress.matcher = None
         return progress.matcher

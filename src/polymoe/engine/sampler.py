@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from polymoe.engine.grammar_masks import StepMasks
-from polymoe.engine.scheduling.step_record import NO_TOKEN, ScheduledSequence, SequenceKey
+from polymoe.engine.scheduling.step_record import NO_TOKEN, NOTHING_ALLOWED, ScheduledSequence, SequenceKey
 from polymoe.model.transfer.download import Download
 from polymoe.model.transfer.upload import upload
 from polymoe.protocol.request import TokenLogprobs
@@ -49,8 +49,8 @@ class SampleOutput:
     _wanted: list[int | None]  # [R]
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Token ids `[R]` (or `NO_TOKEN`), and log-probabilities of the rows that asked for them. The only place that
-        waits."""
+        """Token ids `[R]` (or `NO_TOKEN`, `NOTHING_ALLOWED`), and log-probabilities of the rows that asked for them.
+        The only place that waits."""
         tokens, best, *top = self._download.wait()
         reports: list[TokenLogprobs | None] = [None] * len(self._wanted)
         if top:
@@ -58,7 +58,8 @@ class SampleOutput:
             counts = [w for w in self._wanted if w is not None]
             for i, report in zip(rows, _reports(top, counts), strict=True):
                 reports[i] = report
-        return torch.where(best > NEG_INF, tokens, NO_TOKEN).tolist(), reports
+        none = torch.where(best.isnan(), NO_TOKEN, NOTHING_ALLOWED)
+        return torch.where(best > NEG_INF, tokens, none).tolist(), reports
 
 
 def sample(

@@ -172,6 +172,11 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time: float = 0.0  # seconds, time.monotonic() of the machine
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether it leaves out tokens."""
+        return self.grammar is not None or bool(self.banned) or self.sampling.allowed_token_ids is not None
+
+    @property
     def looks_back(self) -> bool:
         """Whether the next token depends on the tokens that the sequence has, beside the logits."""
         return self.sampling.penalises or bool(self.banned) or self.grammar is not None
@@ -195,11 +200,17 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_reason: int | None = None  # the stop token id that ended it
+    nothing_allowed: bool = False  # ended by an error: what the request asks for leaves no token that may come next
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     # Seconds so far: waiting, prefill (scheduled to first token), decode.
     queue_time: float = 0.0
     prefill_time: float = 0.0
     decode_time: float = 0.0
+
+    @classmethod
+    def failed(cls, request_id: SequenceId, nothing_allowed: bool) -> "TokenOutput":
+        """No token could be drawn."""
+        return cls(request_id=request_id, new_token_ids=[], finish_reason="error", nothing_allowed=nothing_allowed)
 
 
 class Logprob(msgspec.Struct, frozen=True):

@@ -4,16 +4,17 @@ requests in the engine."""
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from polymoe.client.output_sequence import CompletionChunk
+from polymoe.client.output_sequence import NOTHING_ALLOWED, CompletionChunk
 from polymoe.client.request_stream import RequestStream
-from polymoe.errors import NoProbabilitiesError, PolymoeError, RequestError
+from polymoe.errors import NoProbabilitiesError, NothingAllowedError, PolymoeError, RequestError
+from polymoe.protocol.request import CompletionOutput
 from polymoe.server.connection import PieceWriter
 from polymoe.server.errors import error_response
 from polymoe.server.format import Format, encode_json
@@ -103,8 +104,7 @@ class EventStream(Response):
                 self._timer.observe(chunks)
                 if event := b"".join(map(form.encoded, chunks)):
                     yield event
-                if any(chunk.finish_reason == "error" for chunk in chunks):
-                    raise NoProbabilitiesError(form.model)
+                _check(chunks, form.model)
             if closing := form.closing():
                 yield b"".join(map(form.event, closing))
         except Exception as error:
@@ -136,8 +136,7 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
         if not runner.done():
             return Response(status_code=499)
         runner.result()
-        if any(output.finish_reason == "error" for result in stream.results.values() for output in result.outputs):
-            raise NoProbabilitiesError(form.model)
+        _check([output for result in stream.results.values() for output in result.outputs], form.model)
         return JsonResponse(form.whole(stream.results))
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
@@ -148,6 +147,13 @@ async def collect(request: Request, stream: RequestStream, form: Format, timer: 
         for task in (runner, watcher):
             task.cancel()
         await asyncio.gather(runner, watcher, return_exceptions=True)
+
+
+def _check(pieces: Sequence[CompletionChunk | CompletionOutput], model: str) -> None:
+    """Raises what is to be told of a sequence that could not go on."""
+    for piece in pieces:
+        if piece.finish_reason == "error":
+            raise NothingAllowedError if piece.stop_reason == NOTHING_ALLOWED else NoProbabilitiesError(model)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ import warnings
 import msgspec
 
 from polymoe.errors import BundleError
-from polymoe.text.chat_template import ChatTemplate
+from polymoe.text.chat_template import ChatTemplate, TemplateSource
 
 _SECONDS = 10.0  # of all conversations; an ordinary template takes a thousandth
 _BYTES = 512 << 20  # of memory, beyond what this process has
@@ -28,9 +28,11 @@ class _Answer(msgspec.Struct):
     error: str | None = None
 
 
-def try_template(template: ChatTemplate, seconds: float = _SECONDS, size: int = _BYTES) -> tuple[str, str | None]:
-    """As `ChatTemplate.trial`. Raises `BundleError`, also for what takes longer than `seconds` or more than `size`
-    bytes."""
+def try_template(source: TemplateSource, seconds: float = _SECONDS, size: int = _BYTES) -> tuple[str, str | None]:
+    """As `ChatTemplate.trial`; it is only compiled there too, which works out what is constant in it.
+
+    Raises `BundleError` for what is no template, or fails, or takes longer than `seconds` or more than `size` bytes.
+    """
     importlib.import_module("transformers.utils.chat_template_utils")  # what rendering needs, before there are two
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
@@ -41,7 +43,7 @@ def try_template(template: ChatTemplate, seconds: float = _SECONDS, size: int = 
             os.close(ours)
             _limit(size)
             with os.fdopen(theirs, "wb") as pipe:
-                pipe.write(msgspec.json.encode(_answer(template)))
+                pipe.write(msgspec.json.encode(_answer(source)))
         finally:
             os._exit(0)
     os.close(theirs)
@@ -59,9 +61,9 @@ def try_template(template: ChatTemplate, seconds: float = _SECONDS, size: int = 
     return answer.text, answer.warning
 
 
-def _answer(template: ChatTemplate) -> _Answer:
+def _answer(source: TemplateSource) -> _Answer:
     try:
-        text, warning = template.trial()
+        text, warning = ChatTemplate(source).trial()
     except BundleError as error:
         return _Answer(error=str(error))
     except (MemoryError, RecursionError) as error:

@@ -20,7 +20,7 @@ from polymoe.engine.scheduling.load_estimate import estimate_load
 from polymoe.engine.scheduling.running_batch import RunningBatch
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_plan import LaunchedStep, PrefillQueues, StepPlan
-from polymoe.engine.scheduling.step_record import NO_TOKEN, PENDING, ScheduledSequence, StepResult
+from polymoe.engine.scheduling.step_record import NO_TOKEN, NOTHING_ALLOWED, PENDING, ScheduledSequence, StepResult
 from polymoe.engine.scheduling.variant_turns import VariantTurns
 from polymoe.engine.scheduling.waiting_queue import WaitingQueue
 from polymoe.errors import OverloadedError
@@ -226,10 +226,11 @@ class Scheduler:
                 self.batch.remember_full(sequence)
                 continue
             assert sequence.is_pending
-            if token.token_id == NO_TOKEN:
+            if token.token_id in (NO_TOKEN, NOTHING_ALLOWED):
                 sequence.token_ids.pop()
                 finished.append(sequence)
-                outputs.append(TokenOutput(request_id=sequence.request_id, new_token_ids=[], finish_reason="error"))
+                refused = token.token_id == NOTHING_ALLOWED and sequence.request.is_constrained
+                outputs.append(TokenOutput.failed(sequence.request_id, refused))
                 continue
             sequence.token_ids[-1] = token.token_id
             self.batch.remember_full(sequence)

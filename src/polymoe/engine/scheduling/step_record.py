@@ -7,7 +7,8 @@ from polymoe.engine.grammars import CompiledGrammar
 from polymoe.protocol.request import EngineRequest, TokenLogprobs
 
 PENDING = -1  # in place of a token that was drawn on the device and is not known on the host yet
-NO_TOKEN = -2  # in place of a token that cannot be drawn: logits are NaN, or minus infinity for the whole vocabulary
+# In place of a token that cannot be drawn: the logits are NaN, or minus infinity for the whole vocabulary.
+NO_TOKEN, NOTHING_ALLOWED = -2, -3
 
 
 class SequenceKey:

@@ -97,13 +97,12 @@ def _why_no_tokenizer(folder: Path, present: list[str], error: Exception) -> str
 
 def _check_template(folder: Path, vocab_size: int, tokenizer: "VariantTokenizer") -> list[str]:
     where, fix = _template_file(folder), "repair it, or remove it to serve plain completions only."
-    template = tokenizer.chat_template
     if tokenizer.chat_template_fault is not None:
         raise CheckpointError(f"{where}: the chat template cannot be used ({tokenizer.chat_template_fault}); {fix}")
-    if template is None:
+    if tokenizer.template_source is None:
         return []
     try:
-        text, warning = try_template(template)
+        text, warning = try_template(tokenizer.template_source)
     except BundleError as error:
         raise CheckpointError(f"{where}: the chat template fails ({error}); {fix}") from error
     beyond = [token for token in tokenizer.encode(text, add_special_tokens=False) if token >= vocab_size]
