@@ -18,6 +18,7 @@ import test_packed_nonexperts
 import test_paged_attention
 import test_rms_norm
 import test_tiled_experts
+from polymoe.kernels.cpu import tiles as tiles_module
 from polymoe.kernels.cpu.tiles import can_multiply_tiles
 from polymoe.native import installed
 from polymoe.native.library import cpu_kernels, instruction_set
@@ -152,3 +153,20 @@ def test_what_a_processor_can_run(has: str, levels: list[str], monkeypatch: pyte
     assert installed.level() == levels[-1]
     monkeypatch.setenv("POLYMOE_CPU_LEVEL", "avx1024")
     assert installed.obstacle() == f"POLYMOE_CPU_LEVEL=avx1024, where this processor has {', '.join(levels)}"
+
+
+@pytest.mark.parametrize(
+    ("has", "tiles"),
+    [
+        ("avx2 fma avx512f avx512bw avx512vl avx512_bf16 avx512vbmi avx512_vbmi2 avx512_vnni", True),  # Zen 4
+        ("avx2 fma avx512f avx512bw avx512vl avx512_bf16 avx512_vnni", False), ("avx2 fma", True), ("asimd", True),
+    ],
+)  # fmt: skip
+def test_where_tiles_are_multiplied(has: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VBMI, unlike what came after it, is spelled without an underline: for a while no AVX-512 had tiles."""
+    monkeypatch.delenv("POLYMOE_CPU_LEVEL", raising=False)
+    for module in (installed, tiles_module):
+        monkeypatch.setattr(module, "instructions", lambda: frozenset(has.split()))
+    monkeypatch.setattr(installed, "library_of", lambda _level: installed.Path(__file__))
+    monkeypatch.setattr(tiles_module, "cpu_kernels", object)
+    assert tiles_module.can_multiply_tiles.__wrapped__() == tiles

@@ -95,6 +95,17 @@ def test_a_stored_layer_that_is_not_bfloat16() -> None:
         assert_close(Module(), own, dtype, "zipf", signed=False)
 
 
+def test_with_several_threads() -> None:
+    """In float32 helpers looked for the segments in memory of their own, where there were none: the process crashed."""
+    layer, threads = make_layer("int4", "d2", 250, 37), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(5):
+            assert_close(Module(), layer, torch.float32, "zipf", signed=False)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_kernel_computed_it() -> None:
     """The comparisons above would hold as well if everything fell to torch."""
     for name, sizes in (("int5", (250, 37)), ("int4", (64, 96))):

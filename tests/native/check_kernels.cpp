@@ -93,6 +93,11 @@ Pool stored_pool(int64_t count, int64_t outputs, int64_t in) {
     return p;
 }
 
+float e4m3(int64_t code) {
+    const double fraction = static_cast<double>(code % 8) / 8;
+    return static_cast<float>(code < 8 ? std::ldexp(fraction, -6) : std::ldexp(1 + fraction, static_cast<int>(code / 8) - 7));
+}
+
 // Random codes; in tiles where asked.
 Pool packed_pool(int64_t kind, int64_t count, int64_t outputs, int64_t in, double scale, bool in_tiles) {
     Pool p{count, outputs, in};
@@ -102,13 +107,14 @@ Pool packed_pool(int64_t kind, int64_t count, int64_t outputs, int64_t in, doubl
     vector<int> bytes(codes);
     for (int64_t c = 0; c < codes; ++c) bytes[c] = kind == INT8 ? static_cast<int>(c) - 128 : static_cast<int>((2 * c + 1 - codes) * 127 / codes);
     for (int64_t i = 0; i < 256; ++i) p.table.push_back(static_cast<uint8_t>(bytes[i % codes] + 128));
-    for (int64_t i = 0; i < 128; ++i) p.levels.push_back(static_cast<float>(kind == FP8 ? i : bytes[i % codes]) / 64);
+    for (int64_t i = 0; i < 128; ++i) p.levels.push_back(kind == FP8 ? e4m3(i) : static_cast<float>(bytes[i % codes]) / 64);
     p.data.resize(count * outputs * row_bytes);
-    p.scales = random_bf16(count * outputs * groups, scale);
+    p.scales = random_bf16(count * outputs * groups, kind == FP8 ? scale / 50 : scale);
     vector<uint8_t> row(in + 64);
     for (int64_t r = 0; r < count * outputs; ++r) {
         for (int64_t k = 0; k < in; ++k) {
-            row[k] = static_cast<uint8_t>(below(codes));
+            do row[k] = static_cast<uint8_t>(below(codes));
+            while (kind == FP8 && row[k] % 128 == 127);  // NaN
             double level = kind == INT8 ? row[k] - 128.0 : p.levels[row[k] % 128];
             if (kind == FP8 && row[k] >= 128) level = -level;
             p.dense.push_back(level * wide(p.scales[r * groups + k / group]));

@@ -19,7 +19,7 @@ from polymoe.native.library import cpu_kernels, kernel_threads
 from polymoe.quant.formats import level_bytes
 
 _LANES, _UNIT = 16, 32  # outputs of a tile, inputs that a tile's codes are grouped by
-_NEEDED = {"avx512_vnni", "avx512_vbmi"}  # at the level avx512, beside what all its kernels need
+_NEEDED = {"avx512_vnni", "avx512vbmi"}  # at the level avx512, beside what all its kernels need
 
 
 class Activations(NamedTuple):

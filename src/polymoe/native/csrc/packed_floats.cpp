@@ -164,8 +164,10 @@ extern "C" void polymoe_packed_linear_f32(const float* x, int64_t in, int64_t ou
                                           const float* bias, float* y, int num_threads) {
     using namespace polymoe;
     static thread_local std::vector<float> steps;
-    static thread_local std::vector<int64_t> groups;
-    static thread_local std::vector<Segment> segments;
+    static thread_local std::vector<int64_t> kept_groups;
+    static thread_local std::vector<Segment> kept_segments;
+    auto& groups = kept_groups;  // helpers see the caller's
+    auto& segments = kept_segments;
     const int64_t stride = (in + 31) / 32 * 32, rows = starts[num_segments];
     if (static_cast<int64_t>(steps.size()) < rows * stride) steps.resize(rows * stride);
     segments.clear();

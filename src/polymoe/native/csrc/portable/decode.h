@@ -64,6 +64,27 @@ inline void unpack_row(int64_t kind, const uint8_t* row, int64_t in, uint8_t* co
     }
 }
 
+// Of a table of 2^BITS: table[codes[0 .. W]].
+template <int BITS>
+inline Floats look_up(const float* table, const uint8_t* codes) {
+#if defined(__AVX2__)
+    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const auto among = [&](int i) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8 * i), at); };
+    if constexpr (BITS <= 3) return (Floats)among(0);
+    if constexpr (BITS == 4) return (Floats)_mm256_blendv_ps(among(0), among(1), (__m256)_mm256_slli_epi32(at, 28));
+    return (Floats)_mm256_i32gather_ps(table, at, 4);
+#else
+    return Floats{table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+#endif
+}
+
+template <int BITS>
+inline void look_up_all(const float* table, const uint8_t* codes, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(to + i, look_up<BITS>(table, codes + i));
+    for (; i < count; ++i) to[i] = table[codes[i]];
+}
+
 // `count` values of one scale.
 inline void scaled(const Stack& s, const uint8_t* codes, int64_t count, float scale, float* to) {
     if (s.kind == INT8) {
@@ -73,7 +94,9 @@ inline void scaled(const Stack& s, const uint8_t* codes, int64_t count, float sc
     } else {
         float table[64];
         for (int i = 0; i < 64; ++i) table[i] = scale * s.levels[i];
-        for (int64_t i = 0; i < count; ++i) to[i] = table[codes[i]];
+        if (s.kind <= 3) look_up_all<3>(table, codes, count, to);
+        else if (s.kind == 4) look_up_all<4>(table, codes, count, to);
+        else look_up_all<6>(table, codes, count, to);
     }
 }
 

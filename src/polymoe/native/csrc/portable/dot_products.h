@@ -119,9 +119,8 @@ struct Dot {
     }
 
     static void add(Ints* sum, const Weight* w, const Value* x) {
-        int32_t two[2];
-        memcpy(two, x, 8);
-        const __m256i even = _mm256_set1_epi32(two[0]), odd = _mm256_set1_epi32(two[1]);
+        const __m256i even = (__m256i)_mm256_broadcast_ss(reinterpret_cast<const float*>(x));
+        const __m256i odd = (__m256i)_mm256_broadcast_ss(reinterpret_cast<const float*>(x + 2));
         for (int part = 0; part < PARTS; ++part) {
             const __m256i at_even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * part));
             const __m256i at_odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 + 16 * part));

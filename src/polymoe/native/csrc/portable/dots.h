@@ -10,7 +10,9 @@ constexpr int64_t PIECE = 32;  // weight rows of a piece of work, and floats fro
 // sums[r * PIECE + o] += x[r] · w[o] for MR rows and NR weight rows. `in` is a multiple of W.
 template <int MR, int NR, class Weight>
 inline void dot_tile(const float* x, int64_t x_stride, const Weight* w, int64_t w_stride, int64_t in, float* sums) {
-    Floats total[MR][NR] = {};
+    Floats total[MR][NR];
+    for (auto& row : total)
+        for (auto& sum : row) sum = Floats{};
     for (int64_t k = 0; k < in; k += W) {
         Floats weight[NR];
         for (int o = 0; o < NR; ++o) weight[o] = load(w + o * w_stride + k);

@@ -120,7 +120,9 @@ inline void group_rows(const Dot::Weight* weights, const Rounded& x, int64_t row
                        float* sums) {
     const int64_t first = g * x.group, vectors = std::min(x.group, x.in - first) / 4;
     for (int pass = 0; pass < passes; ++pass) {
-        Ints total[R][PARTS] = {};
+        Ints total[R][PARTS];
+        for (auto& row : total)
+            for (auto& sum : row) sum = Ints{};
         const Dot::Value* values = x.values + (pass * x.rows + row) * x.in + first;
         for (int64_t v = 0; v < vectors; ++v)
 #pragma GCC unroll 6

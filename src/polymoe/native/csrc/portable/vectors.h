@@ -28,7 +28,6 @@ constexpr int W = 4;
 typedef float Floats __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 
 template <class Vector>
 inline Vector load_as(const void* from) {
@@ -45,7 +44,12 @@ inline void store(void* to, Vector values) {
 // W values as float32, of float32 or of bfloat16.
 inline Floats load(const float* from) { return load_as<Floats>(from); }
 inline Floats load(const uint16_t* from) {
-    return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+#if defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (Floats)_mm256_slli_epi32(wide, 16);
+#else
+    return (Floats)((Words)vmovl_u16(vld1_u16(from)) << 16);
+#endif
 }
 
 inline Floats all(float value) { return value - Floats{}; }
