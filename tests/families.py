@@ -130,6 +130,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_d_state": 8,
         "mamba_chunk_size": 5,
+        "tie_word_embeddings": True,
         "embedding_multiplier": 1.5,
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
@@ -152,6 +153,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": True,
         "num_dense_layers": 1,
         "num_experts": 8,
         "num_experts_per_tok": 2,

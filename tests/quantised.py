@@ -30,7 +30,7 @@ def rewrite(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, An
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantization}))
 
 
-def store_block_fp8(folder: Path, block: tuple[int, int] = (8, 8)) -> None:
+def store_block_fp8(folder: Path, block: tuple[int, int] = (8, 8), linear: re.Pattern[str] = _LINEAR) -> None:
     """FP8 in blocks, as Qwen3-…-FP8 and DeepSeek-V3; a side that is no multiple of the block has a smaller last one."""
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
     quantise = Fp8Quantize(
@@ -38,7 +38,7 @@ def store_block_fp8(folder: Path, block: tuple[int, int] = (8, 8)) -> None:
     )
     stored = {}
     for name, weight in load_file(folder / "model.safetensors").items():
-        if _LINEAR.fullmatch(name):
+        if linear.fullmatch(name):
             rows, columns = weight.shape
             made = quantise._quantize_one(name, pad(weight, (0, -columns % block[1], 0, -rows % block[0])))
             stored[name] = made[name][:rows, :columns]

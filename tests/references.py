@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompressedTensorsConfig
 
 from families import WITH_STATES, make_family
+from hub_layouts import as_on_the_hub
 from polymoe.engine.core import EngineCore
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.plan import separate_plan
@@ -35,6 +36,8 @@ class ReferenceFamily:
     def __init__(self, arch: str, folder: Path, num_requests: int = 10, **options: Any) -> None:
         self.arch, self.folder = arch, folder
         self.paths = make_family(arch, folder / "checkpoints", num_variants=3, **options)
+        for path in self.paths.values():
+            as_on_the_hub(arch, path)
         self.bundle = self.write(folder / "bundle")
         self.num_requests = num_requests
 

@@ -41,7 +41,13 @@ def one_group(family: Family, base: str, delta: str, merge: str = "regmean") -> 
     return Plan("test", np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.bool_), "", base_, merge_, delta_)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen3_5_moe_text", "nemotron_h", "lfm2_moe"),
+        *("minimax", "deepseek_v32"),
+    ],
+)
 def test_the_streamed_pass_is_the_stock_models(arch: str, tmp_path: Path) -> None:
     paths = make_family(arch, tmp_path, 2)
     family, texts = Family.open(paths), windows(2, 3)

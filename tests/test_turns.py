@@ -248,6 +248,23 @@ def test_a_message_thinks(claude: anthropic.Anthropic) -> None:
     assert [block.type for block in message.content] == ["text"]
 
 
+def test_an_image_is_refused_with_the_reason(server: ThreadServer) -> None:
+    image = {"type": "input_image", "image_url": "https://example.org/a.png"}
+    asked = {"model": "base", "input": [{"role": "user", "content": [image]}]}
+    answer = server.post("/v1/responses", asked)
+    assert answer.status_code == 400
+    assert "reads only text" in answer.json()["error"]["message"]
+    source = {"type": "url", "url": "https://example.org/a.png"}
+    asked = {
+        "model": "base",
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],
+    }
+    answer = server.post("/v1/messages", asked)
+    assert answer.status_code == 400
+    assert "reads only text" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -171,7 +171,7 @@ class EngineCore:
             max_concurrency=num_blocks * config.block_size / max(lengths),
             device=str(self.device),
             dtype=name,
-            prefix_caching=config.enable_prefix_caching and kind.keeps_prefixes,
+            prefix_caching=prefix_caching,
             max_variants=self.max_variants,
             headroom=config.headroom,
             fast_paths=self.model.fast_paths,

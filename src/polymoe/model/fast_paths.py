@@ -1,12 +1,14 @@
 """What every operation of a loaded model runs on, for its operator: see `polymoe.protocol.fast_path`."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from polymoe.model.attention.paged import AttentionLayer
 from polymoe.model.backends.base import Backend
 from polymoe.model.experts.layer import LayerExperts
+from polymoe.model.per_variant.spec import PerVariantSpec
 from polymoe.model.stock.fused_norm import is_fused
 from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.variant_stack import VariantStack
@@ -19,7 +21,7 @@ def fast_paths(
     layers: Sequence[LayerExperts],
     attention: Iterable[AttentionLayer],
     dtype: torch.dtype,
-    per_variant: Collection[str] = (),
+    per_variant: Mapping[str, PerVariantSpec] = MappingProxyType({}),
 ) -> list[FastPath]:
     """Experts first, then linear maps, norms, attention and the modules at the paths `per_variant`, whose parts do not
     count; those that run alike as one."""
@@ -28,7 +30,7 @@ def fast_paths(
     alone = {part for path in per_variant for part in network.get_submodule(path).modules()}
     parts = [module for module in network.modules() if module not in alone]
     others = [*_linear_maps(parts, backend), *_norms(parts, backend), *_attention(attention, dtype, backend)]
-    others += [_alone(network.get_submodule(path)) for path in per_variant]
+    others += [_alone(network.get_submodule(path), spec) for path, spec in per_variant.items()]
     return merged([*paths, *others])
 
 
@@ -73,6 +75,7 @@ def _attention(layers: Iterable[AttentionLayer], dtype: torch.dtype, backend: Ba
         yield _path(backend, "attention", reason)
 
 
-def _alone(module: torch.nn.Module) -> FastPath:
-    reason = f"{type(module).__name__} is stock code, which runs once for each variant of a step"
+def _alone(module: torch.nn.Module, spec: PerVariantSpec) -> FastPath:
+    how = "once for each variant of a step" + (" and once for all that decode" if spec.joint else "")
+    reason = f"{type(module).__name__} is stock code, which runs {how}"
     return FastPath(part="per-variant", runs_on="torch", count=1, reason=reason)

@@ -6,7 +6,7 @@ from polymoe.client.client import AsyncEngineClient
 from polymoe.config import format_bytes
 from polymoe.console import Console, warn
 from polymoe.protocol.fast_path import FastPath
-from polymoe.protocol.info import VariantInfo
+from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.server.settings import ServerSettings
 
 
@@ -30,6 +30,7 @@ def print_summary(console: Console, client: AsyncEngineClient, host: str, port: 
         f"memory    {sizes}",
         f"KV cache  {info.num_kv_blocks * info.block_size} tokens, "
         f"{info.max_concurrency:.1f} sequences of full length at a time",
+        *(["prompts   always computed, no prefix cache: sequences keep states of their own"] if _states(info) else []),
         f"URL       {_url(host, port, settings)}/v1",
         "",
         curl_line(client, host, port, settings),
@@ -47,6 +48,11 @@ def _fast_paths(paths: list[FastPath]) -> list[str]:
     parts = list(dict.fromkeys(path.part for path in paths))
     lines = [(part, ", ".join(str(path) for path in paths if path.part == part)) for part in parts]
     return [f"{'runs on' if i == 0 else '':<10}{part}: {text}" for i, (part, text) in enumerate(lines)]
+
+
+def _states(info: EngineInfo) -> bool:
+    """Whether it is for what sequences keep that prompts are not found again."""
+    return not info.prefix_caching and any(path.part == "per-variant" for path in info.fast_paths)
 
 
 def _fidelity(variant: VariantInfo) -> str:
