@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
-from polymoe.client import client
+from polymoe.client import connection
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest_sessionstart  # noqa: F401
@@ -48,7 +48,7 @@ def pytest_runtest_setup() -> None:
 def _forked_engines() -> Iterator[None]:
     """Engine processes that tests start are forked from one that has imported what they need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "start_process", engine_starter(client.start_process))
+        patch.setattr(connection, "start_process", engine_starter(connection.start_process))
         yield
     zygote.close()
 

@@ -112,7 +112,7 @@ def run_python(
 
 
 def engine_starter(fresh: Any) -> Any:
-    """`polymoe.client.client.start_process`, of which `fresh` is the package's own, with forks where they can be."""
+    """Of polymoe.client.connection: forks where they can be, else `fresh`, which is the package's own."""
 
     def start_process(module: str, fd: int) -> Any:
         if module != ENGINE or not zygote.can(os.environ):
