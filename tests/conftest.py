@@ -1,12 +1,15 @@
 """Shared by all tests: one thread (tiny models are slower with more), quiet transformers, and a family of three."""
 
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import httpx._transports.default as httpx_transports
 import pytest
 import torch
 
@@ -14,21 +17,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
-from polymoe.client import client
+from polymoe.client import connection
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
+from polymoe.server import planner
 from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest_sessionstart  # noqa: F401
-from zygote import engine_starter, zygote
+from zygote import ForkedPlanner, engine_starter, zygote
 
 torch.set_num_threads(1)
 
 # Files of ten seconds or more, the longest first: a file is one piece of work (`--dist loadfile`), and none of them may
 # be what one worker still has when the others are done. `make tests` keeps the order with --no-loadscope-reorder.
 LONGEST = (
-    "exactness", "compressed", "install", "server_life", "benchmark_quality", "readme", "device_path", "bundle_damage",
-    "bench", "gpu_experts", "resident_memory", "demo", "benchmark_merging", "switch_calibrate", "switch_offline",
-    "offline_bundle", "allocate", "eval", "server", "packed_linear", "printing", "python_api", "bench_decoder",
-    "cpu_kernels", "family_configs",
+    "exactness", "live_server", "device_path", "compressed", "install", "benchmark_merging", "server_life",
+    "benchmark_quality", "gpu_experts", "bench", "readme", "offline_bundle", "bundle_damage", "demo", "packed_linear",
+    "eval", "resident_memory", "switch_offline", "server", "switch_calibrate", "allocate", "printing", "python_api",
+    "bench_decoder", "cpu_kernels", "family_configs",
 )  # fmt: skip
 
 
@@ -46,11 +50,23 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_engines() -> Iterator[None]:
-    """Engine processes that tests start are forked from one that has imported what they need."""
+    """Engines and planners that tests start are forked from a process that has imported what they need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "start_process", engine_starter(client.start_process))
+        patch.setattr(connection, "start_process", engine_starter(connection.start_process))
+        if sys.platform == "linux":
+            patch.setattr(planner, "start_process", ForkedPlanner.start)
         yield
     zygote.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheaper_calls() -> Iterator[None]:
+    """Each `httpx.get` reads all of the system's certificates, 30 ms, though no server here speaks TLS; each bundle is
+    written down to the disk, though no power fails between two tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpx_transports, "create_ssl_context", functools.cache(httpx_transports.create_ssl_context))
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import httpx
 import psutil
 
 from servers import CONTEXT, events, free_port, wait_for
+from zygote import ENGINE, ENGINE_NAME, RUN_COMMAND, Forked, zygote
 
 BODY = {"model": "base", "prompt": "the fox", "stream": True, "ignore_eos": True}
 
@@ -19,19 +20,25 @@ class ProcessServer:
     """A server in its own process, with its output in a file."""
 
     def __init__(
-        self, bundle: Path, folder: Path, grace: float, *flags: str, kv_cache: str = "16MB", **popen: Any
-    ) -> None:
-        """flags: of `polymoe serve`. popen: of the process, its environment for example."""
+        self, bundle: Path, folder: Path, grace: float, *flags: str, kv_cache: str = "16MB", fresh: bool = True,
+        **popen: Any,
+    ) -> None:  # fmt: skip
+        """flags: of `polymoe serve`. popen: of the process, its environment for example. Not fresh: it and its engine
+        are forked from a process that has imported what they need, see zygote.py."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         command = ["serve", str(bundle), "--port", str(self.port), "--grace", str(grace), "--threads", "1", *flags]
-        script = "from polymoe.cli.main import main; main()"
+        command += ["--device", "cpu", "--kv-cache", kv_cache]
+        self.process: subprocess.Popen[bytes] | Forked
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", script, *command, "--device", "cpu", "--kv-cache", kv_cache],
-                **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
-            )
+            if fresh or sys.platform != "linux":
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", RUN_COMMAND, *command],
+                    **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
+                )
+            else:
+                self.process = zygote.fork(RUN_COMMAND, *command, out=log.fileno(), error=log.fileno(), engines=2)
 
     def wait_until_ready(self) -> None:
         def ready() -> bool:
@@ -44,7 +51,9 @@ class ProcessServer:
         wait_for(ready, timeout=120)
 
     def engine(self) -> psutil.Process:
-        (engine,) = (c for c in psutil.Process(self.process.pid).children() if "polymoe.engine.process" in c.cmdline())
+        children = psutil.Process(self.process.pid).children()
+        running = (c for c in children if c.status() != psutil.STATUS_ZOMBIE)
+        (engine,) = (c for c in running if c.name() == ENGINE_NAME or ENGINE in c.cmdline())
         return engine
 
     def stream(self, seen: list[Any], running: threading.Event, max_tokens: int) -> None:

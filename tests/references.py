@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,17 +73,34 @@ class ReferenceFamily:
     @cached_property
     def cases(self) -> list[Case]:
         """Random variants, prompt lengths and output lengths; two prompts share a prefix within and across variants."""
+        return [self.case(*request) for request in self._requests()]
+
+    def forced_cases(self) -> list[Case]:
+        """The same requests with answers that are given, not drawn: what one pass of the stock models says of them."""
+        rng, cases = random.Random(self.arch), []
+        for variant, prompt, count in self._requests():
+            model = self.models[variant]
+            tokens = [rng.randrange(model.config.vocab_size) for _ in range(count)]
+            with torch.no_grad():
+                if self.is_encoder_decoder:
+                    decoded = torch.tensor([[model.config.decoder_start_token_id, *tokens[:-1]]])
+                    logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoded).logits[0]
+                else:
+                    logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+            cases.append(Case(variant, prompt, count, tokens, logits.float()))
+        return cases
+
+    def _requests(self) -> Iterator[tuple[str, list[int], int]]:
+        """(variant, prompt, tokens to generate)"""
         rng = random.Random(self.arch)
         names = list(self.paths)
         vocab = next(iter(self.models.values())).config.vocab_size
         shared = [rng.randrange(vocab) for _ in range(13)]
-        cases = []
         for i in range(self.num_requests):
             prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 25))]
             if i % 2 == 0:
                 prompt = shared + prompt[:5]
-            cases.append(self.case(names[i % 3] if i < 6 else rng.choice(names), prompt, rng.randrange(1, 14)))
-        return cases
+            yield names[i % 3] if i < 6 else rng.choice(names), prompt, rng.randrange(1, 14)
 
     def case(self, variant: str, prompt: list[int], max_tokens: int) -> Case:
         with torch.no_grad():

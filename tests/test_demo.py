@@ -12,6 +12,7 @@ import pytest
 import polymoe
 from polymoe.demo import family_paths
 from servers import LIMIT, free_port
+from zygote import RUN_COMMAND, Forked, zygote
 
 COMMAND = [sys.executable, "-m", "polymoe"]
 
@@ -26,28 +27,34 @@ class Demo:
     exit_code: int
 
     @staticmethod
-    def run(*options: str, **environment: str) -> "Demo":
-        port = free_port()
-        command = [*COMMAND, "demo", "--port", str(port), *options]
-        demo = subprocess.Popen(
-            command, env=os.environ | environment | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert demo.stdout is not None
-        tokens = {}
-        try:
-            printed: list[str] = []
-            while not printed or not printed[-1].startswith("curl "):
-                printed.append(demo.stdout.readline())
-                assert printed[-1], f"the demo ended: {''.join(printed)}"
-            for name in family_paths():
-                body = {"model": name, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
-                reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=LIMIT)
-                tokens[name] = reply.json()["usage"]["completion_tokens"]
-        finally:
-            demo.terminate()
-            rest, _ = demo.communicate(timeout=LIMIT)
-        return Demo("".join(printed), tokens, rest, demo.returncode)
+    def run(*options: str, fresh: bool = True, **environment: str) -> "Demo":
+        port, tokens, printed = free_port(), {}, list[str]()
+        read_end, write_end = os.pipe()
+        demo = start(["demo", "--port", str(port), *options], write_end, environment, fresh)
+        os.close(write_end)
+        with os.fdopen(read_end) as output:
+            try:
+                while not printed or not printed[-1].startswith("curl "):
+                    printed.append(output.readline())
+                    assert printed[-1], f"the demo ended: {''.join(printed)}"
+                for name in family_paths():
+                    body = {"model": name, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}
+                    reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=LIMIT)
+                    tokens[name] = reply.json()["usage"]["completion_tokens"]
+            finally:
+                demo.terminate()
+                rest = output.read()
+        return Demo("".join(printed), tokens, rest, demo.wait(LIMIT))
+
+
+def start(
+    arguments: list[str], output: int, environment: dict[str, str], fresh: bool
+) -> "subprocess.Popen[bytes] | Forked":
+    """`polymoe …`, in a Python of its own, or forked from one that has imported what it needs."""
+    asked = os.environ | environment | {"PYTHONUNBUFFERED": "1"}
+    if fresh or sys.platform != "linux":
+        return subprocess.Popen([*COMMAND, *arguments], env=asked, stdout=output, stderr=output)
+    return zygote.fork(RUN_COMMAND, *arguments, out=output, error=output, environment=asked, engines=1)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def auto(temporary: Path) -> Demo:
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    return Demo.run("--policy", "paper", XDG_CACHE_HOME=str(tmp_path_factory.mktemp("home")))
+    return Demo.run("--policy", "paper", fresh=False, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.mark.parametrize("policy", ["auto", "paper"])

@@ -252,7 +252,7 @@ def test_a_killed_engine_leaves_the_old_state(bundle: Path, paths: dict[str, Pat
 
 def test_cycles_under_traffic(admin: Admin, bundle: Path, paths: dict[str, Path]) -> None:
     """Add, serve, replace, remove, again and again, while others are served: nothing is left, nobody notices."""
-    cycles(admin, bundle, paths, 20)
+    cycles(admin, bundle, paths, 8)
 
 
 @pytest.mark.soak
@@ -262,7 +262,7 @@ def test_two_hundred_cycles(admin: Admin, bundle: Path, paths: dict[str, Path]) 
 
 def test_random_changes(admin: Admin, paths: dict[str, Path]) -> None:
     """A short one of what `make soak` does for half an hour."""
-    random_changes(admin, paths, seconds=10)
+    random_changes(admin, paths, seconds=4)
 
 
 @pytest.mark.soak

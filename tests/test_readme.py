@@ -55,6 +55,7 @@ def test_a_new_users_first_commands_and_program(tmp_path: Path) -> None:
 def test_the_commands_that_make_has_are_those_that_the_readme_names() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    documents = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+    documents = [README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    documents += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     named = {name for text in documents for name in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert named <= targets

@@ -9,7 +9,8 @@ import pytest
 
 from polymoe.server.json_body import InvalidJsonError, parse_json
 from polymoe.server.known_fields import OF_GENERATION, OF_TOKENIZING, asks_for_nothing
-from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from polymoe.server.protocol import ChatCompletionRequest, CompletionRequest
+from polymoe.server.tokenize_request import TokenizeRequest
 from servers import ThreadServer, engine_config, make_bundle
 
 COMPLETION = {"model": "base", "prompt": "the fox", "max_tokens": 2}

@@ -57,13 +57,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Iterator[ProcessServer]:
     """One a test, since each test ends its server; the parameter is its grace time in seconds."""
-    server = ProcessServer(bundle, tmp_path, getattr(request, "param", 30.0))
-    yield server
-    server.process.kill()
-    server.process.wait()
+    with ProcessServer(bundle, tmp_path, getattr(request, "param", 30.0), fresh=False) as server:
+        yield server
 
 
-def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
+def test_sigterm_lets_running_requests_finish(bundle: Path, tmp_path: Path) -> None:
+    with ProcessServer(bundle, tmp_path, 30.0) as server:
+        _stop_during_a_stream(server)
+
+
+def _stop_during_a_stream(server: ProcessServer) -> None:
     def stop(engine: psutil.Process) -> None:
         # A supervisor, Ctrl-C or a closed terminal signals the whole group; the engine must not die of it.
         for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -89,7 +92,7 @@ def test_sigterm_lets_running_requests_finish(server: ProcessServer) -> None:
 def test_a_closed_terminal_lets_running_requests_finish(bundle: Path, tmp_path: Path) -> None:
     """SIGHUP ended the server at once, and clients got half an answer. Nothing can be printed any more by then."""
     terminal = Terminal()
-    options = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+    options: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
     server = ProcessServer(bundle, tmp_path, 30.0, start_new_session=True, preexec_fn=terminal.take, **options)
     os.close(terminal.theirs)
     try:
@@ -155,8 +158,7 @@ def test_what_was_not_accepted_when_the_grace_time_ends_is_refused(server: Proce
 
 
 def test_a_dead_engine_is_started_again_if_that_is_wanted(bundle: Path, tmp_path: Path) -> None:
-    server = ProcessServer(bundle, tmp_path, 30.0, "--restart-engine")
-    try:
+    with ProcessServer(bundle, tmp_path, 30.0, "--restart-engine", fresh=False) as server:
         server.wait_until_ready()
         engine = server.engine()
         seen: list[Any] = []
@@ -174,6 +176,3 @@ def test_a_dead_engine_is_started_again_if_that_is_wanted(bundle: Path, tmp_path
         assert "polymoe:engine_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-    finally:
-        server.process.kill()
-        server.process.wait()

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from polymoe.client import client
+from polymoe.client import connection
 from servers import ThreadServer, engine_config
 
 
@@ -17,7 +17,7 @@ def test_a_start_that_takes_too_long_leaves_nothing_behind(tmp_path: Path, monke
     def silent(_module: str, fd: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sleep", "600"], pass_fds=[fd])
 
-    monkeypatch.setattr(client, "start_process", silent)
+    monkeypatch.setattr(connection, "start_process", silent)
     server = ThreadServer(engine_config(tmp_path), start_limit=1.0)
     with pytest.raises(TimeoutError):
         server.__enter__()

@@ -1,10 +1,12 @@
 """Processes for tests, forked from one that has imported torch, transformers and polymoe already.
 
 A fresh Python takes about five seconds of a core to import what an engine or a plan needs, and the tests start dozens.
-A fork has the same program, arguments, environment, descriptors and end, and memory of its own. That a fresh Python can
-start a server and its engine is tested in test_server_life.py and test_demo.py.
+A fork has the same program, arguments, environment, descriptors and end, and memory of its own. A program that starts
+an engine itself, such as `polymoe serve`, is given one that waits to be told to start, its child as a fresh one would
+be. That a fresh Python can start a server and its engine is tested in test_server_life.py and test_demo.py.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ENGINE = "polymoe.engine.process"
+ENGINE_NAME = "polymoe engine"  # what the system calls the process of one that was forked; 15 letters at most
 RUN_ENGINE = f"import sys; from {ENGINE} import main; sys.exit(main())"
+RUN_PLANNER = "import sys; from polymoe.offline.addition.process import main; sys.exit(main())"
 RUN_COMMAND = "from polymoe.cli.main import main; main()"
 _READ_AT_IMPORT = ("POLYMOE_KERNELS", "TRITON_INTERPRET", "GOMP_SPINCOUNT", "PYTHONPATH")
 
@@ -43,10 +48,21 @@ class Forked:
             self._report.close()
         return self.returncode
 
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def kill(self) -> None:
         """At once."""
-        if self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
 
 class Zygote:
@@ -59,14 +75,17 @@ class Zygote:
 
     def fork(
         self, source: str, *arguments: str, out: int = 1, error: int = 2, fd: int | None = None,
-        environment: Mapping[str, str] | None = None, folder: Path | None = None,
+        environment: Mapping[str, str] | None = None, folder: Path | None = None, engines: int = 0, read: int = 0,
     ) -> Forked:  # fmt: skip
-        """Run a Python program. out, error: descriptors of its standard output and error; fd: what is 3 there."""
+        """Run a Python program. out, error, read: descriptors of its standard output, error and input; fd: what is 3
+        there; engines: how often it may start one."""
         asked = dict(os.environ if environment is None else environment)
         report, theirs = os.pipe()
-        message = json.dumps([source, ["python", *arguments], asked, str(folder or Path.cwd())]).encode()
+        given = {1: out, 2: error} | ({} if read == 0 else {0: read}) | ({} if fd is None else {3: fd})
+        asked_for = [source, ["python", *arguments], asked, str(folder or Path.cwd()), engines, list(given)]
+        message = json.dumps(asked_for).encode()
         try:
-            socket.send_fds(self._started(), [message], [theirs, out, error, *([] if fd is None else [fd])])
+            socket.send_fds(self._started(), [message], [theirs, *given.values()])
         finally:
             os.close(theirs)
         return Forked(report)
@@ -112,7 +131,7 @@ def run_python(
 
 
 def engine_starter(fresh: Any) -> Any:
-    """`polymoe.client.client.start_process`, of which `fresh` is the package's own, with forks where they can be."""
+    """Of polymoe.client.connection: forks where they can be, else `fresh`, which is the package's own."""
 
     def start_process(module: str, fd: int) -> Any:
         if module != ENGINE or not zygote.can(os.environ):
@@ -122,6 +141,91 @@ def engine_starter(fresh: Any) -> Any:
     return start_process
 
 
+class ForkedPlanner:
+    """As the `asyncio.subprocess.Process` that `polymoe.server.planner.start_process` starts."""
+
+    def __init__(self, process: Forked, stdin: asyncio.StreamWriter, stdout: asyncio.StreamReader) -> None:
+        self.stdin, self.stdout, self.pid, self._process = stdin, stdout, process.pid, process
+
+    @classmethod
+    async def start(cls, *arguments: str) -> "ForkedPlanner":
+        from polymoe.server.planner import LONGEST_LINE
+
+        loop, stdout = asyncio.get_running_loop(), asyncio.StreamReader(limit=LONGEST_LINE)
+        their_input, our_output = os.pipe()
+        our_input, their_output = os.pipe()
+        process = zygote.fork(RUN_PLANNER, *arguments, read=their_input, out=their_output)
+        os.close(their_input)
+        os.close(their_output)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdout), os.fdopen(our_input, "rb", 0))
+        sending = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(our_output, "wb", 0))
+        return cls(process, asyncio.StreamWriter(*sending, None, loop), stdout)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def wait(self) -> int:
+        self.stdin.close()
+        return await asyncio.to_thread(self._process.wait)
+
+
+class Child:
+    """As a `subprocess.Popen`, of a process that this one has forked."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = os.pidfd_open(pid)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit code. Raises `subprocess.TimeoutExpired`."""
+        if self.returncode is None:
+            if not select.select([self._ended], [], [], timeout)[0]:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(ENGINE, timeout)
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self._ended)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _fork_engines(count: int) -> None:
+    """Children that wait for the socket on which they are engines; `start_process` sends it to the next of them."""
+    from polymoe.client import connection
+
+    waiting: list[tuple[int, socket.socket]] = []
+    for _ in range(count):
+        ours, theirs = socket.socketpair()
+        if (pid := os.fork()) == 0:
+            ours.close()
+            for _, other in waiting:
+                other.close()
+            with theirs:
+                _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+            if not fds:  # the program has ended
+                os._exit(0)
+            Path("/proc/self/comm").write_text(ENGINE_NAME)
+            _run(partial(_program, RUN_ENGINE, ["python", "--fd", str(fds[0])]))
+        theirs.close()
+        waiting.append((pid, ours))
+
+    def start_process(module: str, fd: int) -> Child:
+        assert module == ENGINE
+        pid, to = waiting.pop(0)
+        with to:
+            socket.send_fds(to, [b"."], [fd])
+        return Child(pid)
+
+    connection.start_process = start_process  # type: ignore[assignment]
+
+
 def serve(control: socket.socket) -> None:
     """Fork a process for every message of the control socket, until it is closed."""
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401  (what most tests serve)
@@ -129,7 +233,9 @@ def serve(control: socket.socket) -> None:
     import polymoe.cli.main
     import polymoe.engine.process
     import polymoe.llm.llm
-    import polymoe.offline.api  # noqa: F401
+    import polymoe.offline.addition.process
+    import polymoe.offline.api
+    import polymoe.server.serve  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
     running: dict[int, tuple[int, int]] = {}  # a descriptor that says when it has ended -> (id, where that is reported)
@@ -142,14 +248,14 @@ def serve(control: socket.socket) -> None:
                 os.close(report)
                 os.close(ready)
                 continue
-            message, fds, _, _ = socket.recv_fds(control, 1 << 18, 4)
+            message, fds, _, _ = socket.recv_fds(control, 1 << 18, 5)
             if not message:
                 return
             report = fds[0]
             if (pid := os.fork()) == 0:
                 for other in (control.detach(), report, *running, *(to for _, to in running.values())):
                     os.close(other)
-                _become(json.loads(message), fds[1:])
+                _run(partial(_become, json.loads(message), fds[1:]))
             for given in fds[1:]:
                 os.close(given)
             running[os.pidfd_open(pid)] = pid, report
@@ -162,20 +268,34 @@ def _say(report: int, number: int) -> None:
 
 
 def _become(message: list[Any], fds: list[int]) -> None:
-    """The program, to its end, without what this process has to do at its own."""
+    """Run the program with what it is given."""
+    source, arguments, environment, folder, engines, targets = message
+    for fd, target in zip(fds, targets, strict=True):  # one that is 3 itself is the first, or stays where it is
+        os.dup2(fd, target)
+    for fd in {*fds} - {*targets}:
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    # What was opened on another kind of file believes that it can seek, or that it is a terminal.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stdout.reconfigure(write_through=bool(environment.get("PYTHONUNBUFFERED")))
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _fork_engines(engines)
+    _program(source, arguments)
+
+
+def _program(source: str, arguments: list[str]) -> None:
+    sys.argv = arguments
+    exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _run(program: Callable[[], None]) -> NoReturn:
+    """All that this process still does."""
     code = 1
     try:
-        targets = [1, 2, 3][: len(fds)]
-        for fd, target in zip(fds, targets, strict=True):  # one that is 3 itself is the first, or stays where it is
-            os.dup2(fd, target)
-        for fd in {*fds} - {*targets}:
-            os.close(fd)
-        source, sys.argv, environment, folder = message
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+        program()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

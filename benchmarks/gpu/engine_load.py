@@ -80,7 +80,7 @@ def decode_bytes(core: EngineCore, variants: Sequence[int], context: float) -> f
     if bundle.delta is not None:
         total += expected_touched(bundle.delta.tolist(), rows, chance) * bundle.delta_bytes
     total += len(rows) * (bundle.nonexpert_bytes - bundle.embedding_bytes)
-    per_token = core.kv_bytes_per_block / core.config.block_size
+    per_token = core.cache_room.bytes_per_block / core.config.block_size
     return total + len(variants) * context * per_token
 
 

@@ -3,17 +3,13 @@
 import asyncio
 import contextlib
 import importlib
-import itertools
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
 from polymoe.bundle.live import Addition
+from polymoe.client.connection import Connection
 from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionChunk
@@ -21,36 +17,9 @@ from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.errors import ChangeRefusedError, EngineDeadError, PolymoeError, RequestError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
-from polymoe.protocol.messages import (
-    HEADER_BYTES,
-    Abort,
-    Accepted,
-    Add,
-    AddVariant,
-    CancelAdd,
-    ChangeFailed,
-    DropVariant,
-    Event,
-    Fatal,
-    GetStats,
-    Message,
-    Outputs,
-    Progress,
-    Ready,
-    Rejected,
-    Shutdown,
-    Start,
-    Stats,
-    VariantAdded,
-    VariantDropped,
-    body_length,
-    decode_event,
-    frame,
-)
-from polymoe.protocol.request import QoS, SamplingParams
+from polymoe.protocol.request import QoS, SamplingParams, TokenOutput
 
 _EQUAL = QoS()
-_SECRETS = ("POLYMOE_API_KEY", "POLYMOE_ADMIN_KEY")  # variables that are none of the engine's business
 
 
 class AsyncEngineClient:
@@ -62,40 +31,23 @@ class AsyncEngineClient:
     def __init__(self, config: EngineConfig, module: str = "polymoe.engine.process") -> None:
         self.config, self.module = config, module
         self.heartbeat_every = 10.0  # seconds of silence after which the engine is asked for a sign of life
-        self.last_progress = time.monotonic()  # when the engine was last heard of, or was given its first work
         self.dead = asyncio.Event()  # set when the engine ended without being told to
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader_task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
         self._heartbeat: asyncio.Task[None] | None = None
-        self._ready: asyncio.Future[EngineInfo] | None = None
-        self._on_progress: Callable[[str, float], None] | None = None
         self._processor: OutputProcessor | None = None
         self._info: EngineInfo | None = None
         self._death: PolymoeError | None = None
         self._closing = False
-        self._submissions = itertools.count()
-        self._acknowledgements: dict[int, asyncio.Future[None]] = {}
         self._streams: dict[str, RequestStream] = {}
-        self._stats_waiters: list[asyncio.Future[EngineStats]] = []
-        self._changes: dict[int, asyncio.Future[VariantInfo | None]] = {}
-        self._place_of: dict[str, int] = {}  # request -> the place of the version that it began with
 
     # --- life
 
     async def start(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """Start the process and wait until it has loaded. Raises `PolymoeError` when it cannot."""
-        self._on_progress = on_progress
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_process(self.module, theirs.fileno())
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._ready = asyncio.get_running_loop().create_future()
-        self._send(Start(self.config))
-        self._reader_task = asyncio.create_task(self._read(reader))
+        self._connection = Connection(self.module, self._take, on_progress, self._end)
         imported = asyncio.create_task(asyncio.to_thread(importlib.import_module, "transformers.models.auto"))
         try:
-            info = await self._ready
+            info = await self._connection.load(self.config)
             await imported  # for the tokenizers; while the engine loaded
             processor = OutputProcessor(info)
             await asyncio.to_thread(processor.load_tokenizers)
@@ -115,26 +67,16 @@ class AsyncEngineClient:
 
     def kill(self) -> None:
         """End the process at once, as if it had died."""
-        if self._process is not None:
-            self._process.kill()
+        if self._connection is not None:
+            self._connection.kill()
 
     async def shutdown(self, grace: float = 5.0) -> None:
         """End the process: politely, and after `grace` seconds by force. Open streams raise `EngineDeadError`."""
         self._closing = True
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        if self._writer is not None and not self._writer.is_closing():
-            self._send(Shutdown())
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, grace)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
-        if self._reader_task is not None:
-            await self._reader_task
-        if self._writer is not None:
-            self._writer.close()
+        if self._connection is not None:
+            await self._connection.shutdown(grace)
 
     @property
     def info(self) -> EngineInfo:
@@ -152,7 +94,7 @@ class AsyncEngineClient:
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._connection is None else self._connection.pid
 
     @property
     def is_ready(self) -> bool:
@@ -160,7 +102,7 @@ class AsyncEngineClient:
 
     @property
     def is_alive(self) -> bool:
-        return self._reader_task is not None and self._death is None and not self._closing
+        return self._connection is not None and self._death is None and not self._closing
 
     @property
     def open_streams(self) -> list[str]:
@@ -169,7 +111,10 @@ class AsyncEngineClient:
 
     def is_stuck(self, timeout: float) -> bool:
         """Whether there is work, or a question, but nothing was heard for `timeout` seconds."""
-        return bool(self._streams or self._stats_waiters) and time.monotonic() - self.last_progress > timeout
+        if self._connection is None:
+            return False
+        silent = time.monotonic() - self._connection.last_heard
+        return bool(self._streams or self._connection.is_asked) and silent > timeout
 
     # --- requests
 
@@ -190,15 +135,12 @@ class AsyncEngineClient:
         Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
         `EngineDeadError`.
         """
-        processor = self.processor
-        self._check_alive()
+        processor, connection = self.processor, self._alive()
         info = processor.variant(variant)
         _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
-            self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(request_id, len(prompts), self.abort, sampling.n)
-        submission = next(self._submissions)
-        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            connection.last_heard = time.monotonic()  # an idle engine says nothing, that is not being stuck
+        stream = RequestStream(request_id, len(prompts), self.abort, sampling.n, info.place)
         try:
             requests = []
             for p, (text, token_ids) in enumerate(prompts):
@@ -215,16 +157,11 @@ class AsyncEngineClient:
                     whole=whole,
                 )
                 self._streams[request_id] = stream
-                self._place_of[request_id] = info.place
-            self._acknowledgements[submission] = accepted
-            self._send(Add(submission, requests))
-            await accepted
+            await connection.add(requests)
         except BaseException:
             if self._streams.get(request_id) is stream:
                 stream.close()
             raise
-        finally:
-            self._acknowledgements.pop(submission, None)
         return stream
 
     async def generate(
@@ -244,30 +181,25 @@ class AsyncEngineClient:
     def fail_all(self, error: PolymoeError) -> None:
         """End every stream with this error, and abort its requests in the engine; those that it has not accepted yet
         too."""
-        for accepted in self._acknowledgements.values():
-            if not accepted.done():
-                accepted.set_exception(error)
-                accepted.exception()  # taken note of, even if nobody awaits it
+        if self._connection is not None:
+            self._connection.give_up_additions(error)
         for stream in list(self._streams.values()):
             stream.fail(error)
             stream.close()
 
     async def stats(self, routing: bool = False) -> EngineStats:
         """Raises `EngineDeadError`. A busy engine answers between two steps. `routing`: see `GetStats`."""
-        self._check_alive()
-        if not self._streams and not self._stats_waiters:
-            self.last_progress = time.monotonic()  # as in `submit`
-        waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats_waiters.append(waiter)
-        self._send(GetStats(routing))
-        return await waiter
+        connection = self._alive()
+        if not self._streams and not connection.is_asked:
+            connection.last_heard = time.monotonic()  # as in `submit`
+        return await connection.stats(routing)
 
     async def _beat(self) -> None:
         """An engine without work says nothing, and would seem healthy if it hung."""
         with contextlib.suppress(EngineDeadError):
             while True:
                 await asyncio.sleep(self.heartbeat_every)
-                if time.monotonic() - self.last_progress > self.heartbeat_every:
+                if time.monotonic() - self._alive().last_heard > self.heartbeat_every:
                     await self.stats()
 
     # --- variants that come and go
@@ -275,14 +207,7 @@ class AsyncEngineClient:
     async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
         """Load a version that a planner wrote; no name means it yet. Raises `ChangeRefusedError` where the engine
         cannot, and `EngineDeadError`; all is as before then. Cancelled, it is given up."""
-        number, done = self._new_change()
-        self._send(AddVariant(number, folder, addition))
-        try:
-            info = await asyncio.shield(done)
-        except asyncio.CancelledError:
-            self._send(CancelAdd(number))
-            raise
-        assert info is not None
+        info = await self._alive().add_variant(folder, addition)
         try:
             self.processor.add_version(info)
         except PolymoeError as error:
@@ -294,9 +219,7 @@ class AsyncEngineClient:
     async def drop_variant(self, info: VariantInfo) -> None:
         """Free a version that no name means any more, when its last request has ended."""
         self.processor.drop_version(info)
-        number, done = self._new_change()
-        self._send(DropVariant(number, info.place))
-        await asyncio.shield(done)
+        await self._alive().drop_variant(info.place)
 
     def point(self, names: Mapping[str, VariantInfo]) -> None:
         """What `model` in requests means from now on."""
@@ -306,116 +229,34 @@ class AsyncEngineClient:
 
     def requests_of(self, info: VariantInfo) -> list[str]:
         """Ids of the requests that run on a version."""
-        return [request_id for request_id, place in self._place_of.items() if place == info.place]
+        return [request_id for request_id, stream in self._streams.items() if stream.place == info.place]
 
-    def _new_change(self) -> "tuple[int, asyncio.Future[VariantInfo | None]]":
-        self._check_alive()
-        number = next(self._submissions)
-        self._changes[number] = asyncio.get_running_loop().create_future()
-        return number, self._changes[number]
+    # --- what the engine says
 
-    def _changed(self, number: int, info: VariantInfo | None, error: PolymoeError | None = None) -> None:
-        change = self._changes.pop(number, None)
-        if change is None or change.done():
-            return
-        if error is None:
-            change.set_result(info)
-        else:
-            change.set_exception(error)
-            change.exception()  # taken note of, even if nobody awaits it
-
-    # --- the wire
-
-    def _send(self, message: Message) -> None:
-        assert self._writer is not None
-        if not self._writer.is_closing():
-            self._writer.write(frame(message))
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        death: PolymoeError = EngineDeadError("The engine process ended unexpectedly.")
-        try:
-            while True:
-                header = await reader.readexactly(HEADER_BYTES)
-                event = decode_event(await reader.readexactly(body_length(header)))
-                self.last_progress = time.monotonic()
-                if isinstance(event, Fatal):
-                    death = PolymoeError(event.message) if event.deliberate else EngineDeadError(event.message)
-                else:
-                    self._handle(event)
-        except (asyncio.IncompleteReadError, OSError):
-            pass
-        except EngineDeadError as error:
-            death = error
-        finally:
-            self._die(death)
-
-    def _handle(self, event: Event) -> None:
-        match event:
-            case Outputs(outputs):
-                self._deliver(self.processor.process(outputs))
-            case Accepted(submission):
-                accepted = self._acknowledgements.get(submission)
-                if accepted is not None and not accepted.done():
-                    accepted.set_result(None)
-            case Rejected():
-                accepted = self._acknowledgements.get(event.submission)
-                if accepted is not None and not accepted.done():
-                    accepted.set_exception(event.error())
-            case Stats(stats):
-                waiter = self._stats_waiters.pop(0)  # answers come in the order of the questions
-                if not waiter.done():
-                    waiter.set_result(stats)
-            case VariantAdded(change, info):
-                self._changed(change, info)
-            case VariantDropped(change):
-                self._changed(change, None)
-            case ChangeFailed(change, message):
-                self._changed(change, None, ChangeRefusedError(message))
-            case Progress(stage, fraction):
-                if self._on_progress is not None:
-                    self._on_progress(stage, fraction)
-            case Ready(info):
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_result(info)
+    def _take(self, outputs: list[TokenOutput]) -> None:
+        self._deliver(self.processor.process(outputs))
 
     def _deliver(self, step: StepOutput) -> None:
-        if step.aborts:
-            self._send(Abort(step.aborts))
+        if step.aborts and self._connection is not None:
+            self._connection.abort(step.aborts)
         for chunk in step.chunks:
             self._streams[chunk.request_id].push_chunk(chunk)
         for result in step.finished:
             self._streams[result.request_id].push_result(result)
         for request_id in {result.request_id for result in step.finished} - self.processor.open_requests:
             del self._streams[request_id]
-            self._place_of.pop(request_id, None)
 
-    def _die(self, death: PolymoeError) -> None:
-        """Nothing more will come: whoever waits is told."""
+    def _end(self, death: PolymoeError) -> None:
         self._death = death
-        if self._writer is not None:
-            self._writer.close()
-        waiters = [self._ready, *self._acknowledgements.values(), *self._stats_waiters, *self._changes.values()]
-        for waiter in waiters:
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(death)
-                waiter.exception()  # taken note of, even if nobody awaits it
-        self._stats_waiters.clear()
         if self._processor is not None:
             self.fail_all(EngineDeadError("The engine stopped; the request cannot finish."))
         if not self._closing:
             self.dead.set()
 
-    def _check_alive(self) -> None:
-        if not self.is_alive:
+    def _alive(self) -> Connection:
+        if self._connection is None or not self.is_alive:
             raise EngineDeadError("The engine has stopped.")
-
-
-def start_process(module: str, fd: int) -> subprocess.Popen[bytes]:
-    """A new Python that runs `module`, with the socket `fd`."""
-    # -P: a module in the working directory must not stand in for one of ours.
-    command = [sys.executable, "-P", "-m", module, "--fd", str(fd)]
-    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=environment)
+        return self._connection
 
 
 def _check_count(prompts: int, n: int, limit: int) -> None:

@@ -4,15 +4,13 @@ Synchronous, so that the offline `LLM` class and the server's asyncio client sha
 """
 
 import contextlib
-import itertools
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from polymoe.client.grammars import GrammarChecks, GrammarSource
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
+from polymoe.client.request_tokens import check_tokens, fitted, token_sampling
 from polymoe.client.versions import Versions
 from polymoe.errors import (
     BundleError,
@@ -27,7 +25,6 @@ from polymoe.protocol.request import (
     SamplingParams,
     SequenceId,
     TokenOutput,
-    TokenSampling,
 )
 from polymoe.protocol.structured_outputs import StructuredOutputsParams
 from polymoe.text.tokenizer import VariantTokenizer
@@ -217,7 +214,7 @@ class OutputProcessor:
             token_ids = list(prompt)
         if fit:
             sampling = fitted(sampling, info.max_new_tokens(len(token_ids)))
-        _check_tokens(info, token_ids, sampling)
+        check_tokens(info, token_ids, sampling)
         start = [] if info.decoder_start_token_id is None else [info.decoder_start_token_id]
         tokenizer = self.require_tokenizer(variant, "stop", "stop") if sampling.stop else self.tokenizer(variant)
         grammar = None
@@ -241,7 +238,7 @@ class OutputProcessor:
                     variant=info.place,
                     prompt_token_ids=token_ids + start,
                     num_encoder_tokens=len(token_ids) if start else 0,
-                    sampling=_token_sampling(sampling, k),
+                    sampling=token_sampling(sampling, k),
                     stop_token_ids=stop_ids,
                     banned=banned,
                     grammar=grammar,
@@ -297,39 +294,3 @@ class OutputProcessor:
             if not parts:
                 del self._requests[request.request_id]
             step.finished.append(request.result())
-
-
-def fitted(sampling: SamplingParams, room: int) -> SamplingParams:
-    """With `max_tokens` lowered to `room`, what the context has left, for who did not ask for any."""
-    most = max(1, min(sampling.max_tokens, room))
-    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
-
-
-def _token_sampling(sampling: SamplingParams, k: int) -> TokenSampling:
-    """What the engine needs for the k-th of n sequences: another seed, and the prompt's logprobs only once."""
-    values = {name: getattr(sampling, name) for name in TokenSampling.__struct_fields__}
-    if k > 0:
-        values["prompt_logprobs"] = None
-        if (seed := sampling.seed) is not None:
-            skipped = seed < -1 <= seed + k  # -1 is no seed
-            values["seed"] = (seed + k + skipped + 2**63) % 2**64 - 2**63
-    return TokenSampling(**values)
-
-
-def _check_tokens(info: "VariantInfo", token_ids: list[int], sampling: SamplingParams) -> None:
-    """Raises `RequestError` unless the engine can run this prompt on this variant. Nobody checks it again."""
-    if not token_ids:
-        raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
-    info.check_room(len(token_ids), sampling.max_tokens, sampling.prompt_logprobs is not None)
-    named: dict[str, Iterable[int]] = {
-        "prompt": token_ids,
-        "stop_token_ids": sampling.stop_token_ids,
-        "logit_bias": sampling.logit_bias,
-    }
-    named["allowed_token_ids"] = sampling.allowed_token_ids or []
-    for param, ids in named.items():
-        for token_id in itertools.filterfalse(range(info.vocab_size).__contains__, ids):
-            raise RequestError(
-                f"Token id {token_id} is outside the vocabulary of `{info.name}` (0 to {info.vocab_size - 1}).",
-                param=param,
-            )

@@ -12,11 +12,16 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
     """What arrives for one submission: all chunks since the last look, until every prompt's answer has ended.
 
     Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
+
+    Args: `n`: answers to each prompt; `place`: of the version that it began with, where the engine is known.
     """
 
-    def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None], n: int = 1) -> None:
-        """n: answers to each prompt."""
+    def __init__(
+        self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None], n: int = 1,
+        place: int | None = None,
+    ) -> None:  # fmt: skip
         self.request_id, self.num_prompts, self.num_sequences = request_id, num_prompts, num_prompts * n
+        self.place = place
         self.results: dict[int, RequestOutput] = {}  # index of the prompt -> its complete output, filled as they end
         self.restartable = False  # nobody has seen a chunk, nor will before the end: the answer may begin again
         # Takes a chunk at once while the reader waits for one, without waking it; False: it is the reader's.

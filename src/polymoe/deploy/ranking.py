@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 RELOAD = 12.0
+_RECENT = 10.0  # seconds that a variant counts as in use after a request of it
 PREFIX = 1.0
 _MOST_PREFIXES = 8192
 
@@ -39,13 +40,9 @@ class Slots:
 
 
 class Ranking:
-    """Ranks replicas, which have any names, for one request after the other.
+    """Ranks replicas, which have any names, for one request after the other."""
 
-    recent: seconds that a variant counts as in use after a request of it.
-    """
-
-    def __init__(self, reload: float = RELOAD, recent: float = 10.0) -> None:
-        self.reload, self.recent = reload, recent
+    def __init__(self) -> None:
         self._slots: dict[str, Slots] = {}
         self._reports: dict[str, float] = {}
         self._prefixes: OrderedDict[str, str] = OrderedDict()
@@ -74,10 +71,10 @@ class Ranking:
             slots = self._slots.get(replica)
             load, oldest = 0.0, 0.0
             if slots is not None and variant not in slots.used:
-                load = self.reload
+                load = RELOAD
                 if len(slots.used) >= slots.size:
                     oldest = next(iter(slots.used.values()))
-                    load += self.reload * max(0.0, 1.0 - (now - oldest) / self.recent)
+                    load += RELOAD * max(0.0, 1.0 - (now - oldest) / _RECENT)
             return queue + load - (PREFIX if replica == known else 0.0), oldest
 
         return [replica for replica, _ in sorted(queues, key=cost)]

@@ -1,16 +1,15 @@
 """The engine: one bundle, one device, and a step of three lines. It lives in one process and knows no transport."""
 
-import bisect
 import concurrent.futures
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from polymoe.bundle.reader import Bundle
 from polymoe.bundle.verify import hashed_beside
-from polymoe.config import DEFAULT_KV_BYTES, EngineConfig, format_bytes
+from polymoe.config import DEFAULT_KV_BYTES, EngineConfig
+from polymoe.engine.cache_room import CacheRoom
 from polymoe.engine.counters import Counters
 from polymoe.engine.grammars import GrammarCompiler
 from polymoe.engine.kind import engine_kind
@@ -23,20 +22,19 @@ from polymoe.engine.scheduling.scheduler import Scheduler
 from polymoe.engine.scheduling.sequence import Sequence
 from polymoe.engine.scheduling.step_plan import LaunchedStep
 from polymoe.engine.scheduling.step_record import ScheduledSequence, SequenceKey
-from polymoe.engine.variant_info import variant_info
+from polymoe.engine.variant_info import max_model_len, variant_info
 from polymoe.errors import ConfigError, RequestError
 from polymoe.machine import total_memory
 from polymoe.model.backends.base import Backend
 from polymoe.model.backends.choose import choose_activations, choose_backend
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability, choose_device, read_device_facts
-from polymoe.model.graphs.decode_graphs import DecodeGraphs
+from polymoe.model.graphs.decode_graphs import DecodeGraphs, suits_graphs
 from polymoe.model.graphs.warm_up import prompt_lengths, warm_up
 from polymoe.model.live_weights import LiveWeights
 from polymoe.model.memory_plan import MemoryPlan, plan_memory, weight_bytes
-from polymoe.model.stock.skeleton import context_limit
 from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.variants.slots import slot_rows
-from polymoe.protocol.info import STEP_TOKENS_BOUNDS, EngineInfo, EngineStats
+from polymoe.protocol.info import EngineInfo, EngineStats
 from polymoe.protocol.request import DEFAULT_SLO_CLASS, EngineRequest, SequenceId, TokenOutput, TokenSampling
 
 # Below this the threads of one operation wait for each other longer than they compute.
@@ -90,22 +88,25 @@ class EngineCore:
         slots = config.slots or len(bundle.variants)
         self.max_variants = config.max_variants or 0
         check_live(config, bundle, self.device)
-        lengths = [self._max_model_len(v) for v in range(len(bundle.variants))]
+        lengths = [max_model_len(bundle, v, config.max_model_len) for v in range(len(bundle.variants))]
         dtype = _DTYPES[name]
         activations = choose_activations(config.activations, bundle.manifest.bytes_per_expert_parameter)
         backend = backend or choose_backend(self.device, dtype, activations)
         kind = engine_kind(bundle.config)
         kind.check(backend)
         stock = StockModel.of(bundle.config)
-        # At least 1: a model without attention has blocks of no size.
-        self.kv_bytes_per_block = max(stock.kv_bytes_per_block(config.block_size, dtype), 1)
-        self.state_bytes = stock.state_bytes
         self.memory_plan: MemoryPlan | None = None  # of a GPU
         if facts is not None:
             num_rows = sum(slot_rows(slots, len(bundle.variants), config.prefetch))
             weights = weight_bytes(bundle, stock.shapes, num_rows, dtype.itemsize)
             request = memory_request(config, bundle, stock, dtype, facts, max(lengths))
             self.memory_plan = plan_memory(weights, request)
+        room = DEFAULT_KV_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
+        if self.memory_plan is not None:
+            room = self.memory_plan.kv_cache
+        # At least 1: a model without attention has blocks of no size.
+        per_block = max(stock.kv_bytes_per_block(config.block_size, dtype), 1)
+        self.cache_room = CacheRoom(config, room, per_block, stock.state_bytes)
         try:
             with hashed_beside(bundle, config.verify, progress):
                 self.model = kind.model(
@@ -117,7 +118,7 @@ class EngineCore:
                 "the GPU's memory was taken by another process while weights were loaded; end it (nvidia-smi lists who "
                 f"it is), or use another GPU with --device cuda:N. Planned: {self.memory_plan}. ({error})"
             ) from error
-        num_blocks = self._num_kv_blocks(max(lengths))
+        num_blocks = self.cache_room.num_blocks(max(lengths))
         self.model.attach_kv_cache(num_blocks, config.block_size)
         # A state has no blocks that others could take over.
         prefix_caching = config.enable_prefix_caching and kind.keeps_prefixes and not stock.has_states
@@ -134,7 +135,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             self.blocks,
             policies,
-            max_num_seqs=self._max_num_seqs(),
+            max_num_seqs=self.cache_room.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
             max_model_len=[*lengths, *[max(lengths)] * self.max_variants],
@@ -146,13 +147,12 @@ class EngineCore:
         graphs = self._decode_graphs(max(lengths), num_blocks, progress)
         self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
-        self._step_tokens, self._step_tokens_sum = [0] * (len(STEP_TOKENS_BOUNDS) + 1), 0
         # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
         automatic = graphs is not None and graphs.num_captured > 0
         self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
         # By place: planned variants have theirs in the bundle's order, those that came later the places behind.
         self.variants = {v: variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))}
-        self.counters = Counters(self.scheduler)
+        self.counters = Counters(self.scheduler, self.model, self.variants)
         self.grammars = GrammarCompiler(self.variants, self.vocab_size)
         self.live = LiveVariants(self, LiveWeights(self.model)) if self.max_variants else None
         if self.live is not None:
@@ -185,53 +185,11 @@ class EngineCore:
             return True
         return self._in_flight is not None and any(s.variant == place for s, _ in self._in_flight[0].sequences)
 
-    def _max_model_len(self, variant: int) -> int:
-        record = self.bundle.variants[variant]
-        unreadable = record.name in self.bundle.faults
-        limit = record.max_model_len if unreadable else context_limit(self.bundle.variant_config(variant))
-        asked = self.config.max_model_len
-        if asked is not None and asked > limit:
-            raise ConfigError(
-                f"max_model_len {asked} is beyond the {limit} tokens that variant {record.name} was configured for."
-            )
-        return asked or limit
-
-    def _cache_room(self) -> int:
-        """Bytes for KV blocks and the states of sequences."""
-        if self.memory_plan is not None:
-            return self.memory_plan.kv_cache
-        return DEFAULT_KV_BYTES if self.config.kv_cache_bytes is None else self.config.kv_cache_bytes
-
-    def _max_num_seqs(self) -> int:
-        """Sequences that may run: at most half of the room is for their states."""
-        if not self.state_bytes:
-            return self.config.max_num_seqs
-        return max(1, min(self.config.max_num_seqs, self._cache_room() // 2 // self.state_bytes))
-
-    def _num_kv_blocks(self, longest: int) -> int:
-        """As many blocks as the budget holds and the sequences can use; at least one sequence of full length."""
-        size = self.config.block_size
-        needed = (longest + size - 1) // size
-        num_seqs = self._max_num_seqs()
-        room = max(self._cache_room() - num_seqs * self.state_bytes, 0)
-        count = self.config.num_kv_blocks or min(room // self.kv_bytes_per_block, needed * num_seqs)
-        if count < needed:
-            least = needed * self.kv_bytes_per_block + 2 * self.state_bytes
-            raise ConfigError(
-                f"the KV cache holds {count * size} tokens, less than one sequence of max_model_len {longest}: give it "
-                f"at least {format_bytes(least)} (--kv-cache) or lower --max-model-len to "
-                f"{count * size}."
-            )
-        return count
-
     def _decode_graphs(
         self, longest: int, num_blocks: int, progress: Callable[[str, float], None] | None
     ) -> DecodeGraphs | None:
-        """For a model whose decode steps depend on nothing but device tensors; captured where there is CUDA."""
-        resident = all(layer.all_resident or layer.mapped for layer in self.model.pool.layers)
-        if not self.model.context.backend.pads_steps or not resident:
-            return None
-        if self.model.runs_per_variant:  # which rows are whose is known on the host only
+        """Captured where there is CUDA; None for a model that they do not suit."""
+        if not suits_graphs(self.model):
             return None
         size = self.config.block_size
         graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
@@ -277,9 +235,7 @@ class EngineCore:
         """
         scheduled = self.scheduler.schedule()
         if scheduled:
-            num_tokens = sum(len(item.input_ids) for item in scheduled)
-            self._step_tokens[bisect.bisect_left(STEP_TOKENS_BOUNDS, num_tokens)] += 1
-            self._step_tokens_sum += num_tokens
+            self.counters.count(scheduled)
         before = None if self._in_flight is None else self._in_flight[1]
         upcoming = self.scheduler.variants.upcoming
         launched = self.runner.launch(scheduled, before, upcoming) if scheduled else None
@@ -333,42 +289,7 @@ class EngineCore:
 
     def stats(self, routing: bool = False) -> EngineStats:
         """Counters and gauges; `routing`: with what was routed since that was last asked for."""
-        waiting = [*self.scheduler.waiting, *self.scheduler.held]
-        reconfiguration, tier = self.model.slots.stats, self.model.pool.cache.stats
-        names, counted = self.counters.by_name(self.variants)
-        places = {name: [place for place, info in self.variants.items() if info.name == name] for name in names}
-        slots = self.model.slots
-        loaded = slots.loaded if slots.num_slots < len(self.bundle.variants) else None  # None: all of them, always
-        in_flight = {
-            info.version: sum(s.variant == place for s in (*self.scheduler.running, *waiting))
-            for place, info in self.variants.items()
-        }
-        return EngineStats(
-            names=names,
-            in_flight=in_flight,
-            added_bytes=0 if self.live is None else self.live.added_bytes,
-            running=[sum(s.variant in places[name] for s in self.scheduler.running) for name in names],
-            waiting=[sum(s.variant in places[name] for s in waiting) for name in names],
-            kv_usage=self.blocks.usage,
-            **counted,
-            reconfigurations=reconfiguration.count,
-            reconfiguration_seconds=reconfiguration.seconds,
-            reconfiguration_bytes=reconfiguration.nbytes,
-            expert_hits=tier.hits,
-            expert_misses=tier.misses,
-            expert_host_bytes=tier.host_bytes,
-            expert_fetch_seconds=tier.seconds,
-            resident_bytes=self.model.resident_bytes,
-            step_tokens=tuple(self._step_tokens),
-            step_tokens_sum=self._step_tokens_sum,
-            loaded=[i for i, name in enumerate(names) if loaded is None or not loaded.isdisjoint(places[name])],
-            routing=self._routing([places[name] for name in names]) if routing else None,
-        )
-
-    def _routing(self, places: list[list[int]]) -> bytes:
-        """What was routed, little-endian uint32 `[names, L, E]`: of each name, that of its places."""
-        counts = np.frombuffer(self.model.pool.routing_counts.take(), dtype="<u4").reshape(self.model.pool.table.shape)
-        return np.stack([counts[own].sum(axis=0, dtype=np.uint32) for own in places]).astype("<u4").tobytes()
+        return self.counters.stats(0 if self.live is None else self.live.added_bytes, routing)
 
     def check_integrity(self) -> None:
         """Prove the invariants of scheduler, slots and pool (for tests and after incidents)."""

@@ -5,7 +5,8 @@ from pathlib import Path
 from polymoe.bundle.addition import AddedFiles
 from polymoe.bundle.generation_defaults import GenerationDefaults, read_generation_defaults
 from polymoe.bundle.reader import Bundle
-from polymoe.errors import PolymoeError
+from polymoe.errors import ConfigError, PolymoeError
+from polymoe.model.stock.skeleton import context_limit
 from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.request import sampling_params
 
@@ -61,3 +62,16 @@ def added_info(files: AddedFiles, max_model_len: int, place: int) -> VariantInfo
         decoder_start_token_id=defaults.decoder_start_token_id,
         place=place,
     )
+
+
+def max_model_len(bundle: Bundle, index: int, asked: int | None) -> int:
+    """Tokens that a variant's sequences may have: what it was configured for, or less where `asked`. Raises
+    `ConfigError` for more."""
+    record = bundle.variants[index]
+    unreadable = record.name in bundle.faults
+    limit = record.max_model_len if unreadable else context_limit(bundle.variant_config(index))
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"max_model_len {asked} is beyond the {limit} tokens that variant {record.name} was configured for."
+        )
+    return asked or limit

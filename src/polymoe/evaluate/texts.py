@@ -20,9 +20,7 @@ MAX_WINDOWS = 64  # a variant
 MAX_PAIRS = 256  # a variant
 
 
-def samples_of(
-    checkpoints: Mapping[str, Path], texts: Mapping[str, Path], option: str = "--text"
-) -> dict[str, Samples]:
+def samples_of(checkpoints: Mapping[str, Path], texts: Mapping[str, Path]) -> dict[str, Samples]:
     """Variant -> what its figures are measured on, evenly spread over it: at most `MAX_WINDOWS` windows, or at most
     `MAX_PAIRS` pairs of an encoder–decoder family.
 
@@ -30,7 +28,6 @@ def samples_of(
         checkpoints: all variants of the family -> folder.
         texts: variant -> UTF-8 file, plain or JSON lines as `read_tokens` takes; of an encoder–decoder family with
             `{"input": …, "target": …}` on every line.
-        option: where `texts` were given, for messages.
 
     Raises as `encode_texts`; for pairs naming file and line. `CheckpointError` or `UnsupportedModelError` for a config
     that cannot be read.
@@ -41,9 +38,9 @@ def samples_of(
     found = {}
     for name, path in texts.items():
         if kind_of(configs[name]).reads_pairs:
-            found[name] = _pair_samples(f"{option} {name}", path, checkpoints[name], configs[name])
+            found[name] = _pair_samples(f"--text {name}", path, checkpoints[name], configs[name])
         else:
-            ids = encode_texts(checkpoints, {name: path}, option)[name]
+            ids = encode_texts(checkpoints, {name: path})[name]
             found[name] = Samples(spread_windows(ids, window, MAX_WINDOWS))
     return found
 
@@ -65,7 +62,6 @@ def encode_texts(
     Args:
         checkpoints: variant -> folder with its tokenizer.
         texts: variant -> UTF-8 file, plain or JSON lines as `read_tokens` takes.
-        option: where `texts` were given, for messages.
 
     Raises `UnknownVariantError` for a variant that has no checkpoint, `PolymoeError` for a text that cannot be read or
     has fewer than `MIN_TOKENS` tokens.
@@ -78,7 +74,7 @@ def encode_texts(
                 f"{option} {name}: plain text measures decoder-only models; {checkpoints[name]} is an encoder–decoder, "
                 "which polymoe eval measures on pairs of input and target."
             )
-        found[name] = read_tokens(f"{option} {name}", [path], TextTokenizer(checkpoints[name], name))
+        found[name] = read_tokens(f"--text {name}", [path], TextTokenizer(checkpoints[name], name))
         if len(found[name]) < MIN_TOKENS:
             raise PolymoeError(
                 f"{option} {name}: {path} has {len(found[name])} tokens; at least {MIN_TOKENS} are needed, and some "

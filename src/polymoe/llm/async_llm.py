@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from polymoe.client.client import AsyncEngineClient
-from polymoe.client.output import OutputProcessor, fitted
+from polymoe.client.output import OutputProcessor
 from polymoe.client.request_stream import RequestStream
+from polymoe.client.request_tokens import fitted
 from polymoe.config import EngineConfig
 from polymoe.errors import EngineDeadError, OverloadedError
 from polymoe.llm.planned_config import Source, planned_config

@@ -21,7 +21,6 @@ from polymoe.server.http_request import HttpRequestMiddleware
 from polymoe.server.json_body import JsonRoute
 from polymoe.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, LastResortMiddleware
 from polymoe.server.openapi import METRICS_TYPE, answers, document, text_answer
-from polymoe.server.protocol import DetokenizeRequest, TokenizeRequest
 from polymoe.server.root_path import RootPathMiddleware
 from polymoe.server.schemas import (
     ChatCompletion,
@@ -41,6 +40,7 @@ from polymoe.server.settings import ServerSettings
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse, unless_gone
 from polymoe.server.tenants import Keyring, tenant_of
+from polymoe.server.tokenize_request import DetokenizeRequest, TokenizeRequest
 from polymoe.server.turn_schemas import (
     MessageObject,
     MessagesErrorResponse,

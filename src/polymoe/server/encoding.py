@@ -28,8 +28,8 @@ _LARGEST_TEXT = 64 << 20  # characters
 class Encoder:
     """All methods belong to one event loop."""
 
-    def __init__(self, pool: RenderPool | None = None) -> None:
-        self._pool = pool or RenderPool()
+    def __init__(self) -> None:
+        self._pool = RenderPool()
         # Few threads: however many long texts there are, half of the cores stay free of them.
         threads = max(1, (os.cpu_count() or 1) // 2)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer", initializer=_be_nice)

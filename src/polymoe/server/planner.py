@@ -13,7 +13,7 @@ from polymoe.errors import ChangeRefusedError, PolymoeError
 from polymoe.protocol.planning import Answer, Job
 
 MODULE = "polymoe.offline.addition.process"
-_LONGEST_LINE = 64 << 20  # bytes of an answer: the records of all files of a variant
+LONGEST_LINE = 64 << 20  # bytes of an answer: the records of all files of a variant
 
 
 class Planner:
@@ -31,10 +31,7 @@ class Planner:
     async def start(self) -> None:
         """Have a process that is importing what it needs."""
         if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", MODULE, "--threads", str(self._threads or 0),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
-            )  # fmt: skip
+            self._process = await start_process("--threads", str(self._threads or 0))
 
     async def plan(
         self, job: Job, progress: Callable[[str, float], None]
@@ -78,3 +75,11 @@ class Planner:
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def start_process(*arguments: str) -> asyncio.subprocess.Process:
+    """A new Python that plans what it is told on its standard input."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", MODULE, *arguments,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE,
+    )  # fmt: skip

@@ -20,12 +20,7 @@ from polymoe.protocol.request import (
 )
 from polymoe.protocol.structured_outputs import StructuredOutputsParams
 from polymoe.server.chat_messages import Messages, NamedTool, Tool
-from polymoe.server.known_fields import (
-    OF_COMPLETIONS,
-    OF_GENERATION,
-    OF_STREAM_OPTIONS,
-    OF_TOKENIZING,
-)
+from polymoe.server.known_fields import OF_COMPLETIONS, OF_GENERATION, OF_STREAM_OPTIONS
 from polymoe.server.strict import Strict
 from polymoe.server.structure_fields import ResponseFormat, StructuredOutputs
 
@@ -230,7 +225,9 @@ class ChatCompletionRequest(GenerationRequest):
 
     def template_variables(self) -> dict[str, Any]:
         """What the variant's template reads besides the messages. Raises `RequestError`."""
-        variables = template_variables(self)
+        variables = template_variables(
+            self.chat_template_kwargs, self.continue_final_message, self.add_generation_prompt
+        )
         if self.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", self.reasoning_effort)
             if self.reasoning_effort == "none":
@@ -238,46 +235,6 @@ class ChatCompletionRequest(GenerationRequest):
         if self.callable_tools:
             variables["tools"] = [tool.for_template() for tool in self.callable_tools]
         return variables
-
-
-class TokenizeRequest(Strict):
-    """Either `prompt` or `messages`."""
-
-    unsupported = OF_TOKENIZING
-
-    model: str
-    prompt: str | None = None
-    messages: Messages | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_special_tokens: bool | None = None  # null is true for a prompt; a chat template writes its own
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def check_one(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise RequestError("Give either prompt or messages.", param="prompt")
-        if self.messages is not None and self.add_special_tokens:
-            raise RequestError(
-                "add_special_tokens is for prompts: a chat template writes its special tokens itself.",
-                param="add_special_tokens",
-            )
-        check_ending(self.continue_final_message, self.add_generation_prompt)
-        return self
-
-    def template_variables(self) -> dict[str, Any]:
-        """As those of a chat. Raises `RequestError`."""
-        variables = template_variables(self)
-        if self.tools:
-            variables["tools"] = [tool.for_template() for tool in self.tools]
-        return variables
-
-
-class DetokenizeRequest(Strict):
-    model: str
-    tokens: TokenIds
 
 
 def check_ending(continue_final_message: bool | None, add_generation_prompt: bool | None) -> None:
@@ -289,17 +246,19 @@ def check_ending(continue_final_message: bool | None, add_generation_prompt: boo
         )
 
 
-def template_variables(request: "ChatCompletionRequest | TokenizeRequest") -> dict[str, Any]:
+def template_variables(
+    kwargs: Mapping[str, Any] | None, continue_final_message: bool | None, add_generation_prompt: bool | None
+) -> dict[str, Any]:
     """`chat_template_kwargs` and how the text ends. Raises `RequestError` for variables that are not the client's."""
-    variables = dict(request.chat_template_kwargs or {})
+    variables = dict(kwargs or {})
     if taken := sorted({"tools", "continue_final_message"} & set(variables)):
         raise RequestError(
             f"chat_template_kwargs cannot set {taken[0]}; it is a field of its own.", param="chat_template_kwargs"
         )
-    if request.continue_final_message:
+    if continue_final_message:
         variables |= {"continue_final_message": True, "add_generation_prompt": False}
-    elif request.add_generation_prompt is not None:
-        variables["add_generation_prompt"] = request.add_generation_prompt
+    elif add_generation_prompt is not None:
+        variables["add_generation_prompt"] = add_generation_prompt
     return variables
 
 

@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+_STAY, _PATIENCE, _EAGERNESS = 10.0, 20.0, 2.0  # see above
 _SMOOTHING = 0.2  # part of the newest measurement of a load
 _SAVINGS = 2.0  # loads
 
@@ -47,16 +48,8 @@ class SlotPolicy:
         loaded: what is in the slots at the start.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        loaded: Iterable[int],
-        *,
-        stay: float = 10.0,
-        patience: float = 20.0,
-        eagerness: float = 2.0,
-    ) -> None:
-        self._num_slots, self._stay, self._patience, self._eagerness = num_slots, stay, patience, eagerness
+    def __init__(self, num_slots: int, loaded: Iterable[int]) -> None:
+        self._num_slots = num_slots
         self._loaded_at = dict.fromkeys(list(loaded)[:num_slots], -math.inf)  # the variants that may run
         self._served_at: dict[int, float] = {}  # when a variant last had a slot and work
         self._saved = math.inf  # seconds that loads may take now
@@ -76,7 +69,7 @@ class SlotPolicy:
 
     def choose(self, now: float, work: Mapping[int, VariantWork]) -> frozenset[int]:
         """The variants that may run in the step that begins now."""
-        self._saved = min(self._saved + (now - self._saved_at) / self._stay, _SAVINGS * self.cost)
+        self._saved = min(self._saved + (now - self._saved_at) / _STAY, _SAVINGS * self.cost)
         self._saved_at = now
         self._served_at.update((v, now) for v in self._loaded_at if v in work)
         fresh: set[int] = set()
@@ -126,8 +119,8 @@ class SlotPolicy:
         """Seconds until a request of `variant` that arrives now can run if no other is before it; 0: at once."""
         if variant in self._loaded_at:
             return 0.0
-        saved = self._saved + (now - self._saved_at) / self._stay
-        return max(self._eagerness * self.cost, self._stay * (self.cost - saved)) + self.cost
+        saved = self._saved + (now - self._saved_at) / _STAY
+        return max(_EAGERNESS * self.cost, _STAY * (self.cost - saved)) + self.cost
 
     def _needed(self, work: VariantWork) -> float:
         """Savings for a load now, seconds: those for one more are kept for the next request without a token."""
@@ -136,7 +129,7 @@ class SlotPolicy:
     def _due(self, variant: int, work: VariantWork) -> float:
         served = self._served_at.get(variant, -math.inf)
         return min(
-            max(work.since, served) + self._patience * self.cost,
-            max(work.first_since, served) + self._eagerness * self.cost,
+            max(work.since, served) + _PATIENCE * self.cost,
+            max(work.first_since, served) + _EAGERNESS * self.cost,
             work.start_by,
         )

@@ -12,20 +12,16 @@ import math
 import numpy as np
 
 _MIN_SAMPLES = 8
+_DECAY = 0.99  # of a sample's weight with each that follows
 _FIT_EVERY = 4  # samples
 _OUTLIER = 4.0  # a sample further from the prediction counts as this many times the prediction
 _RIDGE = 0.05  # part of the previous fit, in samples of the typical size
 
 
 class StepCost:
-    """The cost model of one engine on its machine.
+    """The cost model of one engine on its machine."""
 
-    Args:
-        memory: samples after which an old one counts 1/e.
-    """
-
-    def __init__(self, memory: int = 100) -> None:
-        self._decay = 1.0 - 1.0 / memory
+    def __init__(self) -> None:
         self._xx = np.zeros((3, 3))
         self._xy = np.zeros(3)
         self._scale = np.zeros(3)  # typical weighted square of each feature, forgotten slowly
@@ -45,8 +41,8 @@ class StepCost:
         if self.ready:
             seconds = min(seconds, _OUTLIER * max(self.seconds(prefill_tokens, decodes), 1e-6))
         x = np.array([1.0, prefill_tokens, decodes]) / seconds
-        self._xx = self._decay * self._xx + np.outer(x, x)
-        self._xy = self._decay * self._xy + x
+        self._xx = _DECAY * self._xx + np.outer(x, x)
+        self._xy = _DECAY * self._xy + x
         self._scale = np.maximum(self._scale * 0.999, x * x)
         self.num_samples += 1
         if self.num_samples % _FIT_EVERY == 0:

@@ -27,6 +27,14 @@ def ladder(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in _STEPS if size < max_num_seqs), min(max_num_seqs, _STEPS[-1]))
 
 
+def suits_graphs(model: ServedModel) -> bool:
+    """Whether the model's decode steps depend on nothing but device tensors."""
+    if model.runs_per_variant:  # which rows are whose is known on the host only
+        return False
+    resident = all(layer.all_resident or layer.mapped for layer in model.pool.layers)
+    return model.context.backend.pads_steps and resident
+
+
 class DecodeGraphs:
     """Runs decode steps of a model whose KV cache is attached and whose experts are all resident.
 

@@ -18,17 +18,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils import _pytree as pytree
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
-from polymoe.model.attention.paged import AttentionLayer, check_attention_arguments
+from polymoe.model.attention.paged import AttentionLayer
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap, segments_from_variants
 from polymoe.model.per_variant.module import argument_names, attend_as_stock, flat_call
 from polymoe.model.per_variant.spec import PerVariantSpec, TokenAxes
-from polymoe.model.stock.asked_mask import AskedMask, ask_mask
+from polymoe.model.stock.asked_mask import AskedMask
 from polymoe.model.stock.choice import Choice
 from polymoe.model.stock.kind import kind_of
 from polymoe.model.stock.module_trial import Learned, ModuleTrial
@@ -40,12 +39,9 @@ from polymoe.model.stock.skeleton import (
     retie,
     set_weight,
 )
+from polymoe.model.stock.stand_ins import TRIAL, USES, TrialAttention, TrialExperts, TrialStack, check_local
 from polymoe.model.stock.stateful import cache_argument, cache_factory, stateful_modules
-from polymoe.model.variants.variant_stack import METADATA, VariantStack
 
-_TRIAL = "polymoe_trial"
-_EXPERT_TENSORS = {f"{name}{end}" for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", "_bias")}
-_PRODUCTS = {(F.linear, 1): "product", (F.embedding, 1): "look-up"}  # and the argument that is the weight
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 
 
@@ -59,102 +55,6 @@ class Trial:
     products: frozenset[str] = frozenset()  # matrices that are multiplied by or looked up in, and nothing else
 
 
-def _trial_attention_forward(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """Stands where `polymoe_attention_forward` stands in service; zeros of the right shape."""
-    mask = attention_mask if isinstance(attention_mask, AskedMask) else None
-    if mask is not None and not mask.is_window:
-        raise UnsupportedModelError("its attention mask is neither causal nor a causal sliding window.")
-    check_attention_arguments(module, attention_mask if mask is None else None, kwargs)
-    # Only the mask counts in transformers' own attention; the argument is for kernels that build the mask themselves.
-    window = None if mask is None else mask.window
-    argument = kwargs.get("sliding_window")
-    if argument is not None and argument != window and not (window is None and mask and argument >= mask.length):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} gives attention a sliding window of {argument} tokens and a mask of "
-            f"{window or 'all'}."
-        )
-    given = {"sinks": kwargs.get("sinks", kwargs.get("s_aux")), "softcap": kwargs.get("softcap")}
-    extras = tuple(name for name, value in given.items() if value is not None)
-    module.polymoe_attention.see(module.layer_idx, query[0], key[0], value[0], window, extras)
-    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-
-
-AttentionInterface.register(_TRIAL, _trial_attention_forward)
-AttentionMaskInterface.register(_TRIAL, ask_mask)
-
-
-class _TrialAttention:
-    def __init__(self, layers: dict[int, AttentionLayer], tainted: int) -> None:
-        self.layers, self.tainted = layers, tainted
-
-    def see(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None,
-        extras: tuple[str, ...],
-    ) -> None:  # fmt: skip
-        for tensor in (query, key, value):  # [heads, T, D]
-            _check_local(tensor.transpose(0, 1).flatten(1), self.tainted, f"layer {layer}")
-        if layer in self.layers:
-            raise UnsupportedModelError(f"layer {layer} attends twice, which one cache a layer cannot hold.")
-        self.layers[layer] = AttentionLayer(
-            kv_heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2], sliding_window=window, extras=extras
-        )
-
-
-class _TrialExperts:
-    def __init__(self, context: ForwardContext) -> None:
-        self.context = context
-
-    def forward(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        name = type(module).__name__
-        if index.shape != weights.shape or index.shape[0] != hidden.shape[0]:
-            raise UnsupportedModelError(f"{name} is not routed by (index, weight) pairs of each token.")
-        if getattr(module, "has_post_expert_norm", False):
-            raise UnsupportedModelError(
-                f"{name} normalises the output of each expert, which the expert pool does not do."
-            )
-        if strange := set(expert_tensor_names(module)) - _EXPERT_TENSORS:
-            raise UnsupportedModelError(
-                f"{name} has expert tensors that the pool does not use: {', '.join(sorted(strange))}."
-            )
-        self.context.batch.segments(hidden.shape[0])
-        return hidden * 0 + weights.sum(dim=-1, keepdim=True).to(hidden.dtype) * 0  # zeros that keep NaN
-
-
-class _TrialStack(VariantStack):
-    """A stack of zeros whose matmuls cost nothing, whatever its size.
-
-    uses: the operations that it met; "product" and "look-up" for those in which it is the weight.
-    """
-
-    uses: set[str]
-
-    @staticmethod
-    def __new__(
-        cls, rows: torch.Tensor, row_map: RowMap, context: ForwardContext, token_axes: dict[int, int] | None = None
-    ) -> "_TrialStack":
-        stack: Any = VariantStack.__new__(cls, rows, row_map, context, token_axes)
-        stack.uses = set()
-        found: _TrialStack = stack
-        return found
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in METADATA:
-            for place, stack in enumerate((*args, *(kwargs or {}).values())):
-                if isinstance(stack, _TrialStack):
-                    stack.uses.add(_PRODUCTS.get((func, place), str(func)))
-        if func is F.linear and isinstance(args[1], VariantStack) and not kwargs:
-            x, weight = args[0], args[1]
-            weight.context.batch.segments(x.numel() // x.shape[-1])
-            assert x.shape[-1] == weight.shape[1]
-            return x.sum(dim=-1, keepdim=True).mul(0).repeat(*(1,) * (x.ndim - 1), weight.shape[0])
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) -> Trial:
     """Try the stock model of `config`. Raises `UnsupportedModelError` naming what cannot be served.
 
@@ -164,7 +64,7 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
     try:
         choice: Choice | None = None
         while True:
-            model = build_skeleton(config, _TRIAL)
+            model = build_skeleton(config, TRIAL)
             name = type(model).__name__
             if look is not None:
                 look(model)
@@ -252,7 +152,7 @@ class _Attempt:
         """Only the tainted token of an argument may hold NaN."""
         axes = TokenAxes.of(x, self.num_tokens)
         rows = x.flatten()[None] if axes is None else x.movedim(axes.tokens, 0).flatten(1)
-        _check_local(rows, self.tainted if axes is not None else None, where)
+        check_local(rows, self.tainted if axes is not None else None, where)
 
     @torch.no_grad()
     def run(self) -> Trial:
@@ -262,8 +162,8 @@ class _Attempt:
         stacks = _place_trial_stacks(model, context, self.paths)
         layers: dict[int, AttentionLayer] = {}
         for module in model.modules():
-            module.polymoe_attention = _TrialAttention(layers, self.tainted)
-            module.polymoe_experts = _TrialExperts(context)
+            module.polymoe_attention = TrialAttention(layers, self.tainted)
+            module.polymoe_experts = TrialExperts(context)
 
         def taint(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
@@ -287,18 +187,18 @@ class _Attempt:
             logits = logits[sampled]
         if logits.shape[0] != num_sampled:
             raise UnsupportedModelError(f"it gives {logits.shape[0]} rows of logits for {num_sampled}.")
-        _check_local(logits, self.tainted - (num_tokens - num_sampled), "the logits")
+        check_local(logits, self.tainted - (num_tokens - num_sampled), "the logits")
         if not layers and not any(spec.cache_argument for spec in self.specs.values()):
             raise UnsupportedModelError("its attention does not go through transformers' registry.")
         products = {
             name for name, stack in stacks.items()
-            if stack.ndim == 2 and stack.uses and stack.uses <= set(_PRODUCTS.values())
+            if stack.ndim == 2 and stack.uses and stack.uses <= set(USES.values())
         }  # fmt: skip
         axes = {weight: stack.token_axes for weight, stack in stacks.items()}
         return Trial(layers, axes, self.specs, frozenset(products))
 
 
-def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, _TrialStack]:
+def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, TrialStack]:
     """Replace every weight but the experts, and those below the modules `alone`, by zeros for two variants.
 
     Each gets a row map of its own, as in service, where variants may share one weight and not another: two weights
@@ -306,26 +206,14 @@ def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: 
     """
     experts = {f"{path}.{leaf}" for path, module in expert_modules(model) for leaf in expert_tensor_names(module)}
     tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    stacks: dict[str, _TrialStack] = {}
+    stacks: dict[str, TrialStack] = {}
     for name, tensor in list(model.state_dict().items()):
         if name not in experts and name not in tied and not any(name.startswith(f"{path}.") for path in alone):
             dtype = tensor.dtype if not tensor.is_floating_point() else torch.float32
-            stacks[name] = _TrialStack(torch.zeros((), dtype=dtype).expand(2, *tensor.shape), RowMap([0, 1]), context)
+            stacks[name] = TrialStack(torch.zeros((), dtype=dtype).expand(2, *tensor.shape), RowMap([0, 1]), context)
             set_weight(model, name, stacks[name])
     retie(model, tied)
     return stacks
-
-
-def _check_local(rows: torch.Tensor, tainted: int | None, where: str) -> None:
-    """`rows [T, …]`: only row `tainted` (None: none) may hold NaN."""
-    others = rows.isnan().any(dim=-1)
-    if tainted is not None:
-        others[tainted] = False
-    if others.any():
-        raise UnsupportedModelError(
-            f"tokens reach each other before {where} other than through attention, and a paged KV cache keeps no such "
-            "state."
-        )
 
 
 def _integers(value: Any) -> Iterator[int]:

@@ -99,17 +99,15 @@ def encode_tensor(
     return PackedTensor(base, deltas)
 
 
-def served_weights(
-    group: Group, own: Mapping[int, Tensor], packed: PackedTensor, dtype: torch.dtype = torch.float32
-) -> dict[int, Tensor]:
-    """member -> the weight that it will be served with: base + sign · delta. `own` as in `encode_tensor`."""
+def served_weights(group: Group, own: Mapping[int, Tensor], packed: PackedTensor) -> dict[int, Tensor]:
+    """member -> the weight that it will be served with, float32: base + sign · delta. `own` as in `encode_tensor`."""
     stored = _base_of(group, own[group.leader], packed.base)
-    served = dict.fromkeys(group.members, stored.to(dtype))
+    served = dict.fromkeys(group.members, stored.float())
     for v, parts in packed.deltas.items():
         assert group.delta is not None
-        served[v] = group.delta.fmt.corrected(stored, parts).to(dtype)
+        served[v] = group.delta.fmt.corrected(stored, parts).float()
         if group.delta.mirrored:
-            served[group.members[1]] = group.delta.fmt.corrected(stored, parts, -1).to(dtype)
+            served[group.members[1]] = group.delta.fmt.corrected(stored, parts, -1).float()
     return served
 
 
