@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from polymoe.bench.build import check_systems
-from polymoe.bench.ceiling import expected_touched
+from polymoe.bench.ceiling import expected_bytes
 from polymoe.bench.load import Record, Run, run_closed, run_open
 from polymoe.bench.metrics import SLO, Distribution, is_good, median_of, spread_of, summarise
 from polymoe.bench.swap import SwapSystem
@@ -167,13 +167,16 @@ def test_counters_are_of_one_run_but_the_peak_stays() -> None:
     assert before + after == Counters(expert_hits=8, peak_rss_bytes=30)
 
 
-def test_expected_number_of_experts_that_a_step_touches() -> None:
+def test_expected_bytes_of_experts_that_a_step_touches() -> None:
     shared = [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]  # two variants share the four experts of one layer
     separate = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
-    assert expected_touched(shared, {0: 1}, 0.5) == 2.0
-    assert expected_touched(shared, {0: 1, 1: 1}, 0.5) == 3.0
-    assert expected_touched(separate, {0: 1, 1: 1}, 0.5) == 4.0
-    assert expected_touched(shared, {0: 500, 1: 500}, 0.5) == pytest.approx(4.0)
+    alike = [[1.0] * 8]
+    assert expected_bytes(shared, alike, {0: 1}, 0.5) == 2.0
+    assert expected_bytes(shared, alike, {0: 1, 1: 1}, 0.5) == 3.0
+    assert expected_bytes(separate, alike, {0: 1, 1: 1}, 0.5) == 4.0
+    assert expected_bytes(shared, alike, {0: 500, 1: 500}, 0.5) == pytest.approx(4.0)
+    packed, absent = [2.0, 0.5, 0.5, 0.5], 10.0
+    assert expected_bytes([[[0, 1, -1, -2]]], [[*packed, absent]], {0: 500}, 0.5) == pytest.approx(22.5)
 
 
 def test_cores_are_split_into_equal_parts() -> None:
@@ -300,6 +303,7 @@ def test_throughput_of_three_systems(cache: Path, tmp_path: Path) -> None:
     assert answer["systems"]["mixed"]["reconfigurations"] == 0
     assert answer["systems"]["paper"]["reconfigurations"] >= 3  # one slot, four variants
     assert 0 < answer["ceiling"]["systems"]["mixed"]["share_reached"] < 1
+    assert 0 < answer["ceiling"]["systems"]["mixed"]["bandwidth_share"] < 1
     assert answer["ceiling"]["memory_bandwidth_bytes_per_s"] > 1e9
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "throughput.json").read_text()) == answer

@@ -101,6 +101,30 @@ def test_as_the_reference(bases: list[str], deltas: list[str], tokens: int, kind
         assert float((found.float() - expected).norm() / expected.norm()) < most, name
 
 
+@pytest.mark.parametrize(("base", "delta"), [("int4", "d1"), ("int5", "d1"), ("int4", "d2"), ("int3", "d3")])
+def test_many_rows_of_a_coarse_pair_are_as_few_rows(base: str, delta: str) -> None:
+    """With many rows base and delta become one matrix of bytes; with few they are two products and round nothing."""
+    torch.manual_seed(0)
+    layer = CompressedLayer(stored_experts(0), (pool(base, 2, 1.0),), (pool(delta, 4, 0.2),))
+    tokens = 150
+    expert, variant = traffic("zipf", tokens, 2)
+    ids = torch.randint(-1, 4, (V, 2))[variant[:, None], expert]
+    sign = torch.tensor([[1, -1], [-1, 1], [1, 1], [-1, -1]])[variant[:, None], expert]
+    hidden, gate = torch.randn(tokens, H).bfloat16(), torch.rand(tokens, 2)
+    tiled = tiled_layer(Module(), layer, torch.bfloat16)
+
+    def outputs(rows: slice) -> torch.Tensor:
+        found = packed_experts(
+            Module(), hidden[rows], expert[rows], ids[rows], sign[rows], gate[rows], tiled, no_host,
+            activation_bits=ACTIVATIONS["int8"],
+        )  # fmt: skip
+        assert found is not None
+        return found.float()
+
+    few = torch.cat([outputs(slice(start, start + 5)) for start in range(0, tokens, 5)])
+    assert float((outputs(slice(None)) - few).norm() / few.norm()) < 0.02
+
+
 def test_lossless_deltas_beside_tiles() -> None:
     torch.manual_seed(0)
     stored = stored_experts(1)

@@ -7,7 +7,7 @@ Routing is taken as uniform, which random weights are near to; a trained router 
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -55,37 +55,59 @@ def measure_bandwidth(device: torch.device, threads: int | None) -> float:
 def step_bytes(bundle: Bundle, rows: Mapping[int, int], context: float, kv_bytes_per_token: float) -> StepBytes:
     """One decode step of `rows` (variant index -> sequences) with `context` tokens each on average.
 
-    An absent expert counts as one that is resident: it must be read from somewhere.
+    An absent expert counts as one that is resident: it must be read from somewhere. A lossless delta counts as a whole
+    expert, which it hardly ever is.
     """
     text_config = bundle.config.get_text_config()
     num_experts = bundle.manifest.num_experts
     kind = kind_of(text_config)
     top_k = kind.experts_per_token(text_config, num_experts)
     layers = [i for i, path in enumerate(bundle.expert_modules) if not kind.in_encoder(path)]  # it does not decode
-    touched = expected_touched(bundle.table[:, layers].tolist(), rows, top_k / num_experts)
+    chance, manifest = top_k / num_experts, bundle.manifest
+    experts = 0.0
+    absent, no_delta = manifest.expert_bytes, 0
+    for table, pools, of_none in (
+        (bundle.table, manifest.base_pools, absent), (bundle.delta, manifest.delta_pools, no_delta),
+    ):  # fmt: skip
+        if table is not None:
+            sizes = [[*_entry_bytes(bundle, pools[layer]), of_none] for layer in layers]
+            experts += expected_bytes(table[:, layers].tolist(), sizes, rows, chance)
     return StepBytes(
-        experts=touched * bundle.manifest.expert_bytes,
+        experts=experts,
         nonexperts=float(_nonexpert_bytes(bundle, list(rows))),
         kv=sum(rows.values()) * context * kv_bytes_per_token,
     )
 
 
-def expected_touched(table: list[list[list[int]]], rows: Mapping[int, int], chance: float) -> float:
-    """Physical experts that a step touches in all layers, on average.
+def expected_bytes(
+    table: list[list[list[int]]], sizes: Sequence[Sequence[float]], rows: Mapping[int, int], chance: float
+) -> float:
+    """Bytes of the physical experts, or deltas, that a step touches in all layers, on average.
 
     Args:
-        table: [V][L][E] -> physical expert of the layer.
+        table: [V][L][E] -> which of the layer's; below 0 as Python counts, the last of `sizes`.
+        sizes: [L] bytes of each of the layer's.
         rows: variant index -> tokens in the step.
         chance: that a token is routed to a given expert, top-k over experts.
     """
     total = 0.0
-    for layer in range(len(table[0])):
+    for layer, bytes_of in enumerate(sizes):
         untouched: dict[int, float] = {}
         for variant, count in rows.items():
             for physical in table[variant][layer]:
                 untouched[physical] = untouched.get(physical, 1.0) * (1.0 - chance) ** count
-        total += sum(1.0 - u for u in untouched.values())
+        total += sum((1.0 - left) * bytes_of[max(physical, -1)] for physical, left in untouched.items())
     return total
+
+
+def _entry_bytes(bundle: Bundle, pools: Mapping[str, int]) -> list[int]:
+    """Bytes of each entry of a layer's pools, in the order of their ids."""
+    found: list[int] = []
+    for name, count in pools.items():
+        fmt = get_format(name, bundle.levels)
+        coded = sum(fmt.num_bytes(shape, torch.float32) for shape in bundle.packed_shapes.values())
+        found += [coded if fmt.is_coded else bundle.manifest.expert_bytes] * count
+    return found
 
 
 def _nonexpert_bytes(bundle: Bundle, variants: list[int]) -> int:
@@ -115,29 +137,39 @@ def _nonexpert_bytes(bundle: Bundle, variants: list[int]) -> int:
 
 
 def ceiling_of(
-    bundle: Bundle,
+    bundles: Mapping[str, Bundle],
     bandwidth: float,
     in_flight: int,
     context: float,
     kv_bytes_per_token: float,
     reached: Mapping[str, float],
+    step_seconds: Mapping[str, float | None],
 ) -> dict[str, Any]:
-    """The ceiling of `mixed` (rows spread over all variants) and `single`, and the share of it that they reached.
+    """The ceiling of systems that serve one bundle (`mixed`: rows spread over all variants; `single`: all of the first
+    one), and the share of it that they reached.
 
     Args:
+        bundles: system -> its bundle.
         bandwidth: bytes a second.
         context: tokens of a sequence, on average over its decode steps.
-        reached: system -> measured output tokens a second.
+        reached: system -> measured output tokens a second, prompts and all.
+        step_seconds: system -> measured median between two tokens of a sequence: what a step without prompts takes.
+
+    Returns: of each system `share_reached`, of the ceiling, and `bandwidth_share`: the bytes that a step must read over
+        what it took, as a share of the bandwidth. None where it was not measured.
     """
-    count = len(bundle.variants)
-    spread = {v: in_flight // count + (v < in_flight % count) for v in range(count)}
     systems: dict[str, Any] = {}
-    for name, rows in (("mixed", {v: r for v, r in spread.items() if r}), ("single", {0: in_flight})):
+    for name, bundle in bundles.items():
+        count = len(bundle.variants)
+        spread = {v: in_flight // count + (v < in_flight % count) for v in range(count)}
+        rows = {0: in_flight} if name.startswith("single") else {v: r for v, r in spread.items() if r}
         bytes_read = step_bytes(bundle, rows, context, kv_bytes_per_token)
         speed = in_flight * bandwidth / bytes_read.total
+        step = step_seconds.get(name)
         systems[name] = {
             "bytes_per_step": msgspec.structs.asdict(bytes_read) | {"total": bytes_read.total},
             "output_tokens_per_s": speed,
             "share_reached": reached[name] / speed if name in reached else None,
+            "bandwidth_share": bytes_read.total / step / bandwidth if step else None,
         }
     return {"memory_bandwidth_bytes_per_s": bandwidth, "rows": in_flight, "routing": "uniform", "systems": systems}

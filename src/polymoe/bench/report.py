@@ -219,13 +219,13 @@ def _say_ceiling(document: Document, ceiling: dict[str, Any]) -> None:
     document.say(f"Memory bandwidth, measured: {ceiling['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s.")
     rows = []
     for name, c in ceiling["systems"].items():
-        share = c["share_reached"]
         read = c["bytes_per_step"]
+        shares = ["–" if c[kind] is None else f"{100 * c[kind]:.0f} %" for kind in ("share_reached", "bandwidth_share")]
         parts = " + ".join(format_bytes(read[kind]) for kind in ("experts", "nonexperts", "kv"))
-        rows.append([name, parts, f"{c['output_tokens_per_s']:.0f}", "–" if share is None else f"{100 * share:.0f} %"])
+        rows.append([name, parts, f"{c['output_tokens_per_s']:.0f}", *shares])
     document.rows(
         f"Physical ceiling of decoding, {ceiling['rows']} sequences a step",
-        ["system", "read a step: experts + non-experts + KV", "ceiling tok/s", "reached"],
+        ["system", "read a step: experts + non-experts + KV", "ceiling tok/s", "reached", "bandwidth in a decode step"],
         rows,
     )
 

@@ -76,10 +76,20 @@ async def run_throughput(plan: ThroughputPlan, builder: Builder, console: Consol
     speeds = {name: float(result["output_tokens_per_s"]) for name, result in results.items()}
     context = plan.lengths.input_tokens + plan.lengths.output_tokens / 2
     rows = min(plan.in_flight, plan.total, builder.max_num_seqs)
+    plans = {"mixed": "", "single": ""}
+    plans |= {name: name.partition(":")[2] for name in plan.systems if name.startswith(("mixed:", "single:"))}
     return {
         "systems": results,
         "ratios": {f"{name}/single": ratio for name, ratio in ratios_to("single", speeds).items() if name != "single"},
-        "ceiling": ceiling_of(bundle, bandwidth, rows, context, kv_bytes or 0.0, speeds),
+        "ceiling": ceiling_of(
+            {name: builder.shared_bundle(policy) for name, policy in plans.items()},
+            bandwidth,
+            rows,
+            context,
+            kv_bytes or 0.0,
+            speeds,
+            {name: result["itl_s"]["p50"] for name, result in results.items()},
+        ),
         "settings": {
             "variants": len(builder.variants),
             "in_flight": plan.in_flight,

@@ -146,29 +146,33 @@ class ModelRunner:
         """Flatten and sort by variant: |-- sequences of variant 0 --|-- of variant 1 --|…"""
         order = tuple(sorted(scheduled, key=lambda item: item.variant))
         input_ids: list[int] = []
-        positions: list[np.ndarray] = []
-        slot_mapping: list[np.ndarray] = []
+        positions: list[int] = []
+        slot_mapping: list[int] = []
         max_blocks = max(len(item.block_ids) for item in order)
-        block_table = np.zeros((len(order), max_blocks), dtype=np.int64)
+        tables = [[*item.block_ids, *[0] * (max_blocks - len(item.block_ids))] for item in order]
         pending: list[int] = []
         for i, item in enumerate(order):
             input_ids += item.input_ids
             if input_ids[-1] == PENDING:
                 input_ids[-1] = 0
                 pending.append(i)
-            position = np.arange(item.start, item.start + item.num_tokens)
-            positions.append(position)
-            block_table[i, : len(item.block_ids)] = item.block_ids
-            slot_mapping.append(self._slot_mapping(item, position))
+            if item.num_tokens == 1:  # decode: numpy's calls would take longer than all else here
+                block, offset = divmod(item.start, self.block_size)
+                positions.append(item.start)
+                slot_mapping.append(item.block_ids[block] * self.block_size + offset)
+            else:
+                position = np.arange(item.start, item.start + item.num_tokens)
+                positions += position.tolist()
+                slot_mapping += self._slot_mapping(item, position).tolist()
         return GatheredStep(
             order=order,
             variants=[item.variant for item in order],
             counts=[item.num_tokens for item in order],
             num_rows=tuple(self._rows_wanted(item) for item in order),
             input_ids=np.array(input_ids, dtype=np.int64),
-            positions=np.concatenate(positions),
-            slot_mapping=np.concatenate(slot_mapping),
-            block_table=block_table,
+            positions=np.array(positions, dtype=np.int64),
+            slot_mapping=np.array(slot_mapping, dtype=np.int64),
+            block_table=np.array(tables, dtype=np.int64),
             seq_lens=[item.start + item.num_tokens for item in order],
             pending=np.cumsum([item.num_tokens for item in order])[pending] - 1,
             pending_sequences=[order[i].key for i in pending],

@@ -15,7 +15,7 @@ inline namespace POLYMOE_INSTRUCTIONS {
 
 inline void run(const Problem& p, Scratch& scratch, int num_threads) {
     const int64_t few = amx::few_rows();
-    make_tiles(p, scratch, few);
+    make_tiles(p, scratch, [&](int64_t g) { return p.rows(g) > few; });
     const int64_t num_tiles = static_cast<int64_t>(scratch.tiles.size());
     const int64_t step = p.outputs_a_piece(), pieces = (p.out + step - 1) / step;
     pack_tiles(p, scratch, num_threads);

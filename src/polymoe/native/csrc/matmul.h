@@ -160,14 +160,15 @@ struct Scratch {
     std::vector<uint32_t> pairs;
 };
 
-// Cut the groups of more than `few` rows into tiles.
-inline void make_tiles(const Problem& p, Scratch& scratch, int64_t few) {
+// Cut the groups that are `chosen(g)` into tiles.
+template <class Chosen>
+void make_tiles(const Problem& p, Scratch& scratch, const Chosen& chosen) {
     scratch.tiles.clear();
     scratch.first_tile.assign(1, 0);
     scratch.tile_at.clear();
     int64_t pairs = 0;
     for (int64_t g = 0; g < p.num_groups; ++g) {
-        if (p.rows(g) > few) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
+        if (chosen(g)) add_tiles(scratch.tiles, p.starts[g], p.rows(g));
         for (size_t t = scratch.tile_at.size(); t < scratch.tiles.size(); ++t) {
             scratch.tile_at.push_back(pairs);
             pairs += scratch.tiles[t].height * (p.in / 2);

@@ -202,7 +202,7 @@ void run_piece(const Product& product, const Scratch& scratch, int64_t first, in
 
 void run_segments(const Product& product, const std::vector<int64_t>& groups, Scratch& scratch, int num_threads) {
     const Problem& p = product.p;
-    make_tiles(p, scratch, amx::few_rows());
+    make_tiles(p, scratch, [&](int64_t g) { return p.rows(g) > amx::few_rows(); });
     pack_tiles(p, scratch, num_threads);
     const int64_t num_groups = static_cast<int64_t>(groups.size()) - 1;
     const int64_t step = p.outputs_a_piece(), pieces = p.out / step;

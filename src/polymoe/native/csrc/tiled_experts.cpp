@@ -51,7 +51,7 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
         const bool other_base = i == 0 || order[i - 1].base != its.base;
         if (other_base) groups.push_back(static_cast<int64_t>(segments.size()));
         if (other_base || order[i - 1].delta != its.delta)
-            segments.push_back({{find(gate_up_bases, its.base), find(gate_up_deltas, its.delta / 2 - 1), its.delta % 2 ? -1.0f : 1.0f}, i, i, false});
+            segments.push_back({{find(gate_up_bases, its.base), find(gate_up_deltas, its.delta / 2 - 1), its.delta % 2 ? -1.0f : 1.0f}, i, i, Way::APART});
         segments.back().last = i + 1;
         place[its.pair] = i;
     }
@@ -64,11 +64,13 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
         if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
     };
     grow(sorted, here * width), grow(active, here * inner), grow(out, pairs * width);
-    alone.assign(here, false);
-    for (Rows& s : segments) {
-        s.many = s.last - s.first >= MANY_ROWS && is_one_matrix(s, gate_up_bases, gate_up_deltas);
-        std::fill(alone.begin() + s.first, alone.begin() + s.last, s.many);
-    }
+    const auto choose = [&](int64_t bits) {
+        alone.assign(here, false);
+        for (Rows& s : segments) {
+            s.way = way_of(s, s.last - s.first, bits, gate_up_bases, gate_up_deltas);
+            std::fill(alone.begin() + s.first, alone.begin() + s.last, s.way == Way::PAIRS);
+        }
+    };
     const auto round_rows = [&](const uint16_t* values, int64_t in, int64_t bits) {  // of those multiplied by codes
         const Rounded to = rows.make(bits ? here : 0, in, group_of(in), bits == 16);
         if (bits) parallel_for(here, 4, num_threads, [&](int64_t first, int64_t last) {
@@ -81,9 +83,11 @@ extern "C" void polymoe_tiled_experts_bf16(const uint16_t* hidden, const int32_t
         for (int64_t i = first; i < last; ++i)
             memcpy(sorted.data() + i * width, hidden + order[i].pair / top_k * width, width * 2);
     });
+    choose(up_bits);
     const Inputs up{sorted.data(), round_rows(sorted.data(), width, up_bits)};
     run_product({width, inner, true, gate_up_bases, gate_up_deltas, up, Tail(width), active.data(), coarse}, segments,
                 groups, starts, scratch, num_threads);
+    choose(down_bits);
     const Inputs down{active.data(), round_rows(active.data(), inner, down_bits)};
     run_product({inner, width, false, down_bases, down_deltas, down, Tail(inner), out.data(), coarse}, segments, groups,
                 starts, scratch, num_threads);

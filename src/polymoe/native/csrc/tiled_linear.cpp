@@ -31,13 +31,13 @@ extern "C" void polymoe_tiled_linear_bf16(const uint16_t* x, int64_t in, int64_t
     groups.clear();
     begins.clear();
     segments.clear();
-    bool all_many = true;
+    bool all_pairs = true;
     int64_t last_base = -1;
     for (int64_t g = 0; g < num_segments; ++g) {
         if (starts[g] == starts[g + 1]) continue;
-        Rows one{{find(bases, base[g]), find(deltas, delta[g]), 1.0f}, starts[g], starts[g + 1], false};
-        one.many = one.last - one.first >= MANY_ROWS && is_one_matrix(one, bases, deltas);
-        all_many &= one.many;
+        Rows one{{find(bases, base[g]), find(deltas, delta[g]), 1.0f}, starts[g], starts[g + 1], Way::APART};
+        one.way = way_of(one, one.last - one.first, bits, bases, deltas);
+        all_pairs &= one.way == Way::PAIRS;
         if (base[g] != last_base) groups.push_back(static_cast<int64_t>(segments.size()));
         last_base = base[g];
         segments.push_back(one);
@@ -48,7 +48,7 @@ extern "C" void polymoe_tiled_linear_bf16(const uint16_t* x, int64_t in, int64_t
     const int64_t count = segments.back().last;
     begins.push_back(count);
     const Rounded rounded = rows.make(count, in, group_of(in), bits == 16);
-    if (!all_many) parallel_for(count, 4, num_threads, [&](int64_t first, int64_t last) {
+    if (!all_pairs) parallel_for(count, 4, num_threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) round_one(rounded, i, x + i * in, group_of(in));
     });
     const Inputs inputs{x, rounded};

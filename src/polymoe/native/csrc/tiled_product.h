@@ -3,7 +3,8 @@
 // A segment has one base, one delta and one sign; a group is all segments of a base. A piece of work is a group and 32
 // weight rows: the base's tiles are decoded once for all rows of the group, whatever their variant, each delta's once for
 // its own rows, and both are added up in float32 before the activation. A segment of many rows has its own weights made
-// once, base and delta in one, in bfloat16, and a product as stored weights have it.
+// once, base and delta in one: in bytes, which take half the time, where activations have 8 bits and base and delta are so
+// coarse that rounding their sum once more adds next to nothing, else in bfloat16, with a product as stored weights have it.
 //
 // What is no tile (stored weights, lossless deltas, formats with other levels) is made bfloat16, 16 rows at a time.
 #pragma once
@@ -14,9 +15,12 @@
 
 namespace polymoe {
 
+// How a segment is multiplied: base and delta each by itself, or made one matrix, in bfloat16 or in bytes.
+enum class Way { APART, PAIRS, BYTES };
+
 struct Rows : Segment {
     int64_t first, last;
-    bool many;  // its weights are made bfloat16, base and delta in one
+    Way way;
 };
 
 // Rows of activations as the products read them.
@@ -27,10 +31,10 @@ struct Inputs {
 
 // What one thread works in.
 struct Buffers {
-    std::vector<float> sums;
+    std::vector<float> sums, scales;
     std::vector<uint16_t> rows;
     std::vector<uint32_t> pairs, packed;
-    std::vector<uint8_t> bytes;
+    std::vector<uint8_t> bytes, summed;
 };
 
 // R rows times 16 outputs in pairs of inputs [in / 2][16].
@@ -50,15 +54,20 @@ void pair_rows(const uint32_t* pairs, const uint16_t* x, int64_t in, float* to, 
 }
 
 constexpr int64_t PIECE = WEIGHT_ROWS;  // weight rows of a piece of work: 16 outputs of each half when paired, else 32
-constexpr int64_t MANY_ROWS = 32;       // from here on a segment's weights are made bfloat16 (measured on Zen 4)
+constexpr int64_t MANY_ROWS = 32;       // from here on a segment's weights are made one matrix (measured on Zen 4),
+constexpr int64_t MANY_FOR_BYTES = 16;  // or from here on, where it is of bytes
+constexpr int64_t COARSE = 6;           // bits of base and delta: the error left is 16 times that of rounding to bytes
 
-// Whether a segment of many rows has one matrix made of its base and delta: not of a packed base alone, which 8-bit
-// products take half the time of.
-inline bool is_one_matrix(const Segment& s, const Stack* bases, const Stack* deltas) {
+// How `count` rows of a segment are multiplied. bits: of their activations. A packed base alone stays apart: 8-bit
+// products take half the time of bfloat16.
+inline Way way_of(const Segment& s, int64_t count, int64_t bits, const Stack* bases, const Stack* deltas) {
+    if (count < MANY_FOR_BYTES) return Way::APART;
     const Stack& base = bases[s.base.stack];
-    if (s.delta.stack < 0) return base.kind == STORED;
+    if (s.delta.stack < 0) return base.kind == STORED && count >= MANY_ROWS ? Way::PAIRS : Way::APART;
     const Stack& delta = deltas[s.delta.stack];
-    return delta.kind == EXACT || (base.table && delta.table && base.group == delta.group);
+    const bool tiles = base.table && delta.table && base.group == delta.group;
+    if (tiles && bits == 8 && base.kind + delta.kind <= COARSE) return Way::BYTES;
+    return (tiles || delta.kind == EXACT) && count >= MANY_ROWS ? Way::PAIRS : Way::APART;
 }
 
 // One product of all segments: y [rows, out] from inputs and matrices [outputs, in].
@@ -147,6 +156,20 @@ struct Product {
         sum_pairs(delta.kind, bytes, of_base, tile(delta, s.delta.index, s.sign, o), in, to, PIECE);
     }
 
+    // sums [rows of the segment, PIECE] += outputs o .. o + 16 of a half. bytes: as above.
+    void add_summed(const Rows& s, int64_t o, uint8_t*& bytes, uint8_t* room, float* sums, Buffers& buffers) const {
+        const Stack &base = bases[s.base.stack], &delta = deltas[s.delta.stack];
+        const TileOf of_base = tile(base, s.base.index, 1, o);
+        if (!bytes) unpack_tile(base.kind, of_base, in, bytes = room);
+        float* scales = aligned(buffers.scales, (in + base.group - 1) / base.group * LANES);
+        uint8_t* summed = aligned(buffers.summed, (in + UNIT) * LANES);
+        sum_bytes(delta.kind, bytes, of_base, tile(delta, s.delta.index, s.sign, o), in, summed, scales);
+        const Rounded rows = x.rounded.from(s.first);
+        for (int64_t start = 0, g = 0; start < in; start += base.group, ++g)
+            group_rows<false>(summed + start * LANES, std::min(base.group, in - start), rows, start, g, s.last - s.first,
+                              _mm512_loadu_ps(scales + g * LANES), sums, PIECE);
+    }
+
     // Outputs o .. o + 16 (paired) or o .. o + 32 of the segments of one base. index: of the first segment.
     void run(const Rows* segments, int64_t count, int64_t index, int64_t o, const Problem& p, const Scratch& scratch,
              Buffers& buffers) const {
@@ -154,23 +177,26 @@ struct Product {
         float* sums = aligned(buffers.sums, rows * PIECE);
         bool few = false;
         for (int64_t s = 0; s < count; ++s) {
-            if (segments[s].many) continue;
+            if (segments[s].way == Way::PAIRS) continue;
             float* its = sums + (segments[s].first - first) * PIECE;
             memset(its, 0, (segments[s].last - segments[s].first) * PIECE * sizeof(float));
-            few = true;
+            few |= segments[s].way == Way::APART;
         }
         for (int64_t half = 0; few && half < 2; ++half) add_few(segments, count, half_at(half, o), sums + half * LANES, buffers);
         uint8_t* bytes[2] = {nullptr, nullptr};
         for (int64_t s = 0; s < count; ++s) {
             const Rows& its = segments[s];
-            if (its.many) {
-                uint8_t* room = aligned(buffers.bytes, in * PIECE);
+            uint8_t* room = its.way == Way::APART ? nullptr : aligned(buffers.bytes, in * PIECE);
+            if (its.way == Way::PAIRS) {
                 uint32_t* pairs = aligned(buffers.packed, in / 2 * PIECE);
                 for (int64_t half = 0; half < 2; ++half)
                     make_pairs(its, half_at(half, o), bytes[half], room + half * in * LANES, pairs + half * LANES, buffers);
                 matmul_group(p, scratch, index + s, pairs, nullptr, o, paired ? LANES : PIECE);
                 continue;
             }
+            for (int64_t half = 0; its.way == Way::BYTES && half < 2; ++half)
+                add_summed(its, half_at(half, o), bytes[half], room + half * in * LANES,
+                           sums + (its.first - first) * PIECE + half * LANES, buffers);
             for (int64_t r = its.first; r < its.last; ++r) {
                 const __m512 one = _mm512_load_ps(sums + (r - first) * PIECE), two = _mm512_load_ps(sums + (r - first) * PIECE + LANES);
                 uint16_t* to = y + r * out + o;
@@ -183,10 +209,10 @@ struct Product {
 private:
     int64_t half_at(int64_t half, int64_t o) const { return o + half * (paired ? out : LANES); }
 
-    // sums += outputs o .. o + 16 of the segments without many rows.
+    // sums += outputs o .. o + 16 of the segments whose base and delta stay apart.
     void add_few(const Rows* segments, int64_t count, int64_t o, float* sums, Buffers& buffers) const {
         const int64_t first = segments[0].first;
-        const auto alone = [this](const Rows& s) { return is_exact(s) || s.many; };
+        const auto alone = [this](const Rows& s) { return is_exact(s) || s.way != Way::APART; };
         for (int64_t s = 0; s < count;) {  // the base, for all neighbours that need it
             int64_t end = s;
             while (end < count && !alone(segments[end])) ++end;
@@ -198,7 +224,7 @@ private:
         for (int64_t s = 0; s < count; ++s) {
             const Rows& own = segments[s];
             float* its = sums + (own.first - first) * PIECE;
-            if (own.delta.stack < 0 || own.many) continue;
+            if (own.delta.stack < 0 || own.way != Way::APART) continue;
             if (is_exact(own)) add_values(exact_rows(own, o, buffers), own.first, own.last, its, buffers);
             else add(deltas[own.delta.stack], own.delta.index, own.sign, o, own.first, own.last, coarse_deltas, its, buffers);
         }
@@ -208,7 +234,7 @@ private:
 inline void run_product(const Product& product, const std::vector<Rows>& segments, const std::vector<int64_t>& groups,
                  const std::vector<int64_t>& starts, Scratch& scratch, int num_threads) {
     const Problem p = product.problem(starts);
-    make_tiles(p, scratch, MANY_ROWS - 1);
+    make_tiles(p, scratch, [&](int64_t g) { return segments[g].way == Way::PAIRS; });
     pack_tiles(p, scratch, num_threads);
     const int64_t step = p.outputs_a_piece(), pieces = product.out / step;
     const int64_t total = (static_cast<int64_t>(groups.size()) - 1) * pieces;

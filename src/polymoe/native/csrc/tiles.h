@@ -26,6 +26,31 @@ struct Width {
     static constexpr int WIDE = BITS == 3 ? 2 : BITS == 5 || BITS == 6 ? 4 : BITS, NARROW = BITS - WIDE;
 };
 
+// 0, 1, 2, … 63.
+struct Bytes {
+    uint8_t count[64];
+    constexpr Bytes() : count() {
+        for (int i = 0; i < 64; ++i) count[i] = static_cast<uint8_t>(i);
+    }
+};
+inline constexpr Bytes BYTES;
+
+// What each code stands for, level + 128. Two bits are looked up where they lie in a byte's lower six.
+template <int BITS>
+struct Table {
+    static constexpr int PLACES = BITS == 2 ? 3 : 1;
+    __m512i at[PLACES];
+
+    inline __attribute__((always_inline)) explicit Table(const uint8_t* levels) {
+        at[0] = _mm512_loadu_si512(levels);
+        const __m512i byte = _mm512_loadu_si512(BYTES.count);
+        for (int place = 1; place < PLACES; ++place) {
+            const __m512i code = _mm512_srli_epi16(byte, BITS * place);
+            at[place] = _mm512_permutexvar_epi8(_mm512_and_si512(code, _mm512_set1_epi8((1 << BITS) - 1)), at[0]);
+        }
+    }
+};
+
 // A unit's codes. `at<Q>` gives vector Q; bits above the format's are rubbish, which the table of 64 does not mind.
 template <int BITS>
 struct Unit {
@@ -53,9 +78,16 @@ struct Unit {
     }
 
     template <int Q>
-    inline __attribute__((always_inline)) __m512i bytes(__m512i table) const {
-        if constexpr (BITS == 8) return wide[Q];
-        return _mm512_permutexvar_epi8(at<Q>(), table);
+    inline __attribute__((always_inline)) __m512i bytes(const Table<BITS>& table) const {
+        if constexpr (BITS == 8) {
+            return wide[Q];
+        } else if constexpr (BITS == 2) {
+            constexpr int PLACE = Q % 4;
+            if constexpr (PLACE < 3) return _mm512_permutexvar_epi8(wide[Q / 4], table.at[PLACE]);
+            return _mm512_permutexvar_epi8(_mm512_srli_epi16(wide[Q / 4], 2), table.at[2]);
+        } else {
+            return _mm512_permutexvar_epi8(at<Q>(), table.at[0]);
+        }
     }
 };
 
@@ -135,7 +167,7 @@ struct TileOf {
 template <int BITS, int R, bool TWO>
 void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride) {
     constexpr int CHAINS = R == 1 && !TWO ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
-    const __m512i table = _mm512_loadu_si512(tile.table);
+    const Table<BITS> table(tile.table);
     const uint8_t* codes = tile.codes;
     for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
         const int64_t stop = std::min(start + tile.group, x.in);
@@ -169,8 +201,43 @@ void fused_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride)
     }
 }
 
+// The first R rows of x times a tile of 1 bit. Bits stay where they are in their bytes: a vector at shift s is 2^s times
+// too large, and has sums of its own until a group ends.
+template <int R>
+void bit_rows(const TileOf& tile, const Rounded& x, float* to, int64_t stride) {
+    constexpr int SHIFTS = 4;
+    const int low = tile.table[0], apart = tile.table[1] - low;
+    const uint8_t* codes = tile.codes;
+    for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
+        const int64_t stop = std::min(start + tile.group, x.in);
+        __m512i sum[SHIFTS][R];
+        for (int s = 0; s < SHIFTS; ++s)
+            for (int r = 0; r < R; ++r) sum[s][r] = _mm512_setzero_si512();
+        for (int64_t k = start; k < stop; k += UNIT, codes += 64) {
+            const __m512i code = _mm512_loadu_si512(codes), above = _mm512_srli_epi16(code, SHIFTS);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + tile.ahead), _MM_HINT_T1);
+#pragma GCC unroll 8
+            for (int q = 0; q < VECTORS; ++q) {
+                const int s = q % SHIFTS;
+                const __m512i w = _mm512_and_si512(q < SHIFTS ? code : above, _mm512_set1_epi8(static_cast<char>(1 << s)));
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+                    sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], w, four_bytes(x.high + r * x.in + k + 4 * q));
+            }
+        }
+        const __m512 scale = tile.scale(g);
+        for (int r = 0; r < R; ++r) {
+            __m512i bits = sum[0][r];
+            for (int s = 1; s < SHIFTS; ++s) bits = _mm512_add_epi32(bits, _mm512_srai_epi32(sum[s][r], s));
+            const __m512i all = _mm512_set1_epi32(x.sums[(r * x.groups + g) * 2] / 128 * low);
+            const __m512i levels = _mm512_add_epi32(_mm512_mullo_epi32(bits, _mm512_set1_epi32(apart)), all);
+            add_group(levels, levels, false, x, r, g, scale, to + r * stride);
+        }
+    }
+}
+
 template <int BITS>
-const uint8_t* unpack_group(const uint8_t* codes, int64_t units, __m512i table, int64_t ahead, uint8_t* to) {
+const uint8_t* unpack_group(const uint8_t* codes, int64_t units, const Table<BITS>& table, int64_t ahead, uint8_t* to) {
     for (int64_t u = 0; u < units; ++u, codes += 64 * BITS, to += 64 * VECTORS) {
         const Unit<BITS> unit(codes);
         for (int i = 0; i < BITS; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + ahead), _MM_HINT_T1);
@@ -224,37 +291,43 @@ void amx_rows(const uint8_t* bytes, int64_t vectors, const Rounded& x, int64_t s
                   scale, to + r * stride);
 }
 
+// `count` rows times a group's unpacked bytes; past `size` inputs, up to a multiple of 64 of them, there is room.
+template <bool TWO>
+void group_rows(uint8_t* bytes, int64_t size, const Rounded& x, int64_t start, int64_t g, int64_t count, __m512 scale,
+                float* to, int64_t stride) {
+    constexpr int64_t MOST = TWO ? 8 : 12;
+    if (amx::chosen() & amx::INT8) {
+        if (size % 64) memset(bytes + size * LANES, 0, UNIT * LANES);
+        for (int64_t r = 0; r < count; r += amx::ROWS)
+            amx_rows<TWO>(bytes, size / 4, x.from(r), start, g, std::min(amx::ROWS, count - r), scale, to + r * stride, stride);
+        return;
+    }
+    const int64_t blocks = (count + MOST - 1) / MOST, most = (count + blocks - 1) / blocks;
+    for (int64_t r = 0; r < count; r += most) {
+        float* at = to + r * stride;
+        switch (std::min(most, count - r)) {
+#define POLYMOE_ROWS(R) \
+    case R: block_rows<R, TWO>(bytes, size / 4, x.from(r), start, g, scale, at, stride); break;
+            POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
+            POLYMOE_ROWS(7) POLYMOE_ROWS(8)
+            default:
+                if constexpr (!TWO) switch (std::min(most, count - r)) {
+                    POLYMOE_ROWS(9) POLYMOE_ROWS(10) POLYMOE_ROWS(11) POLYMOE_ROWS(12)
+                }
+#undef POLYMOE_ROWS
+        }
+    }
+}
+
 template <int BITS, bool TWO>
 void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, int64_t stride) {
     alignas(64) static thread_local uint8_t bytes[MOST_GROUP * LANES];
-    constexpr int64_t MOST = TWO ? 8 : 12;
-    const __m512i table = _mm512_loadu_si512(tile.table);
+    const Table<BITS> table(tile.table);
     const uint8_t* codes = tile.codes;
-    const int64_t blocks = (count + MOST - 1) / MOST, most = (count + blocks - 1) / blocks;
     for (int64_t start = 0, g = 0; start < x.in; start += tile.group, ++g) {
         const int64_t size = std::min(tile.group, x.in - start);
         codes = unpack_group<BITS>(codes, size / UNIT, table, tile.ahead, bytes);
-        const __m512 scale = tile.scale(g);
-        if (amx::chosen() & amx::INT8) {
-            if (size % 64) memset(bytes + size * LANES, 0, UNIT * LANES);
-            for (int64_t r = 0; r < count; r += amx::ROWS)
-                amx_rows<TWO>(bytes, size / 4, x.from(r), start, g, std::min(amx::ROWS, count - r), scale, to + r * stride, stride);
-            continue;
-        }
-        for (int64_t r = 0; r < count; r += most) {
-            float* at = to + r * stride;
-            switch (std::min(most, count - r)) {
-#define POLYMOE_ROWS(R) \
-    case R: block_rows<R, TWO>(bytes, size / 4, x.from(r), start, g, scale, at, stride); break;
-                POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
-                POLYMOE_ROWS(7) POLYMOE_ROWS(8)
-                default:
-                    if constexpr (!TWO) switch (std::min(most, count - r)) {
-                        POLYMOE_ROWS(9) POLYMOE_ROWS(10) POLYMOE_ROWS(11) POLYMOE_ROWS(12)
-                    }
-#undef POLYMOE_ROWS
-            }
-        }
+        group_rows<TWO>(bytes, size, x, start, g, count, tile.scale(g), to, stride);
     }
 }
 
@@ -262,6 +335,13 @@ void many_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, i
 template <int BITS>
 void tile_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, int64_t stride) {
     const bool two = x.low != nullptr;
+    if constexpr (BITS == 1)
+        if (!two && count <= 6) switch (count) {
+#define POLYMOE_ROWS(R) \
+    case R: return bit_rows<R>(tile, x, to, stride);
+            POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
+#undef POLYMOE_ROWS
+        }
     switch (count) {
 #define POLYMOE_ROWS(R) \
     case R: return two ? fused_rows<BITS, R, true>(tile, x, to, stride) : fused_rows<BITS, R, false>(tile, x, to, stride);
