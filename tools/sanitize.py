@@ -5,8 +5,8 @@
 
 Each builds the library (of `POLYMOE_CPU_LEVEL`, if that is set) with `-fsanitize` into a temporary folder, which
 `POLYMOE_KERNELS` names, and preloads the sanitizer's runtime, since Python itself is not built with it. A finding ends
-the test process. The kernels' threads are their own (csrc/threads.h); torch runs on one, because its OpenMP is not built
-for ThreadSanitizer.
+the test process. The kernels' threads are their own (csrc/threads.h); torch runs on one, because its OpenMP is not
+built for ThreadSanitizer.
 """
 
 import argparse
