@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pytest.skip("this processor has no slower level")
     if cpu_kernels() is None:
         pytest.skip("the CPU kernels are not built or cannot run here")
+    monkeypatch.delenv("POLYMOE_KERNELS", raising=False)
     monkeypatch.setenv("POLYMOE_CPU_LEVEL", request.param)
     for cached in (cpu_kernels, can_multiply_tiles):
         cached.cache_clear()
@@ -130,7 +132,7 @@ def test_what_is_compiled_is_what_is_looked_for() -> None:
     compiled = [level for levels in hatch_build.LEVELS.values() for level in levels]
     assert sorted(compiled) == sorted(installed.LEVELS)
     assert [hatch_build.level_of(installed.library_of(level)) for level in compiled] == compiled
-    assert hatch_build.level_of(installed.Path("/tmp/libpolymoe_cpu.so")) == "avx512"
+    assert hatch_build.level_of(Path("/tmp/libpolymoe_cpu.so")) == "avx512"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,9 @@ def test_what_is_compiled_is_what_is_looked_for() -> None:
         ("fp asimd", ["neon"]), ("fp asimd asimddp", ["dotprod", "neon"]),
     ],
 )  # fmt: skip
-def test_what_a_processor_can_run(has: str, levels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POLYMOE_CPU_LEVEL", raising=False)
+def test_what_a_processor_can_run(has: str, levels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("POLYMOE_CPU_LEVEL", "POLYMOE_KERNELS", "POLYMOE_NO_KERNELS"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(installed, "instructions", lambda: frozenset(has.split()))
     assert installed.processor_levels() == levels
     if not levels:
@@ -153,6 +156,12 @@ def test_what_a_processor_can_run(has: str, levels: list[str], monkeypatch: pyte
     assert installed.level() == levels[-1]
     monkeypatch.setenv("POLYMOE_CPU_LEVEL", "avx1024")
     assert installed.obstacle() == f"POLYMOE_CPU_LEVEL=avx1024, where this processor has {', '.join(levels)}"
+    other = "dotprod" if levels[0] != "dotprod" else "avx2"
+    file = tmp_path / f"libpolymoe_cpu_{other}.so"
+    monkeypatch.setenv("POLYMOE_KERNELS", str(file))
+    assert "not built" in installed.obstacle()
+    file.touch()
+    assert installed.obstacle() == f"POLYMOE_KERNELS={file}, where this processor has {', '.join(levels)}"
 
 
 @pytest.mark.parametrize(
@@ -164,9 +173,10 @@ def test_what_a_processor_can_run(has: str, levels: list[str], monkeypatch: pyte
 )  # fmt: skip
 def test_where_tiles_are_multiplied(has: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """VBMI, unlike what came after it, is spelled without an underline: for a while no AVX-512 had tiles."""
-    monkeypatch.delenv("POLYMOE_CPU_LEVEL", raising=False)
+    for variable in ("POLYMOE_CPU_LEVEL", "POLYMOE_KERNELS"):
+        monkeypatch.delenv(variable, raising=False)
     for module in (installed, tiles_module):
         monkeypatch.setattr(module, "instructions", lambda: frozenset(has.split()))
-    monkeypatch.setattr(installed, "library_of", lambda _level: installed.Path(__file__))
+    monkeypatch.setattr(installed, "library_of", lambda _level: Path(__file__))
     monkeypatch.setattr(tiles_module, "cpu_kernels", object)
     assert tiles_module.can_multiply_tiles.__wrapped__() == tiles

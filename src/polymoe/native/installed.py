@@ -19,7 +19,7 @@ LEVELS = {
     "dotprod": {"asimd", "asimddp"},
     "neon": {"asimd"},
 }
-_ASKED = "POLYMOE_CPU_LEVEL"
+_ASKED, _FILE = "POLYMOE_CPU_LEVEL", "POLYMOE_KERNELS"
 _FASTEST = "amx"  # what else can be asked for: the fastest level, and AMX where the processor has it (csrc/amx.cpp)
 
 
@@ -48,19 +48,19 @@ def library_of(level: str) -> Path:
 
 
 def level() -> str:
-    """The level that is used: `POLYMOE_CPU_LEVEL`, or the fastest of this processor whose library was built.
-
-    Empty where there is none.
-    """
-    asked, levels = os.environ.get(_ASKED, ""), processor_levels()
-    if asked not in ("", _FASTEST):
-        return asked if asked in levels else ""
-    return next((level for level in levels if library_of(level).exists()), levels[0] if levels else "")
+    """The level that is used: of the file that `POLYMOE_KERNELS` names, else `POLYMOE_CPU_LEVEL`, else the fastest of
+    this processor whose library was built. Empty where this processor cannot run it."""
+    levels = processor_levels()
+    if given := os.environ.get(_FILE):
+        asked = next((known for known in LEVELS if Path(given).stem.endswith(f"_{known}")), "avx512")
+    elif (asked := os.environ.get(_ASKED, "")) in ("", _FASTEST):
+        asked = next((known for known in levels if library_of(known).exists()), levels[0] if levels else "")
+    return asked if asked in levels else ""
 
 
 def library() -> Path:
-    """The level's library, or what `POLYMOE_KERNELS` names instead."""
-    return Path(os.environ.get("POLYMOE_KERNELS") or library_of(level()))
+    """The level's library."""
+    return Path(os.environ.get(_FILE) or library_of(level()))
 
 
 def obstacle() -> str:
@@ -69,8 +69,10 @@ def obstacle() -> str:
         return "POLYMOE_NO_KERNELS turns the CPU kernels off"
     if not processor_suits():
         return "this processor has neither AVX2 nor NEON, which the CPU kernels need"
-    if not level():
-        return f"{_ASKED}={os.environ[_ASKED]}, where this processor has {', '.join(processor_levels())}"
+    given, asked = os.environ.get(_FILE), os.environ.get(_ASKED)
+    if not level() and not (given and not Path(given).exists()):
+        wanted = f"{_FILE}={given}" if given else f"{_ASKED}={asked}"
+        return f"{wanted}, where this processor has {', '.join(processor_levels())}"
     if not library().exists():
         return "the CPU kernels are not built; with a C++ compiler (g++) installed: pip install -e ."
     return ""
