@@ -13,14 +13,14 @@ tried as one that runs once for each variant, and so are all of its class: `modu
 the module around it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention.paged import AttentionLayer, check_attention_arguments
@@ -290,12 +290,21 @@ class _Attempt:
         _check_local(logits, self.tainted - (num_tokens - num_sampled), "the logits")
         if not layers and not any(spec.cache_argument for spec in self.specs.values()):
             raise UnsupportedModelError("its attention does not go through transformers' registry.")
+        _check_caches(self.new_cache(), layers)
         products = {
             name for name, stack in stacks.items()
             if stack.ndim == 2 and stack.uses and stack.uses <= set(_PRODUCTS.values())
         }  # fmt: skip
         axes = {weight: stack.token_axes for weight, stack in stacks.items()}
         return Trial(layers, axes, self.specs, frozenset(products))
+
+
+def _check_caches(cache: Any, layers: Iterable[int]) -> None:
+    """The stock model's own cache keeps of each layer what paged attention does: a class of the model's own may drop
+    tokens by other rules, of which a pass without a cache shows nothing."""
+    for layer, kept in enumerate(getattr(cache, "layers", ())):
+        if layer in layers and type(kept).__module__ != Cache.__module__:
+            raise UnsupportedModelError(f"its cache ({type(kept).__name__}) has rules of its own of what is kept.")
 
 
 def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, _TrialStack]:
