@@ -94,6 +94,28 @@ def test_state_that_a_module_forgets_between_chunks_is_fed_token_by_token() -> N
     assert not any(spec.one_by_one for spec in trace(make_config("qwen3_5_moe_text")).per_variant.values())
 
 
+@pytest.mark.parametrize(("arch", "joint"), [("qwen3_5_moe_text", True), ("lfm2_moe", True), ("nemotron_h", False)])
+def test_where_one_call_serves_all_that_decode(arch: str, joint: bool) -> None:
+    """Mamba expands its weights to the batch, which a stack cannot: those run once for each variant."""
+    assert {spec.joint for spec in trace(make_config(arch)).per_variant.values()} == {joint}
+
+
+def test_what_stacks_would_compute_otherwise_runs_once_for_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over the batch: right for sequences of one variant as well, but it would mix the weights of several."""
+    stock = lfm2_moe.Lfm2MoeShortConv.forward
+
+    def scaled(self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.get_conv_state(self.layer_idx, 0)
+        factor = torch.ones_like(hidden_states) * self.conv.weight[:, 0, 0]
+        return stock(self, hidden_states * factor.amax(dim=0, keepdim=True), past_key_values, **kwargs)
+
+    monkeypatch.setattr(lfm2_moe.Lfm2MoeShortConv, "forward", scaled)
+    specs = trace(make_config("lfm2_moe")).per_variant.values()
+    assert specs
+    assert not any(spec.joint for spec in specs)
+
+
 def test_a_state_outside_the_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = lfm2_moe.Lfm2MoeShortConv.forward
 

@@ -237,3 +237,26 @@ def test_two_weights_that_vary_in_different_ways_do_not_combine() -> None:
     first, second = make_stack(context, (8,)), make_stack(context, (8,), ROW_MAPS["shared"])
     with pytest.raises(NotImplementedError, match="two weights"):
         _ = first * second
+
+
+@pytest.mark.parametrize("row_map", ROW_MAPS.values(), ids=ROW_MAPS)
+def test_sequences_of_a_batch_are_convolved_and_scaled_each_by_its_variant(row_map: list[int]) -> None:
+    """Rows `[B, …]`, and `[B * heads, …]` where heads are folded into them."""
+    owners, context = [0, 2, 2, 5], ForwardContext()
+    tokens = segments_from_variants(owners, [1] * len(owners))
+    context.set(ForwardBatch(tokens=tokens, sampled=tokens, shape=(len(owners), 1)))
+    kernels, biases, scales = torch.randn(6, 3, 1, 4), torch.randn(6, 3), torch.randn(6, 8)
+    own = RowMap(row_map)
+    x, folded = torch.randn(4, 3, 7), torch.randn(4 * 5, 8)
+    kernel, bias, scale = (VariantStack(rows, own, context) for rows in (kernels, biases, scales))
+    out = F.conv1d(x, kernel, bias, padding=2, groups=3)
+    scaled = folded * scale
+    for i, owner in enumerate(owners):
+        row = row_map[owner]
+        alone = F.conv1d(x[i : i + 1], kernels[row], biases[row], padding=2, groups=3)
+        torch.testing.assert_close(out[i : i + 1], alone)
+        torch.testing.assert_close(scaled[5 * i : 5 * i + 5], folded[5 * i : 5 * i + 5] * scales[row])
+    with pytest.raises(RuntimeError, match="is not of the batch"):
+        torch.randn(6, 8) * scale
+    with pytest.raises(NotImplementedError, match="convolution"):
+        F.conv1d(x, kernel, None, stride=2, groups=3)

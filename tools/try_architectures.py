@@ -120,7 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "mrope_section": [2, 1, 1],
         },
     },
-    "glm5_next_text": {"index_topk": 8, "index_kpool": 4},
+    "glm5_next_text": {"index_topk": 8, "index_kpool": 4, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_d_head": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

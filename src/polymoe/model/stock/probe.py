@@ -13,13 +13,13 @@ tried as one that runs once for each variant, and so are all of its class: `modu
 the module around it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention.paged import AttentionLayer
@@ -190,12 +190,21 @@ class _Attempt:
         check_local(logits, self.tainted - (num_tokens - num_sampled), "the logits")
         if not layers and not any(spec.cache_argument for spec in self.specs.values()):
             raise UnsupportedModelError("its attention does not go through transformers' registry.")
+        _check_caches(self.new_cache(), layers)
         products = {
             name for name, stack in stacks.items()
             if stack.ndim == 2 and stack.uses and stack.uses <= set(USES.values())
         }  # fmt: skip
         axes = {weight: stack.token_axes for weight, stack in stacks.items()}
         return Trial(layers, axes, self.specs, frozenset(products))
+
+
+def _check_caches(cache: Any, layers: Iterable[int]) -> None:
+    """The stock model's own cache keeps of each layer what paged attention does: a class of the model's own may drop
+    tokens by other rules, of which a pass without a cache shows nothing."""
+    for layer, kept in enumerate(getattr(cache, "layers", ())):
+        if layer in layers and type(kept).__module__ != Cache.__module__:
+            raise UnsupportedModelError(f"its cache ({type(kept).__name__}) has rules of its own of what is kept.")
 
 
 def _place_trial_stacks(model: PreTrainedModel, context: ForwardContext, alone: list[str]) -> dict[str, TrialStack]:
