@@ -26,7 +26,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
 ENVIRONMENT, VLLM = ROOT / ".venv-harness", ROOT / ".venv-vllm"
 KEY = "harness-key"
-SCRIPTS = ("lm_eval_client.py", "guidellm_client.py", "vllm_bench_client.py")
+VLLM_SCRIPT = "vllm_bench_client.py"
+SCRIPTS = ("lm_eval_client.py", "guidellm_client.py", VLLM_SCRIPT)
 
 
 @contextlib.contextmanager
@@ -66,15 +67,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of each load generator")
     arguments = parser.parse_args()
     python = arguments.python or ENVIRONMENT / "bin" / "python"
-    if arguments.python is None and set(arguments.scripts) - {"vllm_bench_client.py"}:
+    if arguments.python is None and set(arguments.scripts) - {VLLM_SCRIPT}:
         install(python, arguments.torch_index)
     failed = 0
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as variables:
-        variables |= {"HARNESS_MINUTES": str(arguments.minutes), "VLLM": str(arguments.vllm / "bin" / "vllm")}
+        variables["HARNESS_MINUTES"] = str(arguments.minutes)
         for name in arguments.scripts:
-            interpreter = sys.executable if name == "vllm_bench_client.py" else str(python)
+            interpreter = arguments.vllm / "bin" / "python" if name == VLLM_SCRIPT else python
             began = time.monotonic()
-            done = subprocess.run([interpreter, str(HERE / name)], env={**os.environ, **variables}, check=False)
+            done = subprocess.run([str(interpreter), str(HERE / name)], env={**os.environ, **variables}, check=False)
             print(f"{name:24} {'passed' if done.returncode == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s")
             failed += done.returncode != 0
     return 1 if failed else 0
