@@ -17,6 +17,7 @@ from families import make_family
 from polymoe.bundle.live import ADDITIONS
 from polymoe.bundle.manifest import read_manifest
 from polymoe.bundle.reader import Bundle
+from polymoe.errors import EngineDeadError
 from polymoe.offline.api import make_plan
 from servers import LIMIT, ThreadServer, engine_config
 
@@ -245,9 +246,107 @@ def test_a_killed_engine_leaves_the_old_state(bundle: Path, paths: dict[str, Pat
         assert server.client.pid is not None
         admin.call("POST", body={"name": "x", "source": "v2"})
         os.kill(server.client.pid, signal.SIGKILL)
-        server.wait_for(lambda: not server.state.variants.changes["x"].is_open)
+        server.wait_for(lambda: not server.state.variants.changes.last["x"].is_open)
     assert files(bundle) == before
     assert read_manifest(bundle).live is None
+
+
+class Traffic:
+    """Greedy requests for some variants, all the time. `wrong`: answers that are not those of the variant alone."""
+
+    def __init__(self, admin: Admin, expected: dict[str, list[int]]) -> None:
+        self.admin, self.expected, self.wrong, self.answers = admin, expected, list[Any](), 0
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(name,)) for name in expected]
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, name: str) -> None:
+        client = Admin(self.admin.server, self.admin.root)
+        while not self._stop.is_set():
+            try:
+                if (found := client.tokens(name, PROMPT)) != self.expected[name]:
+                    self.wrong.append((name, found))
+            except AssertionError as error:
+                self.wrong.append((name, str(error)))
+            self.answers += 1
+
+
+def test_replan_switches_without_a_dropped_request(admin: Admin, bundle: Path, paths: dict[str, Path]) -> None:
+    expected = {name: alone(paths, source, PROMPT) for name, source in
+                (("base", "base"), ("v1", "v1"), ("math", "v3"), ("prod", "v3"))}  # fmt: skip
+    admin.ok("POST", body={"name": "math", "source": "v2", "wait": True})
+    admin.ok("PUT", "/math", {"source": "v3", "wait": True})
+    admin.ok("POST", "/prod/alias", {"to": "math"})
+    first = admin.server.client.pid
+    with Traffic(admin, expected) as traffic:
+        admin.server.wait_for(lambda: traffic.answers > 4)
+        done = admin.ok("POST", "/-/replan", {"wait": True})
+        answered = traffic.answers
+        admin.server.wait_for(lambda: traffic.answers > answered + 4)
+    assert done["state"] == "done"
+    assert not traffic.wrong
+    assert first != admin.server.state.client.pid  # type: ignore[attr-defined]
+    admin.server.wait_for(lambda: admin.server.client.pid is None or not Path(f"/proc/{first}").exists())
+    manifest = read_manifest(bundle)
+    assert [variant.name for variant in manifest.variants] == ["base", "v1", "math"]
+    assert not manifest.live_state.additions
+    assert admin.state().keys() == expected.keys()
+    assert [path.name for path in bundle.parent.iterdir() if path.name.startswith(f".{bundle.name}")] == []
+    # what is served is live, and the next start serves it
+    admin.ok("PUT", "/math", {"source": "v2", "wait": True})
+    assert admin.tokens("math", PROMPT) == alone(paths, "v2", PROMPT)
+    state = admin.state()
+    with serve(bundle, admin.root) as server:
+        again = Admin(server, admin.root)
+        assert again.state() == state
+        assert {name: again.tokens(name, PROMPT) for name in ("base", "prod")} == {
+            name: expected[name] for name in ("base", "prod")
+        }
+
+
+def test_a_replan_that_fails_changes_nothing(
+    admin: Admin, bundle: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, its planner is killed, its engine does not start, or the set changes meanwhile."""
+    before, client = files(bundle), admin.server.state.client
+    expected = alone(paths, "base", PROMPT)
+
+    def unchanged() -> None:
+        assert files(bundle) == before
+        assert admin.server.state.client is client
+        assert not list(bundle.parent.glob(f".{bundle.name}*"))
+        assert admin.tokens("base", PROMPT) == expected
+
+    assert "unknown policy" in admin.refused(422, "POST", "/-/replan", {"policy": "magic", "wait": True})
+    unchanged()
+    assert "below the minimum" in admin.refused(422, "POST", "/-/replan",
+                                                {"policy": "auto", "memory": "1KiB", "wait": True})  # fmt: skip
+    unchanged()
+    with monkeypatch.context() as patch:
+
+        async def no_start(*_: object) -> None:
+            raise EngineDeadError("no memory")
+
+        patch.setattr("polymoe.client.client.AsyncEngineClient.start", no_start)
+        admin.refused(503, "POST", "/-/replan", {"wait": True})
+    unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr("polymoe.server.replan.available_memory", lambda: 1000)
+        assert "beside the one that is served" in admin.refused(422, "POST", "/-/replan", {"wait": True})
+    unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr("polymoe.server.replan.exchange", lambda *_: False)
+        assert "cannot exchange" in admin.refused(422, "POST", "/-/replan", {"wait": True})
+    unchanged()
 
 
 def test_cycles_under_traffic(admin: Admin, bundle: Path, paths: dict[str, Path]) -> None:

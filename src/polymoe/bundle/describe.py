@@ -53,6 +53,7 @@ def describe_bundle(folder: str | Path) -> dict[str, Any]:
         "table": _text(tables["table"]),
         "delta": _text(tables["delta"]) if "delta" in tables else None,
         "position_errors": manifest.position_errors or None,
+        "dial_of": manifest.dial_of,
         "dial": [msgspec.to_builtins(point) for point in manifest.dial],
         "resident_bytes": manifest.resident_bytes.by_kind,
         "host_bytes": manifest.host_bytes,

@@ -8,39 +8,45 @@ Whatever fails on the way, nothing of it stays; whoever kills the server leaves 
 
 import asyncio
 import contextlib
-import logging
 import shutil
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from polymoe.bundle.atomic import remove_next
 from polymoe.bundle.live import ADDITIONS, UNFINISHED, Addition, LiveState, added_folder
-from polymoe.bundle.manifest import VARIANT_NAME, FileRecord, read_manifest
+from polymoe.bundle.manifest import VARIANT_NAME, FileRecord, Manifest, read_manifest
 from polymoe.bundle.rewrite import remove_unlisted, rewrite_manifest
 from polymoe.client.client import AsyncEngineClient
-from polymoe.errors import ChangeRefusedError, EngineDeadError, PolymoeError, RequestError, explain
+from polymoe.errors import ChangeRefusedError, EngineDeadError, PolymoeError
 from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.planning import Job
 from polymoe.server.planner import Planner
+from polymoe.server.replan import REPLAN, NextBundle, exchange_folders, plan_job, prepared, retire
 from polymoe.server.settings import ServerSettings
-from polymoe.server.variant_change import Change, rename_addition, with_state
+from polymoe.server.variant_change import Change, Changes, Fit, rename_addition, with_state
 from polymoe.server.variant_sources import resolve_source
 
-logger = logging.getLogger(__name__)
+_LOSSLESS = Fit()
 
 
 class Variants:
     """Names, versions and changes of one server. All methods belong to its event loop."""
 
-    def __init__(self, client: AsyncEngineClient, settings: ServerSettings) -> None:
-        self._client, self._settings = client, settings
+    def __init__(
+        self,
+        client: AsyncEngineClient,
+        settings: ServerSettings,
+        on_switch: Callable[[AsyncEngineClient], None] = lambda _client: None,
+    ) -> None:
+        """`on_switch`: called with the engine that requests go to from now on."""
+        self._client, self._settings, self._on_switch = client, settings, on_switch
         self.planner = Planner(settings.plan_threads)
-        self.changes: dict[str, Change] = {}  # the last one of each name
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.changes = Changes()
         self._writing = asyncio.Lock()
+        self.revision = 0  # grows with each change of what names mean
         self.previous: dict[str, VariantInfo] = {}
         self.pinned: set[int] = set()  # places
         self.draining: dict[int, VariantInfo] = {}
@@ -54,20 +60,22 @@ class Variants:
         if self._ready or not self._client.info.max_variants:
             return
         self._ready = True
+        await asyncio.to_thread(remove_next, self.folder)
         manifest = await asyncio.to_thread(read_manifest, self.folder)
         await asyncio.to_thread(remove_unlisted, self.folder, manifest)
+        self._take_state(manifest)
+        await self.planner.start()
+
+    def _take_state(self, manifest: Manifest) -> None:
         self._num_planned = len(manifest.variants)
         live = manifest.live_state
         by_version = {info.version: info for info in self._held()}
         self.previous = {n: by_version[v] for n, v in live.previous.items() if v in by_version}
         self.pinned = {by_version[v].place for v in live.pinned if v in by_version}
-        await self.planner.start()
 
     async def close(self) -> None:
         """Give up what is going on."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self.changes.close()
         await self.planner.close()
 
     @property
@@ -80,13 +88,17 @@ class Variants:
         versions = self._client.processor.versions
         return {name: versions.held[place] for name, place in versions.names.items()}
 
+    def _meant(self) -> dict[str, str]:
+        """Name -> version."""
+        return {name: info.version for name, info in self.names.items()}
+
     def _held(self) -> list[VariantInfo]:
         return list(self._client.processor.versions.held.values())
 
     # --- changes
 
     async def add(
-        self, name: str, source: str, *, bits: int | None = None, evict: bool = False, replaces: bool = False
+        self, name: str, source: str, *, fit: Fit = _LOSSLESS, evict: bool = False, replaces: bool = False
     ) -> Change:
         """Begin to add a variant, or to replace one. Raises `ChangeRefusedError` for what is wrong at once."""
         await self.start()
@@ -108,7 +120,7 @@ class Variants:
         versions = self._client.processor.versions
         spec = await asyncio.to_thread(resolve_source, source, self._settings.variants_root, manifest, versions)
         change = Change(name, "replace" if replaces else "add")
-        return self._begin(change, self._add(change, spec, source, bits, evict))
+        return self.changes.begin(change, self._add(change, spec, source, fit, evict))
 
     async def remove(self, name: str, force: bool = False) -> Change:
         """Take a name away, and its versions that nothing else names. Requests that run end first; with `force` they
@@ -126,7 +138,7 @@ class Variants:
         gone = self.names[name]
         pinned = self.pinned - {i.place for i in (gone, self.previous.get(name)) if i and i not in names.values()}
         await self._commit(names, previous, pinned)
-        return self._begin(change, self._drain(force))
+        return self.changes.begin(change, self._drain(force))
 
     async def point(self, name: str, to: str) -> VariantInfo:
         """Let `name`, old or new, mean what `to` (a name or name@version) means."""
@@ -164,43 +176,57 @@ class Variants:
         self._drop_unwanted()
         return target
 
+    async def replan(self, policy: str | None = None, memory: str | None = None) -> Change:
+        """Begin to plan what names mean as a new bundle, from the sources, and to switch to it. `policy`, `memory`: as
+        of `polymoe plan`; default those of the bundle. Versions that no name means are not taken along."""
+        await self.start()
+        self._check_can_change(REPLAN)
+        named = {info.place for info in self.names.values()}
+        if kept := [info for info in self._held() if info.place in self.pinned - named]:
+            raise ChangeRefusedError(
+                f"{kept[0].name}@{kept[0].version[:8]} is pinned and no name means it, so it would be lost; unpin it, "
+                "or give it a name.",
+                status=409,
+            )
+        manifest = await asyncio.to_thread(read_manifest, self.folder)
+        job, aliases = plan_job(self.names, manifest, self.folder, policy, memory)
+        pinned = [name for name in job.specs if self.names[name].place in self.pinned]
+        change = Change(REPLAN, "replan")
+        return self.changes.begin(change, self._replan(change, NextBundle(job, aliases, pinned)))
+
     # --- how a change goes on
 
-    def _begin(self, change: Change, work: Coroutine[Any, Any, None]) -> Change:
-        self.changes[change.name] = change
+    async def _replan(self, change: Change, wanted: NextBundle) -> None:
+        folder, meant = self.folder, self._meant()
+        arrived: AsyncEngineClient | None = None
+        before: AsyncEngineClient | None = None
+        try:
+            arrived = await prepared(wanted, change, self._client, self._settings.plan_threads)
+            manifest = await asyncio.to_thread(read_manifest, Path(wanted.job.out))
+            async with self._writing:
+                if self.changes.open_beside(change) or meant != self._meant():
+                    raise ChangeRefusedError(
+                        "variants were changed while the bundle was planned again; start it again when no change is "
+                        "going on.",
+                        status=409, code="change_in_progress",
+                    )  # fmt: skip
+                change.state = change.stage = "writing"
+                exchange_folders(wanted.job, folder)
+                arrived.config = self._client.config
+                before, self._client = self._client, arrived
+                self._on_switch(self._client)
+                self.revision += 1
+                self.draining = {}
+                self._take_state(manifest)
+        finally:
+            if before is None:
+                if arrived is not None:
+                    await asyncio.shield(arrived.shutdown(0.0))
+                await asyncio.shield(asyncio.to_thread(remove_next, folder))
+        change.state = change.stage = "draining"
+        await retire(before, folder)
 
-        async def run() -> None:
-            try:
-                await work
-                change.state, change.fraction = "done", 1.0
-            except RequestError as error:
-                change.state, change.error = "failed", error
-            except asyncio.CancelledError:
-                change.state, change.error = "failed", ChangeRefusedError("it was given up", status=503)
-                raise
-            except EngineDeadError:
-                change.state = "failed"
-                change.error = ChangeRefusedError("the engine ended; all is as before", status=503, code="engine_dead")
-            except (PolymoeError, OSError) as error:
-                text = explain(error) if isinstance(error, OSError) else str(error)
-                change.state, change.error = "failed", ChangeRefusedError(text)
-            except Exception:
-                logger.exception("the change of %s failed", change.name)
-                text = "the server had an internal error; all is as before"
-                change.state, change.error = "failed", ChangeRefusedError(text, status=500, code="internal_error")
-
-        task = asyncio.get_running_loop().create_task(run())
-        self._tasks[change.name] = task
-        task.add_done_callback(lambda done: self._tasks.pop(change.name, None) if done is task else None)
-        return change
-
-    async def wait(self, change: Change) -> None:
-        """Until it is done or has failed; whoever waits may go away."""
-        task = self._tasks.get(change.name)
-        if task is not None:
-            await asyncio.wait([task])
-
-    async def _add(self, change: Change, spec: str, source: str, bits: int | None, evict: bool) -> None:
+    async def _add(self, change: Change, spec: str, source: str, fit: Fit, evict: bool) -> None:
         place = self.folder / ADDITIONS
         await asyncio.to_thread(place.mkdir, exist_ok=True)
         folder = place / f"{UNFINISHED}{uuid.uuid4().hex}"
@@ -208,7 +234,13 @@ class Variants:
         try:
             free = await self._free_bytes(evict)
             job = Job(
-                bundle=str(self.folder), name=change.name, spec=spec, folder=str(folder), free_bytes=free, bits=bits
+                bundle=str(self.folder),
+                name=change.name,
+                spec=spec,
+                folder=str(folder),
+                free_bytes=free,
+                bits=fit.bits,
+                max_kl=fit.max_kl,
             )
             addition, files, change.notes = await self.planner.plan(job, change.set_progress)
             addition = msgspec.structs.replace(addition, source=source)
@@ -281,14 +313,11 @@ class Variants:
         """Free the versions that nobody can ask for any more, each when its last request has ended."""
         wanted = {info.place for info in (*self.names.values(), *self.previous.values())} | self.pinned
         unwanted = [info for info in self._held() if info.place not in wanted and info.place not in self.draining]
-        if self._tasks:  # a version that is being added is wanted soon
-            unwanted = [info for info in unwanted if not self._is_arriving(info)]
+        if self.changes.are_going_on:  # a version that is being added is wanted soon
+            unwanted = [info for info in unwanted if not self.changes.is_arriving(info.version)]
         self.draining |= {info.place: info for info in unwanted}
         loop = asyncio.get_running_loop()
         return [loop.create_task(self._drop(info)) for info in unwanted]
-
-    def _is_arriving(self, info: VariantInfo) -> bool:
-        return any(change.is_open and change.version == info.version for change in self.changes.values())
 
     async def _drop(self, info: VariantInfo) -> None:
         try:
@@ -329,6 +358,7 @@ class Variants:
                     status=507 if error.errno == 28 else 422,
                 ) from error
         self._client.point(names)
+        self.revision += 1
         self.previous, self.pinned = previous, pinned
 
     # --- checks
@@ -336,12 +366,7 @@ class Variants:
     def _check_can_change(self, name: str) -> None:
         if not self._client.info.max_variants:
             raise ChangeRefusedError("variants can only come and go where the server was started with --max-variants.")
-        change = self.changes.get(name)
-        if change is not None and change.is_open:
-            raise ChangeRefusedError(
-                f"{name} is being changed ({change.kind}); wait until that is done.", status=409, param="name",
-                code="change_in_progress",
-            )  # fmt: skip
+        self.changes.check_none(name)
 
     def _require(self, name: str) -> VariantInfo:
         if name not in self.names:
