@@ -78,7 +78,7 @@ test-drills: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m drill tests/drills
 
 # Variants added, replaced and removed at random under traffic, then all that clients do with the memory watched;
-# minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE.
+# minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE, seconds between changes in SOAK_PAUSE.
 SOAK_MINUTES ?= 30
 soak: dev
 	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m soak

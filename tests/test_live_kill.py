@@ -5,8 +5,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,39 +19,26 @@ from polymoe.bundle.live import ADDITIONS
 from polymoe.bundle.manifest import read_manifest
 from polymoe.bundle.reader import Bundle
 from polymoe.offline.api import make_plan
-from servers import LIMIT, free_port, wait_for
+from process_server import ProcessServer
+from servers import LIMIT
 from test_live_server import PROMPT, alone
 
 KEYS = {"POLYMOE_API_KEY": "client", "POLYMOE_ADMIN_KEY": "admin"}
-SCRIPT = "from polymoe.cli.main import main; main()"
 KILLS = 10
 pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def served(bundle: Path, root: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """(URL, process) of a server that is ready; whoever has not ended it finds it killed."""
-    port = free_port()
-    command = ["serve", str(bundle), "--port", str(port), "--threads", "1", "--device", "cpu", "--kv-cache", "16MB"]
-    command += ["--dtype", "float32", "--max-variants", "5", "--variants-root", str(root), "--plan-threads", "1"]
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *command], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **KEYS}
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def ready() -> bool:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{url}/ready").status_code == 200
-        return False
-
+def served(bundle: Path, root: Path, folder: Path) -> Iterator[ProcessServer]:
+    """A server that is ready; it is killed in the end."""
+    flags = ["--dtype", "float32", "--max-variants", "5", "--variants-root", str(root), "--plan-threads", "1"]
+    server = ProcessServer(bundle, folder, 1.0, *flags, env={**os.environ, **KEYS})
     try:
-        wait_for(ready, LIMIT)
-        yield url, process
+        server.wait_until_ready()
+        yield server
     finally:
-        process.kill()
-        process.wait()
+        server.process.kill()
+        server.process.wait()
 
 
 def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None, key: str = "admin") -> Any:
@@ -89,7 +74,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     before, step, killed = {"base": "base", "v1": "v1"}, 0, 0
     while killed < KILLS:
         method, path, body, after = changes[step % len(changes)]
-        with served(bundle, paths["base"].parent, tmp_path / "log") as (url, process):
+        with served(bundle, paths["base"].parent, tmp_path) as server:
+            url, process = server.url, psutil.Process(server.process.pid)
             # what the last server left
             found = meant(url)
             assert found == before
@@ -97,10 +83,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             listed = {addition.folder for addition in read_manifest(bundle).live_state.additions}
             assert {f"{ADDITIONS}/{place.name}" for place in (bundle / ADDITIONS).glob("*")} == listed
             assert not list(bundle.parent.glob(f".{bundle.name}*"))
-            others = psutil.Process(process.pid).children(recursive=True)
+            others = process.children(recursive=True)
             ask(url, method, path, body)
             time.sleep(rng.uniform(0, 3.0 if method == "POST" else 1.0))
-            others += psutil.Process(process.pid).children(recursive=True)
+            others += process.children(recursive=True)
             os.kill(process.pid, signal.SIGKILL)
         killed += 1
         psutil.wait_procs(others, LIMIT)

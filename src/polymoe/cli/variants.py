@@ -45,7 +45,11 @@ MaxKl = Annotated[
     float | None, typer.Option(help="nats a token that may be lost, as predicted: the fewest bits that keep it")
 ]
 Evict = Annotated[
-    str | None, typer.Option(help="previous: versions that are kept for rollback make room; default none")
+    str | None,
+    typer.Option(
+        metavar="previous|unused",
+        help="what makes room: versions that are kept for rollback, then added ones that nobody asked for longest",
+    ),
 ]
 _ALL = "-"  # in place of a name: the change is about all variants
 _URL = "http://127.0.0.1:8000"

@@ -77,6 +77,7 @@ class AsyncEngineClient:
         self._submissions = itertools.count()
         self._acknowledgements: dict[int, asyncio.Future[None]] = {}
         self._streams: dict[str, RequestStream] = {}
+        self._last_used: dict[int, float] = {}  # place -> time
         self._stats_waiters: list[asyncio.Future[EngineStats]] = []
         self._changes: dict[int, asyncio.Future[VariantInfo | None]] = {}
         self._place_of: dict[str, int] = {}  # request -> the place of the version that it began with
@@ -216,6 +217,7 @@ class AsyncEngineClient:
                 )
                 self._streams[request_id] = stream
                 self._place_of[request_id] = info.place
+                self._last_used[info.place] = time.monotonic()
             self._acknowledgements[submission] = accepted
             self._send(Add(submission, requests))
             await accepted
@@ -283,6 +285,7 @@ class AsyncEngineClient:
             self._send(CancelAdd(number))
             raise
         assert info is not None
+        self._last_used[info.place] = time.monotonic()
         try:
             self.processor.add_version(info)
         except PolymoeError as error:
@@ -307,6 +310,10 @@ class AsyncEngineClient:
     def requests_of(self, info: VariantInfo) -> list[str]:
         """Ids of the requests that run on a version."""
         return [request_id for request_id, place in self._place_of.items() if place == info.place]
+
+    def last_used(self, info: VariantInfo) -> float:
+        """When a version was asked last, or was added; on the clock of `time.monotonic`."""
+        return self._last_used.get(info.place, 0.0)
 
     def _new_change(self) -> "tuple[int, asyncio.Future[VariantInfo | None]]":
         self._check_alive()

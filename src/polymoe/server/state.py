@@ -39,7 +39,7 @@ class ServerState:
     @property
     def revision(self) -> int:
         """Of the set of variants: it grows with each change."""
-        return self.variants.revision
+        return self.variants.set.revision
 
     def _switch(self, client: AsyncEngineClient) -> None:
         """From now on requests go to another engine."""

@@ -1,12 +1,13 @@
 """Changes of the set of variants, and what one makes of the bundle's folder."""
 
 import asyncio
+import contextlib
 import logging
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,6 +37,9 @@ class Change:
 
     def set_progress(self, stage: str, fraction: float) -> None:
         self.stage, self.fraction = stage, fraction
+
+
+Evict = Literal["none", "previous", "unused"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,21 @@ class Changes:
                 f"{name} is being changed ({change.kind}); wait until that is done.", status=409, param="name",
                 code="change_in_progress",
             )  # fmt: skip
+
+    @contextlib.contextmanager
+    def reserved(self, change: Change) -> Iterator[None]:
+        """Nobody else changes the name meanwhile; where it fails the change has not been. Raises as `check_none`."""
+        self.check_none(change.name)
+        before = self.last.get(change.name)
+        self.last[change.name] = change
+        try:
+            yield
+        except BaseException:
+            if before is None:
+                del self.last[change.name]
+            else:
+                self.last[change.name] = before
+            raise
 
     def begin(self, change: Change, work: Coroutine[Any, Any, None]) -> Change:
         """Do `work`, and keep in `change` how it ended."""

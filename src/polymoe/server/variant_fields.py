@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from polymoe.server.schemas import ErrorFields
 from polymoe.server.strict import Strict
-from polymoe.server.variant_change import Fit
+from polymoe.server.variant_change import Evict, Fit
 
 _Source = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -15,13 +15,13 @@ _Name = Annotated[str, Field(min_length=1, max_length=200)]
 class ReplaceVariantRequest(Strict):
     """source: PATH, BASE+ADAPTER or BASE+PATCH below the server's --variants-root; BASE may be a variant. bits: of
     corrections on what is there, "auto": as many as there is room for; lossless without. max_kl: nats a token that may
-    be lost, as predicted; the fewest bits that keep it. evict "previous": versions held for rollback make room. wait:
-    answer when it is done."""
+    be lost, as predicted; the fewest bits that keep it. evict: what makes room, versions held
+    for rollback ("previous"), then added ones that nobody asked for longest ("unused"). wait: answer when done."""
 
     source: _Source
     bits: Annotated[int, Field(ge=1, le=5)] | Literal["auto"] | None = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
-    evict: Literal["none", "previous"] | None = None
+    evict: Evict | None = None
     wait: bool | None = None
 
     @property

@@ -78,7 +78,7 @@ async def list_variants(request: Request) -> Response:
     state: ServerState = request.app.state.server
     stats = await state.client.stats()
     info = state.client.info
-    held = [*state.client.processor.versions.held.values(), *variants.draining.values()]
+    held = [*state.client.processor.versions.held.values(), *variants.set.draining.values()]
     cards = [_card(variants, version, stats.in_flight.get(version.version, 0)) for version in held]
     changes = [_change(change) for change in variants.changes.last.values()]
     room = {"max_variants": info.max_variants, "headroom": info.headroom, "added_bytes": stats.added_bytes}
@@ -99,14 +99,14 @@ async def get_change(request: Request, name: str) -> Response:
 async def add_variant(request: Request, body: AddVariantRequest) -> Response:
     """Add a variant: 202 when it has begun, or with `wait` 200 when it is served."""
     variants = _admin(request)
-    change = await variants.add(body.name, body.source, fit=body.fit, evict=body.evict == "previous")
+    change = await variants.add(body.name, body.source, fit=body.fit, evict=body.evict or "none")
     return await _answer(variants, change, bool(body.wait))
 
 
 async def replace_variant(request: Request, name: str, body: ReplaceVariantRequest) -> Response:
     """Let a name mean a new version, in one step, once that is there."""
     variants = _admin(request)
-    evict = body.evict == "previous"
+    evict = body.evict or "none"
     change = await variants.add(name, body.source, fit=body.fit, evict=evict, replaces=True)
     return await _answer(variants, change, bool(body.wait))
 
@@ -165,16 +165,16 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _card(variants: Variants, info: VariantInfo, in_flight: int | None = None) -> dict[str, Any]:
-    names = [name for name, meant in variants.names.items() if meant.place == info.place]
-    before = [name for name, version in variants.previous.items() if version.place == info.place]
-    state = "draining" if info.place in variants.draining else "serving" if names else "held"
+    names = [name for name, meant in variants.set.names.items() if meant.place == info.place]
+    before = [name for name, version in variants.set.previous.items() if version.place == info.place]
+    state = "draining" if info.place in variants.set.draining else "serving" if names else "held"
     return {
         "object": "variant",
         "name": info.name,
         "version": info.version,
         "names": names,
         "state": state,
-        "pinned": info.place in variants.pinned,
+        "pinned": info.place in variants.set.pinned,
         "previous_of": before,
         "source": info.root,
         "bytes": info.device_bytes,
