@@ -119,7 +119,8 @@ def make_patch(base: Path, out: Path, share: float, seed: int = 0) -> dict[str, 
     return patched
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers",
+                                  "qwen3_5_moe_text", "granitemoehybrid"])  # fmt: skip
 def test_a_third_is_exact_and_others_stay(arch: str, tmp_path: Path) -> None:
     live = make_live(arch, tmp_path)
     cases = live.family.cases
@@ -166,10 +167,13 @@ def test_a_patch_is_exact(tmp_path: Path) -> None:
     live.check([live.family.case("patched", [5, 9, 33, 7], 8), *live.family.cases[:2]])
 
 
-def test_what_was_one_for_all_becomes_several(tmp_path: Path) -> None:
-    """Non-experts that the planned variants share bit for bit, and the new one does not."""
-    paths = make_family("mixtral", tmp_path / "shared", num_variants=2, frozen="norm|q_proj|embed|gate|lm_head")
-    live = make_live("mixtral", tmp_path)
+@pytest.mark.parametrize("arch", ["mixtral", "granitemoehybrid"])
+def test_what_was_one_for_all_becomes_several(arch: str, tmp_path: Path) -> None:
+    """Non-experts that the planned variants share bit for bit, and the new one does not; in modules that run once for
+    each variant of a step too."""
+    frozen = "norm|q_proj|embed|gate|lm_head|in_proj|conv|A_log"
+    paths = make_family(arch, tmp_path / "shared", num_variants=2, frozen=frozen)
+    live = make_live(arch, tmp_path)
     bundle = make_plan(paths, "separate", None, tmp_path / "alike").path
     live.engine = EngineCore(
         EngineConfig(bundle=str(bundle), device="cpu", dtype="float32", kv_cache_bytes=1 << 23, max_variants=3)

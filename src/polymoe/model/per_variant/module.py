@@ -35,6 +35,10 @@ class PerVariantModule:
         self._stock = module.forward
         self._names = argument_names(module)
 
+    def renew(self) -> None:
+        """After a weight of the module became a stack."""
+        self._weights = PlainWeights(self._module)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spec = self._spec
         leaves, tree = flat_call(self._names, args, kwargs)
@@ -138,9 +142,14 @@ def attend_as_stock(module: torch.nn.Module) -> None:
             part.config._attn_implementation_internal = "eager"
 
 
-def install(model: torch.nn.Module, specs: Mapping[str, PerVariantSpec], states: SequenceStates) -> None:
-    """Replace the forward of each module named in `specs`, whose weights are in place."""
+def install(
+    model: torch.nn.Module, specs: Mapping[str, PerVariantSpec], states: SequenceStates
+) -> list[PerVariantModule]:
+    """Replace the forward of each module named in `specs`, whose weights are in place. Returns what replaced them."""
+    installed = []
     for path, spec in specs.items():
         module: Any = model.get_submodule(path)
         attend_as_stock(module)
         module.forward = PerVariantModule(module, spec, states)
+        installed.append(module.forward)
+    return installed
