@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from families import make_family
 from polymoe.bundle.live import ADDITIONS
 from polymoe.bundle.manifest import read_manifest
 from polymoe.bundle.reader import Bundle
+from polymoe.cli.main import app
 from polymoe.errors import EngineDeadError
 from polymoe.offline.api import make_plan
 from servers import LIMIT, ThreadServer, engine_config
@@ -314,10 +316,11 @@ def test_replan_switches_without_a_dropped_request(
     assert files(bundle) == before
     with Traffic(admin, expected) as traffic:
         admin.server.wait_for(lambda: traffic.answers > 4)
-        done = admin.ok("POST", "/-/replan", {"wait": True})
+        typed = {"POLYMOE_URL": admin.server.url, "POLYMOE_ADMIN_KEY": ADMIN}
+        said = CliRunner().invoke(app, ["variants", "replan"], env=typed, catch_exceptions=False)
         answered = traffic.answers
         admin.server.wait_for(lambda: traffic.answers > answered + 4)
-    assert done["state"] == "done"
+    assert said.output.endswith("the bundle is planned anew and served.\n")
     assert not traffic.wrong
     assert first != admin.server.state.client.pid  # type: ignore[attr-defined]
     admin.server.wait_for(lambda: admin.server.client.pid is None or not Path(f"/proc/{first}").exists())
