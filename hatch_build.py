@@ -41,7 +41,8 @@ LEVELS = {
 _FLAGS_OF = {level: flags for levels in LEVELS.values() for level, flags in levels.items()}
 _TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the processor has these too
 MORE_FLAGS = dict.fromkeys(("amx.cpp", "tiled_experts.cpp", "tiled_linear.cpp"), _TILES)
-SHARED = ("changes.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")  # all others of a level are in csrc/ or in csrc/portable/
+# All others of a level are in csrc/ or in csrc/portable/.
+SHARED = ("changes.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")
 
 
 class CustomBuildHook(BuildHookInterface):
