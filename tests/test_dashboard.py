@@ -191,6 +191,11 @@ def test_added_bytes_count_what_is_shared_once(trio: dict[str, Path], tmp_path: 
 def test_a_budget_of_all_weights_has_a_curve_of_all_weights(trio: dict[str, Path], tmp_path: Path) -> None:
     opened = make_plan(trio, "auto", "1.2x-all", tmp_path / "bundle")
     found = describe_bundle(opened.path)
+    assert opened.manifest.packed_nonexperts, "some are in few bits"
+    weights = sum(count for kind, count in opened.resident_bytes.by_kind.items() if kind != "tables")
+    assert sum(found["added_bytes"]) == pytest.approx(weights, abs=64)
+    whole = describe_bundle(make_plan(trio, "separate", None, tmp_path / "separate").path)
+    assert found["separate_bytes"] == whole["separate_bytes"]
     assert found["dial_of"] == "all"
     points, total = found["dial"], opened.resident_bytes.total
     assert len(points) > 2
