@@ -97,7 +97,7 @@ def main() -> None:
             server.batch(given.requests, given.tokens, names)  # kernels, caches
             for round_ in range(given.rounds):
                 for watched in (round_ % 2 == 0, round_ % 2 == 1):  # each of the two is the first one as often
-                    readers = None
+                    readers: subprocess.Popen[bytes] | None = None
                     if watched:
                         command = [sys.executable, "-c", _READ, str(server.port), str(given.pages)]
                         readers = subprocess.Popen(command)
