@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polymoe.native.library import cpu_kernels
@@ -71,11 +72,12 @@ def changes_before_rows(bitmaps: Tensor) -> Tensor:
     return counts.cumsum(-1) - counts
 
 
-def _ones(bitmaps: Tensor) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def _ones(bitmaps: Tensor) -> NDArray[np.int64]:
     """int64 [...]: how many bits are set along the last axis."""
-    array = bitmaps.contiguous().numpy()
+    array: NDArray[Any] = bitmaps.contiguous().numpy()
     words = array.view(np.uint64) if array.shape[-1] % 8 == 0 and array.size else array
-    return np.bitwise_count(words).sum(axis=-1, dtype=np.int64)
+    counts: NDArray[np.int64] = np.bitwise_count(words).sum(axis=-1, dtype=np.int64)
+    return counts
 
 
 def decode_exact(tensors: Mapping[str, Tensor], base: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class ReplaceVariantRequest(Strict):
 
     @property
     def fit(self) -> Fit:
-        return Fit(0 if self.bits == "auto" else self.bits, self.max_kl)
+        return Fit(0 if isinstance(self.bits, str) else self.bits, self.max_kl)
 
 
 class AddVariantRequest(ReplaceVariantRequest):

@@ -43,7 +43,10 @@ def write_fitting(
             if attempt == tries[-1]:
                 raise
             for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
     raise AssertionError("there is one try at least")
 
 
