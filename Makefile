@@ -78,7 +78,7 @@ test-drills: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m drill tests/drills
 
 # Variants added, replaced and removed at random under traffic, then all that clients do with the memory watched;
-# minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE.
+# minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE, seconds between changes in SOAK_PAUSE.
 SOAK_MINUTES ?= 30
 soak: dev
 	SOAK_MINUTES=$(SOAK_MINUTES) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m soak
@@ -133,7 +133,8 @@ ui/node_modules/.package-lock.json: ui/package.json ui/package-lock.json
 	cd ui && npm ci --no-audit --no-fund
 
 # Lint, types and unit tests of the dashboard, that the built files are of its sources, then all of it in Chromium
-# (apt-get install chromium). make test-ui SCREENSHOT=docs/dashboard.webp takes the README's picture.
+# (apt-get install chromium). make test-ui SCREENSHOT=docs/dashboard.webp takes the README's picture, and in the
+# environment LIVE_MINUTES=10 watches the live view's memory for so long.
 test-ui: dev ui/node_modules/.package-lock.json
 	cd ui && npm run lint && npm test
 	$(and $(SCREENSHOT),SCREENSHOT=$(SCREENSHOT)) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/test_dashboard.py tests/test_browser.py

@@ -42,7 +42,7 @@ _FLAGS_OF = {level: flags for levels in LEVELS.values() for level, flags in leve
 _TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the processor has these too
 MORE_FLAGS = dict.fromkeys(("amx.cpp", "tiled_experts.cpp", "tiled_linear.cpp"), _TILES)
 # All other sources of a level are in csrc/ or in csrc/portable/.
-SHARED = ("gated_delta.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")
+SHARED = ("changes.cpp", "gated_delta.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")
 
 
 class CustomBuildHook(BuildHookInterface):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 
@@ -86,7 +86,7 @@ class ThreadServer:
                     await self._server.serve(sockets=[sock])
             finally:
                 await self.state.variants.close()
-                await self.client.shutdown()
+                await cast(AsyncEngineClient, self.state.client).shutdown()
                 await self.state.encoder.close()
 
         self.loop.run_until_complete(main())

@@ -34,11 +34,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three variants that share some experts, with a curve of what other budgets would buy."""
-    folder = tmp_path_factory.mktemp("browser")
-    paths = make_family("mixtral", folder / "family", tokenizer=True, frozen_experts=[2], max_position_embeddings=1024)
-    return make_plan(paths, "auto", "1.2x", folder / "bundle").path
+def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three variants that share some experts."""
+    folder = tmp_path_factory.mktemp("browser") / "family"
+    return make_family("mixtral", folder, tokenizer=True, frozen_experts=[2], max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def bundle(family: dict[str, Path]) -> Path:
+    """With a curve of what other budgets would buy."""
+    return make_plan(family, "auto", "1.2x", family["base"].parents[1] / "bundle").path
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,15 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # tests may run as root
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def administered(family: dict[str, Path], tmp_path: Path) -> Iterator[ThreadServer]:
+    """A server of two of them whose set may be changed."""
+    path = make_plan({n: family[n] for n in ("base", "v1")}, "separate", None, tmp_path / "live").path
+    config, root = engine_config(path, max_variants=5, dtype="float32"), family["base"].parent
+    with ThreadServer(config, api_key="client", admin_key="admin", variants_root=root, plan_threads=1) as server:
+        yield server
 
 
 ROWS = "[...document.querySelectorAll('[aria-labelledby=requests-title] tbody tr')]"
@@ -166,6 +180,83 @@ def test_errors_of_the_api_are_shown(server: ThreadServer, visit: Visit) -> None
     page.get_by_role("button", name="Ask 3 variants").click()
     page.wait_for_selector(".reply .error")
     assert "tokens" in page.inner_text(".reply .error >> nth=0")
+
+
+def test_the_administrator_changes_what_is_served(administered: ThreadServer, visit: Visit) -> None:
+    """Refused without the key; with it variants are added, aliased, replaced, rolled back, pinned and removed."""
+    page = visit.page
+    page.goto(f"{administered.url}/ui#variants")
+    page.get_by_label("API key").fill("client")
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_label("Admin key").wait_for()
+    assert page.get_by_role("button", name="remove v1").count() == 0
+    tries = [("GET", ""), ("POST", ""), ("PUT", "/v1"), ("DELETE", "/v1")]
+    tries += [("POST", path) for path in ("/v1/alias", "/v1/rollback", "/v1/pin", "/-/replan")]
+    for key in ("client", "wrong", ""):
+        for method, path in tries:
+            status = page.evaluate(
+                """async ([method, path, key]) => {
+                  const headers = { 'Content-Type': 'application/json', Authorization: `Bearer ${key}` };
+                  const body = method === 'GET' ? undefined : '{"name": "x", "source": "v2", "to": "v1"}';
+                  return (await fetch('/v1/variants' + path, { method, headers, body })).status;
+                }""",
+                [method, path, key],
+            )
+            assert status in (401, 422), (method, path, key)
+    assert {variant.name for variant in administered.client.info.variants} == {"base", "v1"}
+    visit.complaints.clear()  # the browser's, of each of these answers
+    page.get_by_label("Admin key").fill("client")
+    page.get_by_role("button", name="Unlock").click()
+    page.wait_for_selector("[role=alert]:has-text('admin')")
+    visit.complaints.clear()
+    page.get_by_label("Admin key").fill("admin")
+    page.get_by_role("button", name="Unlock").click()
+
+    def names() -> list[str]:
+        found: list[str] = page.locator("[aria-label='Table of versions'] tbody th").all_inner_texts()
+        return sorted(found)
+
+    def change(action: str, name: str, source: str) -> None:
+        page.get_by_label("Action").select_option(action)
+        page.get_by_label("Name").fill(name)
+        page.get_by_label("Means" if action == "alias" else "Source").fill(source)
+        page.get_by_role("button", name=action, exact=True).click()
+
+    wait_for(lambda: names() == ["base", "v1"], 30)
+    change("add", "math", "v2")
+    wait_for(lambda: names() == ["base", "math", "v1"], 60)
+    change("alias", "prod", "math")
+    wait_for(lambda: names() == ["base", "math, prod", "v1"], 30)
+    change("replace", "math", "v1+nowhere")
+    page.wait_for_selector("[role=alert]:has-text('nowhere')")
+    assert len(visit.complaints) == 1, "the browser's, of the refusal"
+    visit.complaints.clear()
+    change("replace", "math", "base")
+    wait_for(lambda: names() == ["base", "math", "prod", "v1"], 60)
+    page.get_by_role("button", name="roll math back to this").click()
+    wait_for(lambda: names() == ["(math)", "base", "math, prod", "v1"], 30)
+    page.get_by_role("button", name="pin v1@").click()
+    page.wait_for_selector("td:has-text('serving, pinned')")
+    for name in ("prod", "math"):
+        page.get_by_role("button", name=f"remove {name}", exact=True).click()
+        page.get_by_role("button", name=f"really remove {name}").click()
+        wait_for(lambda name=name: not any(name in text for text in names()), 30)  # type: ignore[misc]
+    if AXE.exists():
+        open_to_axe = Visit(page.context.browser, bypass_csp=True)
+        other = open_to_axe.page
+        other.goto(f"{administered.url}/ui#variants")
+        for label, key, button in (("API key", "client", "Use it"), ("Admin key", "admin", "Unlock")):
+            other.get_by_label(label).fill(key)
+            other.get_by_role("button", name=button).click()
+        other.get_by_role("button", name="remove v1").wait_for()
+        other.add_script_tag(path=str(AXE))
+        found = other.evaluate("axe.run({ resultTypes: ['violations'] })")
+        assert [v["id"] for v in found["violations"] if v["impact"] in ("serious", "critical")] == []
+        open_to_axe.context.close()
+    # the rest of the page has followed
+    page.click("nav a[href='#playground']")
+    wait_for(lambda: page.locator("fieldset:has-text('Variants') label").all_inner_texts() == ["base", "v1"], 30)
+    assert visit.complaints == []
 
 
 def large_bundle(bundle: Path, layers: int = 48, experts: int = 128) -> dict[str, Any]:
@@ -305,6 +396,22 @@ def test_an_hour_of_live_view_takes_no_more_memory(server: ThreadServer, visit: 
         session.send("HeapProfiler.collectGarbage")
         sizes.append(page.evaluate("performance.memory.usedJSHeapSize"))
     assert sizes[1] < 1.3 * sizes[0] + 2e6, sizes
+
+
+@pytest.mark.skipif("LIVE_MINUTES" not in os.environ, reason="no LIVE_MINUTES=10 was asked for")
+def test_minutes_of_live_view_take_no_more_memory(server: ThreadServer, visit: Visit) -> None:
+    """The same in real time, with a request now and then."""
+    page = visit.open(server, "live")
+    session = visit.context.new_cdp_session(page)
+    sizes: list[int] = []
+    for _ in range(int(6 * float(os.environ["LIVE_MINUTES"]))):
+        server.post("/v1/completions", {"model": "v1", "prompt": "hello", "max_tokens": 8, "ignore_eos": True})
+        page.wait_for_timeout(10_000)
+        session.send("HeapProfiler.collectGarbage")
+        sizes.append(page.evaluate("performance.memory.usedJSHeapSize"))
+    print(f"heap in MB, every 10 s: {[round(size / 1e6, 1) for size in sizes]}")
+    assert sizes[-1] < 1.3 * sizes[0] + 2e6, sizes
+    assert visit.complaints == []
 
 
 def _snapshot(server: ThreadServer) -> str:

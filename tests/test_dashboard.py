@@ -188,6 +188,24 @@ def test_added_bytes_count_what_is_shared_once(trio: dict[str, Path], tmp_path: 
     assert (errors[:, 2] == 0).all(), "identical experts lose nothing"
 
 
+def test_a_budget_of_all_weights_has_a_curve_of_all_weights(trio: dict[str, Path], tmp_path: Path) -> None:
+    opened = make_plan(trio, "auto", "1.2x-all", tmp_path / "bundle")
+    found = describe_bundle(opened.path)
+    assert opened.manifest.packed_nonexperts, "some are in few bits"
+    weights = sum(count for kind, count in opened.resident_bytes.by_kind.items() if kind != "tables")
+    assert sum(found["added_bytes"]) == pytest.approx(weights, abs=64)
+    whole = describe_bundle(make_plan(trio, "separate", None, tmp_path / "separate").path)
+    assert found["separate_bytes"] == whole["separate_bytes"]
+    assert found["dial_of"] == "all"
+    points, total = found["dial"], opened.resident_bytes.total
+    assert len(points) > 2
+    assert all(a["expert_bytes"] < b["expert_bytes"] and a["kl"] > b["kl"] for a, b in itertools.pairwise(points))
+    assert points[0]["expert_bytes"] < total < points[-1]["expert_bytes"]
+    predicted = np.mean([v["predicted_damage"] for v in found["variants"]])
+    around = [point["kl"] for point in points]
+    assert min(around) <= predicted <= max(around)
+
+
 def test_built_page_is_of_these_sources() -> None:
     """Users need no Node: what Vite made is committed. `make ui` makes it again."""
     ui = Path(__file__).parents[1] / "ui"

@@ -18,6 +18,7 @@ from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.errors import ConfigError, FamilyError, PlanError
+from polymoe.offline.addition.bits import BITS, fewest_bits, predicted_kl, write_fitting
 from polymoe.offline.addition.new_variant import open_new
 from polymoe.offline.addition.write_addition import write_addition
 from polymoe.offline.api import make_plan
@@ -118,7 +119,8 @@ def make_patch(base: Path, out: Path, share: float, seed: int = 0) -> dict[str, 
     return patched
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers",
+                                  "qwen3_5_moe_text", "granitemoehybrid"])  # fmt: skip
 def test_a_third_is_exact_and_others_stay(arch: str, tmp_path: Path) -> None:
     live = make_live(arch, tmp_path)
     cases = live.family.cases
@@ -165,10 +167,13 @@ def test_a_patch_is_exact(tmp_path: Path) -> None:
     live.check([live.family.case("patched", [5, 9, 33, 7], 8), *live.family.cases[:2]])
 
 
-def test_what_was_one_for_all_becomes_several(tmp_path: Path) -> None:
-    """Non-experts that the planned variants share bit for bit, and the new one does not."""
-    paths = make_family("mixtral", tmp_path / "shared", num_variants=2, frozen="norm|q_proj|embed|gate|lm_head")
-    live = make_live("mixtral", tmp_path)
+@pytest.mark.parametrize("arch", ["mixtral", "granitemoehybrid"])
+def test_what_was_one_for_all_becomes_several(arch: str, tmp_path: Path) -> None:
+    """Non-experts that the planned variants share bit for bit, and the new one does not; in modules that run once for
+    each variant of a step too."""
+    frozen = "norm|q_proj|embed|gate|lm_head|in_proj|conv|A_log"
+    paths = make_family(arch, tmp_path / "shared", num_variants=2, frozen=frozen)
+    live = make_live(arch, tmp_path)
     bundle = make_plan(paths, "separate", None, tmp_path / "alike").path
     live.engine = EngineCore(
         EngineConfig(bundle=str(bundle), device="cpu", dtype="float32", kv_cache_bytes=1 << 23, max_variants=3)
@@ -277,3 +282,36 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         EngineCore(EngineConfig(bundle=str(live.bundle), device="cpu", slots=1, max_variants=4))
     with pytest.raises(ConfigError, match="--max-variants 1 is less"):
         EngineCore(EngineConfig(bundle=str(live.bundle), device="cpu", max_variants=1))
+
+
+def test_bits_are_as_many_as_there_is_room_for_or_as_a_kl_asks_for(tmp_path: Path) -> None:
+    live = make_live("mixtral", tmp_path)
+    bundle = Bundle.open(live.bundle)
+    new = open_new(bundle, "v2", str(live.family.paths["v2"]))
+
+    def fitted(free: int | None, bits: int | None, max_kl: float | None = None) -> Addition:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            return write_fitting(bundle, new, Path(folder), free, bits, max_kl, lambda _stage, _fraction: None)[0]
+
+    whole = fitted(None, 0)
+    assert whole.lossless
+    sizes = [fitted(None, bits).device_bytes for bits in BITS]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] < whole.device_bytes
+    assert fitted(whole.device_bytes, 0).lossless
+    assert fitted(whole.device_bytes - 1, 0).device_bytes == sizes[-1]
+    assert fitted(sizes[2], 0).device_bytes == sizes[2]
+    with pytest.raises(PlanError, match="needs about"):
+        fitted(sizes[0] - 1, 0)
+
+    losses = [predicted_kl(bundle, new, bits) for bits in BITS]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] > 0
+    assert fewest_bits(bundle, new, 1e9) == 1
+    assert fewest_bits(bundle, new, 2.001 * losses[2]) == 3
+    assert fewest_bits(bundle, new, losses[-1]) is None
+    assert fitted(None, None, 2.001 * losses[2]).device_bytes == sizes[2]
+    assert fitted(None, None, losses[-1]).lossless
+    assert fitted(sizes[4], 0, 2.001 * losses[2]).device_bytes == sizes[4], "there is room for more"
+    with pytest.raises(PlanError, match="needs about"):
+        fitted(sizes[1], 0, 2.001 * losses[2])

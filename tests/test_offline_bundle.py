@@ -272,7 +272,7 @@ class TestWriting:
     def test_where_folders_cannot_be_exchanged(
         self, family: Family, scan: FamilyScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(atomic, "_exchange", lambda _a, _b: False)
+        monkeypatch.setattr(atomic, "exchange", lambda _a, _b: False)
         write(family, scan, tmp_path / "b", "paper")
         write(family, scan, tmp_path / "b", "separate")
         assert Bundle.open(tmp_path / "b", verify=True).manifest.policy == "separate"

@@ -8,7 +8,16 @@ import torch
 from polymoe.errors import PlanError
 from polymoe.quant import formats
 from polymoe.quant.codec import Coded, Levels, decode, encode
-from polymoe.quant.exact import changed, decode_exact, decode_exact_torch, encode_exact, exact_bytes
+from polymoe.quant.exact import (
+    changed,
+    changes_before_rows,
+    decode_exact,
+    decode_exact_torch,
+    encode_exact,
+    encode_exact_torch,
+    exact_bytes,
+    same_bits,
+)
 from polymoe.quant.formats import (
     BASE_FORMATS,
     DELTA_FORMATS,
@@ -202,3 +211,22 @@ def test_a_format_from_outside_is_planned_and_packed_like_any_other(monkeypatch:
 def test_unknown_formats_are_named() -> None:
     with pytest.raises(PlanError, match=r"unknown format 'int7'; bases are stored, fp8, int8, .* deltas d1"):
         get_format("int7")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 64), (7, 33), (3, 8), (1, 1), (40,), (9, 0)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_exact_deltas_are_those_of_the_reference(dtype: torch.dtype, shape: tuple[int, ...], share: float) -> None:
+    """The compiled encoder, at every width, where it can run."""
+    base = torch.randn(shape).to(dtype)
+    weight = torch.where(torch.rand(shape) < share, -base - 0.5, base)
+    if weight.numel():
+        weight.view(-1)[0], base.view(-1)[0] = -0.0, 0.0  # differ, though they are equal
+    found, reference = encode_exact(weight, base), encode_exact_torch(weight, base)
+    assert found.keys() == reference.keys()
+    assert all(torch.equal(found[part], reference[part]) for part in reference)
+    assert same_bits(decode_exact(found, base), weight)
+    assert same_bits(weight, base) == (weight.numel() == 0)
+    if weight.ndim == 2:
+        counts = changed(weight, base).sum(-1)
+        assert torch.equal(changes_before_rows(found["bitmap"][None])[0], counts.cumsum(-1) - counts)

@@ -1,9 +1,10 @@
 """What a change of the set of variants costs those that are served: inter-token latency while a fifth is added, and how
 long a patch takes from its file to its first token.
 
-    python benchmarks/variants/measure.py --families FOLDER --work FOLDER [--in-flight 32]
+    python benchmarks/variants/measure.py --families FOLDER --work FOLDER [--in-flight 32] [--only patch]
 
-Random Mixtrals of 430M parameters in bfloat16, four served losslessly. Ends with one line of JSON.
+Random Mixtrals of 430M parameters in bfloat16, four served losslessly (two, where only a patch is timed). Ends with one
+line of JSON.
 """
 
 import argparse
@@ -80,8 +81,8 @@ class Load:
         return gaps[int(0.99 * len(gaps))]
 
 
-async def measure(paths: dict[str, Path], work: Path, in_flight: int) -> dict[str, Any]:
-    names = list(paths)[:4]
+async def measure(paths: dict[str, Path], work: Path, in_flight: int, only_patch: bool) -> dict[str, Any]:
+    names = list(paths)[: 2 if only_patch else 4]
     shutil.rmtree(work / "bundle", ignore_errors=True)
     make_plan({name: paths[name] for name in names}, "separate", None, work / "bundle")
     client = AsyncEngineClient(EngineConfig(bundle=str(work / "bundle"), device="cpu", max_variants=7))
@@ -90,33 +91,52 @@ async def measure(paths: dict[str, Path], work: Path, in_flight: int) -> dict[st
     variants = Variants(client, ServerSettings(variants_root=root))
     await variants.start()
     await asyncio.sleep(15)  # the planner imports what it needs
+    found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
+    if not only_patch:
+        found |= await added(client, variants, names, paths["v4"], in_flight)
+    found |= await patched(client, variants, root / "patch.safetensors")
+    await variants.close()
+    await client.shutdown()
+    return found
+
+
+async def added(
+    client: AsyncEngineClient, variants: Variants, names: list[str], source: Path, in_flight: int
+) -> dict[str, Any]:
+    """A fifth variant beside the load."""
     load = Load(client, names, in_flight)
     await asyncio.sleep(20)
     begun = time.monotonic()
-    change = await variants.add("fifth", str(paths["v4"]))
-    await variants.wait(change)
-    added = time.monotonic()
+    change = await variants.add("fifth", str(source))
+    await variants.changes.wait(change)
+    ended = time.monotonic()
     assert change.error is None, change.error
-    quiet, busy = load.p99(begun - 15, begun), load.p99(begun, added)
+    quiet, busy = load.p99(begun - 15, begun), load.p99(begun, ended)
     await load.stop()
-    patch_started = time.monotonic()
-    change = await variants.add("v0", f"v0+{root / 'patch.safetensors'}", replaces=True)
-    await variants.wait(change)
-    assert change.error is None, change.error
-    served = time.monotonic()
-    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    async for _ in client.generate("first", "v0", (None, [5, 6, 7]), sampling):
-        pass
-    first_token = time.monotonic()
-    await variants.close()
-    await client.shutdown()
     return {
         "p99_itl_before_s": round(quiet, 4), "p99_itl_while_adding_s": round(busy, 4),
-        "ratio": round(busy / quiet, 2), "add_s": round(added - begun, 1), "failed": load.failed,
+        "ratio": round(busy / quiet, 2), "add_s": round(ended - begun, 1), "failed": load.failed,
         "median_itl_s": round(statistics.median(gap for _, gap in load.gaps), 4),
-        "patch_s": round(served - patch_started, 2), "patch_to_first_token_s": round(first_token - patch_started, 2),
-        "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
+
+
+async def patched(client: AsyncEngineClient, variants: Variants, patch: Path) -> dict[str, Any]:
+    """A patch of one that is served, from its file to the first token; a second one, when the planner is warm."""
+    found: dict[str, Any] = {}
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for name, key in (("v0", "patch"), ("v1", "second_patch")):
+        begun, stages = time.monotonic(), dict[str, float]()
+        change = await variants.add(name, f"{name}+{patch}", replaces=True)
+        while change.is_open:
+            stages.setdefault(f"{change.state}: {change.stage}", round(time.monotonic() - begun, 2))
+            await asyncio.sleep(0.01)
+        assert change.error is None, change.error
+        served = time.monotonic()
+        async for _ in client.generate(f"first-{name}", name, (None, [5, 6, 7]), sampling):
+            pass
+        found |= {f"{key}_s": round(served - begun, 2), f"{key}_began": stages}
+        found[f"{key}_to_first_token_s"] = round(time.monotonic() - begun, 2)
+    return found
 
 
 def main() -> None:
@@ -125,6 +145,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--shape", default="430m")
+    parser.add_argument("--only", choices=["patch"])
     parser.add_argument("--prepare", action="store_true", help="make the checkpoints, and nothing else")
     options = parser.parse_args()
     paths = cached_family(options.families, 5, options.shape)
@@ -133,7 +154,7 @@ def main() -> None:
         write_patch(paths["v0"], patch, 0.02)
     if not options.prepare:
         options.work.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(asyncio.run(measure(paths, options.work, options.in_flight))))
+        print(json.dumps(asyncio.run(measure(paths, options.work, options.in_flight, options.only == "patch"))))
 
 
 if __name__ == "__main__":

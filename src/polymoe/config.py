@@ -76,8 +76,9 @@ def _size(given: Any, _where: str) -> Any:
     return parse_bytes(given) if isinstance(given, str) else given
 
 
-def _size_or_auto(given: Any, where: str) -> Any:
-    return None if given == "auto" else _size(given, where)
+def _size_or(word: str) -> Callable[[Any, str], Any]:
+    """A size, or None for `word`."""
+    return lambda given, where: None if given == word else _size(given, where)
 
 
 def _numbers(meaning: str) -> Callable[[Any, str], Any]:
@@ -172,7 +173,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         int | None,
         Option(
             "memory for keys and values, for example 4GiB; auto: what remains of a GPU, 1GiB on a CPU",
-            name="kv_cache", shown="auto", at_least=0, read=_size_or_auto,
+            name="kv_cache", shown="auto", at_least=0, read=_size_or("auto"),
         ),
     ] = None  # fmt: skip
     expert_cache_bytes: Annotated[  # 0: drop after use
@@ -224,8 +225,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     headroom: Annotated[
         int | None,
-        Option("memory for variants that are added, like 4GiB; default what is free", at_least=0, read=_size),
-    ] = None
+        Option(
+            "memory for variants that are added, like 4GiB; free: what the machine has free then",
+            shown="free", at_least=0, read=_size_or("free"),
+        ),
+    ] = None  # fmt: skip
     verify: Annotated[bool, Option("first compare all weights with their hashes, as `polymoe verify` does")] = False
     seed: Annotated[int, Option("of requests that name none", flag=False)] = 0
 

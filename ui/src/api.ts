@@ -1,9 +1,14 @@
-/** Talking to the server this page came from. The key is kept in this variable only, and is gone with the page. */
+/** Talking to the server this page came from. Keys are kept in these variables only, and are gone with the page. */
 
 let key: string | null = null;
+let adminKey: string | null = null;
 
 export function setKey(value: string): void {
   key = value;
+}
+
+export function setAdminKey(value: string | null): void {
+  adminKey = value;
 }
 
 /** The server wants a key, or another one. */
@@ -28,6 +33,16 @@ async function check(response: Response): Promise<Response> {
 
 export async function getJson<T>(path: string): Promise<T> {
   return (await (await check(await fetch(path, { headers: headers() }))).json()) as T;
+}
+
+/** One of /v1/variants, with the administrator's key. */
+export async function adminCall<T>(method: string, path: string, body?: unknown): Promise<T> {
+  const request: RequestInit = { method, headers: { Authorization: `Bearer ${adminKey ?? ""}` } };
+  if (body !== undefined) {
+    request.headers = { ...request.headers, "Content-Type": "application/json" };
+    request.body = JSON.stringify(body);
+  }
+  return (await (await check(await fetch(`/v1/variants${path}`, request))).json()) as T;
 }
 
 export interface ServerEvent {

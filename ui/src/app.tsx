@@ -1,6 +1,7 @@
 /** The page: asks for the key, waits while the model loads, then shows one of its parts. */
 
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { Admin } from "./admin";
 import { events, getJson, KeyNeeded, setKey } from "./api";
 import { Dial } from "./dial";
 import { percent } from "./format";
@@ -103,14 +104,15 @@ export function App() {
 
   const now = history.current.latest;
   const ready = now?.status === "ready" || now?.status === "draining";
+  const revision = now?.revision ?? 0;
   useEffect(() => {
-    if (!ready || bundle !== null) return;
+    if (!ready) return;
     getJson<Bundle>("/ui/bundle").then(setBundle, (error: unknown) => {
       setProblem(error instanceof Error ? error.message : String(error));
     });
-  }, [ready, beat > 0 && bundle === null]);
+  }, [ready, beat > 0 && bundle === null, revision]);
 
-  const names = bundle?.variants.map((variant) => variant.name) ?? [];
+  const names = now?.variants ?? [];
   return (
     <>
       <a class="skip" href="#main">
@@ -159,7 +161,17 @@ export function App() {
               <Playground bundle={bundle} />
             </div>
             {tab === "requests" ? <Requests records={records} logsPrompts={about?.log_prompts === true} /> : null}
-            {tab === "variants" ? <Variants bundle={bundle} /> : null}
+            {tab === "variants" ? (
+              <>
+                <Variants bundle={bundle} />
+                <Admin
+                  enabled={about?.admin === true}
+                  onChanged={() => {
+                    setBeat((count) => count + 1);
+                  }}
+                />
+              </>
+            ) : null}
           </>
         )}
       </main>

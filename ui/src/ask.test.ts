@@ -1,8 +1,9 @@
 import { expect, test } from "vitest";
+import { isOpen, request, toShow } from "./admin";
 import { parseEvents } from "./api";
 import { body, EMPTY, python, type Settings, snippet, take } from "./ask";
 import { differs, pieces } from "./diff";
-import { at, planCommand } from "./dial";
+import { at, bytesNow, planCommand } from "./dial";
 import { bytes, seconds, short } from "./format";
 import { History, KEPT, worst } from "./history";
 import { matches, merge, MOST } from "./requests";
@@ -85,6 +86,13 @@ test("the command for a budget", () => {
     variants: [{ name: "a", source: "org/a@v1" }, { name: "b", source: "/it's" }],
   } as unknown as Bundle;
   expect(planCommand(bundle, 55)).toBe("polymoe plan a=org/a@v1 b='/it'\\''s' --memory 0.55x --out bundles/b-0.55x");
+  expect(planCommand({ ...bundle, dial_of: "all" }, 3.01 * 1024 ** 2)).toContain(" --memory 3.1MiB --out bundles/b-3.1MiB");
+});
+
+test("what the curve is about", () => {
+  const resident_bytes = { resident_experts: 5, deltas: 2, nonexperts_own: 10, tables: 1 };
+  expect(bytesNow({ dial_of: "experts", resident_bytes } as unknown as Bundle)).toBe(7);
+  expect(bytesNow({ dial_of: "all", resident_bytes } as unknown as Bundle)).toBe(18);
 });
 
 test("numbers for people", () => {
@@ -110,4 +118,22 @@ test("requests are merged by number and filtered by words", () => {
   expect(merge([], Array.from({ length: MOST + 5 }, (_, i) => record(i))).length).toBe(MOST);
   expect(matches(record(1, { error: "Too long" }), "MATH long")).toBe(true);
   expect(matches(record(1), "code")).toBe(false);
+});
+
+test("what the administrator asks for", () => {
+  const wanted = { action: "add" as const, name: " math ", source: " v2 ", bits: "" };
+  expect(request(wanted)).toEqual(["POST", "", { name: "math", source: "v2" }]);
+  expect(request({ ...wanted, action: "replace", name: "a b", bits: "2" })).toEqual(["PUT", "/a%20b", { source: "v2", bits: 2 }]);
+  expect(request({ ...wanted, action: "alias" })).toEqual(["POST", "/math/alias", { to: "v2" }]);
+  expect(request({ ...wanted, action: "rollback" })).toEqual(["POST", "/math/rollback"]);
+  expect(request({ ...wanted, action: "remove" })).toEqual(["DELETE", "/math"]);
+  expect(request({ ...wanted, action: "unpin", name: "math@12345678" })).toEqual(["POST", "/math%4012345678/pin", { pinned: false }]);
+  expect(request({ ...wanted, action: "replan" })).toEqual(["POST", "/-/replan", {}]);
+});
+
+test("changes that are done are not shown", () => {
+  const change = { name: "a", kind: "add", stage: "", fraction: 0, error: null };
+  const states = ["planning", "loading", "writing", "draining", "done", "failed"].map((state) => ({ ...change, state }));
+  expect(states.filter(isOpen).map((c) => c.state)).toEqual(["planning", "loading", "writing", "draining"]);
+  expect(toShow(states).map((c) => c.state)).toEqual(["planning", "loading", "writing", "draining", "failed"]);
 });

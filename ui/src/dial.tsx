@@ -29,12 +29,22 @@ export function at(dial: DialPoint[], size: number): DialPoint {
   };
 }
 
-/** `polymoe plan` for a budget in multiples of one model's experts. */
+const MIB = 1024 ** 2;
+
+/** Bytes of what the curve is about. */
+export function bytesNow(bundle: Bundle): number {
+  const { resident_experts = 0, deltas = 0, ...others } = bundle.resident_bytes;
+  const beside = bundle.dial_of === "all" ? Object.values(others).reduce((sum, value) => sum + value, 0) : 0;
+  return resident_experts + deltas + beside;
+}
+
+/** `polymoe plan` for a budget in multiples of one model's experts or, where it is of all weights, in bytes. */
 export function planCommand(bundle: Bundle, size: number): string {
   const one = bundle.expert_bytes * bundle.num_experts * bundle.layers.length;
   const sources = bundle.variants.map((variant) => `${variant.name}=${quoted(variant.source)}`).join(" ");
-  const multiple = Math.ceil((size / one) * 1000) / 1000;
-  return `polymoe plan ${sources} --memory ${String(multiple)}x --out bundles/${bundle.name}-${String(multiple)}x`;
+  const memory =
+    bundle.dial_of === "all" ? `${String(Math.ceil((size / MIB) * 10) / 10)}MiB` : `${String(Math.ceil((size / one) * 1000) / 1000)}x`;
+  return `polymoe plan ${sources} --memory ${memory} --out bundles/${bundle.name}-${memory}`;
 }
 
 function quoted(text: string): string {
@@ -43,7 +53,7 @@ function quoted(text: string): string {
 
 export function Dial({ bundle }: { bundle: Bundle }) {
   const dial = bundle.dial;
-  const now = (bundle.resident_bytes.resident_experts ?? 0) + (bundle.resident_bytes.deltas ?? 0);
+  const now = bytesNow(bundle);
   const nearest = dial.reduce(
     (best, point, i) =>
       Math.abs(point.expert_bytes - now) < Math.abs((dial[best]?.expert_bytes ?? 0) - now) ? i : best,
@@ -58,7 +68,7 @@ export function Dial({ bundle }: { bundle: Bundle }) {
     <section class="card" aria-labelledby="dial-title">
       <h2 id="dial-title">Fidelity</h2>
       <p>
-        This bundle: {bytes(now)} of experts and deltas
+        This bundle: {bytes(now)} of {bundle.dial_of === "all" ? "weights" : "experts and deltas"}
         {predicted.length > 0 ? `, predicted KL ${short(mean(predicted))} nats a token` : ""}
         {measured.length > 0
           ? `; measured KL ${short(mean(measured.map((f) => f.kl)))}, same first token ${percent(mean(measured.map((f) => f.top1)))}`

@@ -9,7 +9,7 @@ import type { Bundle } from "./types";
 const LANGUAGES: Language[] = ["curl", "Python", "JavaScript"];
 
 export function Playground({ bundle }: { bundle: Bundle }) {
-  const served = bundle.variants.map((v) => v.name).filter((name) => bundle.engine?.faults[name] === undefined);
+  const served = Object.keys(bundle.engine?.chat ?? {}).filter((name) => bundle.engine?.faults[name] === undefined);
   const chats = served.some((name) => bundle.engine?.chat[name] === true);
   const [settings, setSettings] = useState<Settings>({
     chat: chats,

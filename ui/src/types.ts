@@ -69,6 +69,7 @@ export interface Bundle {
   delta: string | null;
   position_errors: number[][] | null;
   dial: DialPoint[];
+  dial_of: "experts" | "all";
   resident_bytes: Record<string, number>;
   host_bytes: number;
   added_bytes: number[];
@@ -82,6 +83,37 @@ export interface About {
   stage: string;
   fraction: number;
   log_prompts: boolean;
+  admin: boolean;
+}
+
+/** What `/v1/variants` answers: src/polymoe/server/variant_fields.py. */
+export interface VersionCard {
+  name: string;
+  version: string;
+  names: string[];
+  state: string;
+  pinned: boolean;
+  previous_of: string[];
+  source: string;
+  bytes: number;
+  in_flight: number | null;
+}
+
+export interface Change {
+  name: string;
+  kind: string;
+  state: string;
+  stage: string;
+  fraction: number;
+  error: { message: string } | null;
+}
+
+export interface Held {
+  data: VersionCard[];
+  changes: Change[];
+  max_variants: number;
+  headroom: number | null;
+  added_bytes: number;
 }
 
 export type Percentiles = [p50: number, p95: number, p99: number] | null;
@@ -92,6 +124,7 @@ export interface Snapshot {
   stage: string;
   fraction: number;
   variants: string[];
+  revision: number; // of the set of variants
   running: number[];
   waiting: number[];
   kv_usage: number;

@@ -2,6 +2,7 @@
 
 .NAME.tmp-XXXXXXXX   being written, locked by its writer, marked as ours by a file
 NAME                 always whole: absent, the old one or the new one
+.NAME.next           planned beside a server, which takes it in exchange for NAME
 .NAME.old-XXXXXXXX   only where folders cannot be exchanged in one step: holds the old one for a moment
 
 Only what polymoe made is ever removed: a folder with the mark of an unfinished one, or a bundle that holds nothing but
@@ -130,6 +131,19 @@ def remove_leftovers(target: Path) -> None:
             aside.rmdir()
 
 
+def next_folder(target: Path) -> Path:
+    """Where the bundle is planned that shall take the place of `target`."""
+    return target.with_name(f".{target.name}.next")
+
+
+def remove_next(target: Path) -> None:
+    """Remove `next_folder(target)`, and what a killed planner left of it."""
+    folder = next_folder(target)
+    remove_leftovers(folder)
+    if folder.is_dir() and not folder.is_symlink():
+        _remove_ours(folder)
+
+
 def remove_files(folder: Path, made: re.Pattern[str]) -> None:
     """Remove the files below `folder` whose path (relative, with slashes) `made` matches, and the folders, itself
     included, that are empty then."""
@@ -195,7 +209,7 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
     check_target(target, overwrite)  # and again: building took a while
     if not target.exists():
         folder.rename(target)
-    elif _exchange(folder, target):
+    elif exchange(folder, target):
         # `folder` is the old bundle now. If we are killed here, the next run removes it as a leftover.
         _sync(target.parent)
         _remove_ours(folder)
@@ -214,7 +228,7 @@ def _publish(folder: Path, target: Path, overwrite: bool) -> None:
     _sync(target.parent)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange(a: Path, b: Path) -> bool:
     """Swap two folders in one step (Linux renameat2). False where the system or the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False

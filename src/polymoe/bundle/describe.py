@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polymoe.bundle.layer_names import layer_names
-from polymoe.bundle.manifest import SHARED, TABLES, Manifest, delta_file, own_file, read_manifest, resident_file
+from polymoe.bundle.manifest import (
+    SHARED,
+    TABLES,
+    Manifest,
+    delta_file,
+    nonexpert_format,
+    own_file,
+    read_manifest,
+    resident_file,
+)
 from polymoe.errors import BundleError
 
 _STORED = "stored"  # the format of experts as the checkpoints have them
 _MOST_HEADER_BYTES = 100_000_000
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _DTYPES = {"I32": "<i4", "I8": "i1"}
 
 Ids = NDArray[np.int64]
@@ -53,6 +64,7 @@ def describe_bundle(folder: str | Path) -> dict[str, Any]:
         "table": _text(tables["table"]),
         "delta": _text(tables["delta"]) if "delta" in tables else None,
         "position_errors": manifest.position_errors or None,
+        "dial_of": manifest.dial_of,
         "dial": [msgspec.to_builtins(point) for point in manifest.dial],
         "resident_bytes": manifest.resident_bytes.by_kind,
         "host_bytes": manifest.host_bytes,
@@ -124,9 +136,8 @@ def _costs(
 ) -> dict[str, list[int]]:
     table, delta = tables["table"], tables.get("delta")
     num_variants, num_layers, num_experts = table.shape
-    nonexperts = _nonexpert_bytes(folder, manifest)
+    added, separate = _nonexpert_bytes(folder, manifest)
     one_model = num_layers * num_experts * manifest.expert_bytes
-    added = [0] * num_variants
     kinds = [(table, manifest.base_pools, base_bytes)]
     if delta is not None:
         kinds.append((delta, manifest.delta_pools, delta_bytes))
@@ -138,24 +149,31 @@ def _costs(
                 new = np.setdiff1d(own[own >= 0], seen)
                 added[variant] += int(sizes[new].sum())
                 seen = np.union1d(seen, new)
-    for variant in range(num_variants):
-        for name, sources in manifest.nonexperts.items():
-            if sources[variant] == variant:
-                added[variant] += nonexperts[variant][name]
-    return {
-        "added_bytes": added,
-        "separate_bytes": [one_model + sum(own.values()) for own in nonexperts],
-    }
+    return {"added_bytes": added, "separate_bytes": [one_model + own for own in separate]}
 
 
-def _nonexpert_bytes(folder: Path, manifest: Manifest) -> list[dict[str, int]]:
-    """For each variant: non-expert -> bytes."""
+def _nonexpert_bytes(folder: Path, manifest: Manifest) -> tuple[list[int], list[int]]:
+    """(what each variant's non-experts add to those before it, what they take as the checkpoint stores them)."""
     shared = _header(folder / SHARED)
     own = [_header(folder / own_file(variant.name)) for variant in manifest.variants]
-    return [
-        {
-            name: _size(shared[name] if not any(sources) else own[sources[variant]][name])
-            for name, sources in manifest.nonexperts.items()
-        }
-        for variant in range(len(manifest.variants))
-    ]
+    added, separate = [0] * len(own), [0] * len(own)
+
+    def packed_bytes(name: str, variant: int | None) -> int:
+        """Of the parts in one variant's file, or in that of all together."""
+        start = f"{nonexpert_format(manifest, name, variant)}.{name}"
+        header = shared if variant is None else own[variant]
+        return sum(_size(entry) for key, entry in header.items() if key == start or key.startswith(f"{start}."))
+
+    for name, sources in manifest.nonexperts.items():
+        packed = manifest.packed_nonexperts.get(name)
+        if packed is not None:
+            added[0] += packed_bytes(name, None)
+        for variant, source in enumerate(sources):
+            if packed is not None:
+                separate[variant] += math.prod(packed.shape) * _ITEM_BYTES[manifest.variants[variant].dtype]
+                added[variant] += packed_bytes(name, variant) if source == variant else 0
+            else:
+                size = _size(shared[name] if not any(sources) else own[source][name])
+                separate[variant] += size
+                added[variant] += size if source == variant else 0
+    return added, separate

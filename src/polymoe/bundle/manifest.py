@@ -97,7 +97,7 @@ class VariantRecord(msgspec.Struct, frozen=True, kw_only=True):
 class DialPoint(msgspec.Struct, frozen=True, kw_only=True):
     """What so many bytes would buy, as the planner expected when it had the family before it."""
 
-    expert_bytes: int  # bases and deltas
+    expert_bytes: int  # bases and deltas, or all weights: `Manifest.dial_of`
     kl: float  # nats a token, mean of the variants
     top1: float  # share of tokens, likewise
 
@@ -167,6 +167,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: list[FileRecord]  # all but this one
     levels: Literal["grid", "free"] = "free"  # of the formats with a table; old bundles name none
     dial: list[DialPoint] = []  # by bytes; empty where the policy predicts nothing
+    dial_of: Literal["experts", "all"] = "experts"  # what the bytes of its points are of
     position_errors: list[list[float]] = []  # [L][E] nats a token, mean of the variants; empty likewise
     live: LiveState | None = None  # what changed since it was planned; None: nothing
     digest: str = ""  # SHA-256, hex, of everything else in here; "" in bundles planned before there was one

@@ -1,5 +1,6 @@
 """`polymoe variants`: the set of variants of a running server."""
 
+import http.client
 import json
 import os
 import time
@@ -7,14 +8,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 
 from polymoe.config import format_bytes
-from polymoe.console import Console, DescriptionColumn
+from polymoe.console import Console
 from polymoe.errors import ConfigError, PolymoeError
+from polymoe.progress import stage_progress
 
 app = typer.Typer(
     name="variants", help="Add, replace and remove variants of a running server.", no_args_is_help=True,
@@ -35,10 +37,21 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="of the variant")]
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="PATH, BASE+ADAPTER or BASE+PATCH below the server's --variants-root")
 ]
-Bits = Annotated[int | None, typer.Option(min=1, max=5, help="of corrections on what is there; default lossless")]
-Evict = Annotated[
-    str | None, typer.Option(help="previous: versions that are kept for rollback make room; default none")
+Bits = Annotated[
+    str | None,
+    typer.Option(metavar="1…5|auto", help="of corrections on what is there; auto: what fits; default lossless"),
 ]
+MaxKl = Annotated[
+    float | None, typer.Option(help="nats a token that may be lost, as predicted: the fewest bits that keep it")
+]
+Evict = Annotated[
+    str | None,
+    typer.Option(
+        metavar="previous|unused",
+        help="what makes room: versions that are kept for rollback, then added ones that nobody asked for longest",
+    ),
+]
+_ALL = "-"  # in place of a name: the change is about all variants
 _URL = "http://127.0.0.1:8000"
 
 
@@ -48,9 +61,9 @@ class _Server:
     def __init__(self, url: str, key_file: Path | None) -> None:
         self._url, self._key = url.rstrip("/"), _key(key_file)
 
-    def call(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> Any:
-        """Raises `PolymoeError` with what the server says."""
-        url = f"{self._url}/v1/variants{path}"
+    def call(self, method: str, *path: str, body: dict[str, Any] | None = None, query: str = "") -> Any:
+        """`path`: what follows /v1/variants, piece by piece. Raises `PolymoeError` with what the server says."""
+        url = "/".join([f"{self._url}/v1/variants", *(quote(piece, safe="@") for piece in path)]) + query
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -59,7 +72,7 @@ class _Server:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             raise PolymoeError(_message(error)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise PolymoeError(
                 f"{self._url} does not answer as polymoe does ({reason}); is the server running?"
@@ -67,29 +80,37 @@ class _Server:
 
     def follow(self, name: str, change: dict[str, Any], show: bool) -> dict[str, Any]:
         """Wait for a change. Raises `PolymoeError` where it failed."""
-        columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, disable=not show) as progress:
-            task = progress.add_task(change["state"], total=1.0)
+        with stage_progress(console if show else Console(quiet=True)) as progress:
             while change["state"] not in ("done", "failed"):
+                progress(change["stage"] or change["state"], change["fraction"])
                 time.sleep(_LOOK_EVERY)
-                change = self.call("GET", f"/{name}")
-                stage = change["stage"] or change["state"]
-                progress.update(task, description=stage, completed=change["fraction"])
+                change = self.call("GET", name)
         if change["error"] is not None:
             raise PolymoeError(change["error"]["message"])
         return change
 
 
+def _bits(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if text not in ("1", "2", "3", "4", "5"):
+        raise ConfigError(f"--bits {text[:40]}: give 1, 2, 3, 4, 5 or auto.")
+    return int(text)
+
+
 def _key(file: Path | None) -> str:
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+            key = file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{file}: the key cannot be read ({reason}).") from error
-    key = os.environ.get("POLYMOE_ADMIN_KEY")
+    else:
+        key = os.environ.get("POLYMOE_ADMIN_KEY", "")
     if not key:
         raise ConfigError("give the admin's key: --admin-key-file FILE, or set POLYMOE_ADMIN_KEY.")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("the admin's key has characters that no HTTP header can carry; is it the right file?")
     return key
 
 
@@ -105,6 +126,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 def _done(server: _Server, name: str, change: dict[str, Any], wait: bool, as_json: bool, said: str) -> None:
     if wait:
         change = server.follow(name, change, not as_json)
+    name = _about(change)
     if as_json:
         print(json.dumps(change))
         return
@@ -135,33 +157,38 @@ def list_variants(url: Url = _URL, admin_key_file: KeyFile = None, as_json: Json
     console.print(table)
     for change in found["changes"]:
         if change["state"] == "failed":
-            console.print(f"{change['name']}: {change['kind']} failed: {change['error']['message']}", soft_wrap=True)
+            console.print(f"{_about(change)}: {change['kind']} failed: {change['error']['message']}", soft_wrap=True)
         elif change["state"] != "done":
-            console.print(f"{change['name']}: {change['stage'] or change['state']}, {change['fraction']:.0%}")
+            console.print(f"{_about(change)}: {change['stage'] or change['state']}, {change['fraction']:.0%}")
     room = "what is free" if found["headroom"] is None else format_bytes(found["headroom"])
     console.print(f"{len(found['data'])} of {found['max_variants']} versions; headroom {room}.")
+
+
+def _about(change: dict[str, Any]) -> str:
+    """The name of a variant, or what "-" stands for."""
+    return "the bundle" if change["name"] == _ALL else str(change["name"])
 
 
 @app.command()
 def add(
     name: Name, source: Source, url: Url = _URL, admin_key_file: KeyFile = None, bits: Bits = None,
-    evict: Evict = None, wait: Wait = True, as_json: Json = False,
+    max_kl: MaxKl = None, evict: Evict = None, wait: Wait = True, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve one more variant."""
     server = _Server(url, admin_key_file)
-    body = {"name": name, "source": source, "bits": bits, "evict": evict}
-    _done(server, name, server.call("POST", "", body), wait, as_json, "is served")
+    body = {"name": name, "source": source, "bits": _bits(bits), "max_kl": max_kl, "evict": evict}
+    _done(server, name, server.call("POST", body=body), wait, as_json, "is served")
 
 
 @app.command()
 def replace(
     name: Name, source: Source, url: Url = _URL, admin_key_file: KeyFile = None, bits: Bits = None,
-    evict: Evict = None, wait: Wait = True, as_json: Json = False,
+    max_kl: MaxKl = None, evict: Evict = None, wait: Wait = True, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Let a name mean a new version, in one step, once that is there."""
     server = _Server(url, admin_key_file)
-    body = {"source": source, "bits": bits, "evict": evict}
-    _done(server, name, server.call("PUT", f"/{name}", body), wait, as_json, "is replaced")
+    body = {"source": source, "bits": _bits(bits), "max_kl": max_kl, "evict": evict}
+    _done(server, name, server.call("PUT", name, body=body), wait, as_json, "is replaced")
 
 
 @app.command()
@@ -173,7 +200,7 @@ def patch(
     """Replace a variant by itself with the values of a patch."""
     server = _Server(url, admin_key_file)
     body = {"source": f"{name}+{file}", "evict": evict}
-    _done(server, name, server.call("PUT", f"/{name}", body), wait, as_json, "is patched")
+    _done(server, name, server.call("PUT", name, body=body), wait, as_json, "is patched")
 
 
 @app.command()
@@ -184,7 +211,7 @@ def remove(
 ) -> None:  # fmt: skip
     """Serve a variant no longer."""
     server = _Server(url, admin_key_file)
-    change = server.call("DELETE", f"/{name}?force={str(force).lower()}")
+    change = server.call("DELETE", name, query=f"?force={str(force).lower()}")
     _done(server, name, change, wait, as_json, "is removed")
 
 
@@ -195,13 +222,13 @@ def alias(
     url: Url = _URL, admin_key_file: KeyFile = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Let a name, old or new, mean what another one means."""
-    _pointed(_Server(url, admin_key_file).call("POST", f"/{name}/alias", {"to": to}), name, as_json)
+    _pointed(_Server(url, admin_key_file).call("POST", name, "alias", body={"to": to}), name, as_json)
 
 
 @app.command()
 def rollback(name: Name, url: Url = _URL, admin_key_file: KeyFile = None, as_json: Json = False) -> None:
     """Let a name mean the version before."""
-    _pointed(_Server(url, admin_key_file).call("POST", f"/{name}/rollback"), name, as_json)
+    _pointed(_Server(url, admin_key_file).call("POST", name, "rollback"), name, as_json)
 
 
 @app.command()
@@ -212,11 +239,24 @@ def pin(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Keep a version whatever names mean."""
-    card = _Server(url, admin_key_file).call("POST", f"/{model}/pin", {"pinned": not off})
+    card = _Server(url, admin_key_file).call("POST", model, "pin", body={"pinned": not off})
     if as_json:
         print(json.dumps(card))
     else:
         console.print(f"{card['name']}@{card['version'][:8]} is {'not pinned any more' if off else 'pinned'}.")
+
+
+@app.command()
+def replan(
+    url: Url = _URL, admin_key_file: KeyFile = None,
+    policy: Annotated[str | None, typer.Option(help="as of `polymoe plan`; default that of the bundle")] = None,
+    memory: Annotated[str | None, typer.Option(help="as of `polymoe plan`; default that of the bundle")] = None,
+    wait: Wait = True, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Plan what is served now as a new bundle, from the sources, and switch to it."""
+    server = _Server(url, admin_key_file)
+    change = server.call("POST", _ALL, "replan", body={"policy": policy, "memory": memory})
+    _done(server, _ALL, change, wait, as_json, "is planned anew and served")
 
 
 def _pointed(card: dict[str, Any], name: str, as_json: bool) -> None:

@@ -39,6 +39,7 @@ class AsyncEngineClient:
         self._death: PolymoeError | None = None
         self._closing = False
         self._streams: dict[str, RequestStream] = {}
+        self._last_used: dict[int, float] = {}  # place -> time
 
     # --- life
 
@@ -157,6 +158,7 @@ class AsyncEngineClient:
                     whole=whole,
                 )
                 self._streams[request_id] = stream
+                self._last_used[info.place] = time.monotonic()
             await connection.add(requests)
         except BaseException:
             if self._streams.get(request_id) is stream:
@@ -208,6 +210,7 @@ class AsyncEngineClient:
         """Load a version that a planner wrote; no name means it yet. Raises `ChangeRefusedError` where the engine
         cannot, and `EngineDeadError`; all is as before then. Cancelled, it is given up."""
         info = await self._alive().add_variant(folder, addition)
+        self._last_used[info.place] = time.monotonic()
         try:
             self.processor.add_version(info)
         except PolymoeError as error:
@@ -230,6 +233,10 @@ class AsyncEngineClient:
     def requests_of(self, info: VariantInfo) -> list[str]:
         """Ids of the requests that run on a version."""
         return [request_id for request_id, stream in self._streams.items() if stream.place == info.place]
+
+    def last_used(self, info: VariantInfo) -> float:
+        """When a version was asked last, or was added; on the clock of `time.monotonic`."""
+        return self._last_used.get(info.place, 0.0)
 
     # --- what the engine says
 

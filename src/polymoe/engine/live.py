@@ -86,11 +86,6 @@ class LiveVariants:
     """The places of an engine: `variants` by place, those that leave, and the one that is on its way."""
 
     def __init__(self, core: Core, weights: LiveWeights) -> None:
-        if core.model.runs_per_variant:
-            raise ConfigError(
-                "--max-variants: layers of this architecture run once for each variant of a step, and those of a new "
-                "one are not served yet; leave it out."
-            )
         self._core, self._weights = core, weights
         self._loading: _Loading | None = None
         self._waiting: list[tuple[int, str, Addition]] = []

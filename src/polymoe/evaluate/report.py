@@ -1,5 +1,6 @@
 """`polymoe eval`: texts and checkpoints in, a table and a dictionary out."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from polymoe.offline.calibrate.pairs import read_pairs
 from polymoe.offline.calibrate.text_files import is_sampled
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
 from polymoe.offline.checkpoint.place import Place
+from polymoe.progress import say_stage
 
 
 def run_eval(
@@ -105,7 +107,19 @@ def _samples(bundle: Bundle, index: int, path: Path, window: int | None, limit: 
 
 @contextmanager
 def window_progress(samples: Mapping[str, Samples], console: Console) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each variant; yields `advance(variant, windows)`."""
+    """A bar for each variant, without a terminal a line when one is done; yields `advance(variant, windows)`."""
+    if not console.is_terminal:
+        done, started = dict.fromkeys(samples, 0), time.monotonic()
+
+        def say(name: str, count: int) -> None:
+            nonlocal started
+            done[name] += count
+            if done[name] == (total := len(samples[name].windows)):
+                say_stage(console, f"{name}: {total} windows", time.monotonic() - started)
+                started = time.monotonic()
+
+        yield say
+        return
     with Progress(
         DescriptionColumn(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,

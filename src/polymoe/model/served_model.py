@@ -144,7 +144,7 @@ class ServedModel:
         together = all(spec.together for spec in self._per_variant.values())
         joint = all(spec.joint for spec in self._per_variant.values())
         self.states = SequenceStates(cache_factory(self.model, bundle.config), together, joint)
-        install(self.model, self._per_variant, self.states, self.context)
+        self._run_per_variant = install(self.model, self._per_variant, self.states, self.context)
         self._by_kernels = self._products_by_kernels()
         left = [n for n, p in self.model.named_parameters() if p.is_meta]
         if left:
@@ -247,6 +247,8 @@ class ServedModel:
             set_weight(self.model, name, stack)
         self._groups[-1 - len(self._groups),] = group
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
+        for module in self._run_per_variant:
+            module.renew()
 
     def attach_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Allocate the paged cache and hand it to every attention module."""

@@ -104,6 +104,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     encode = kernels.polymoe_encode_f32
     encode.argtypes = [_POINTER, *[_NUMBER] * 4, *[_POINTER] * 2, *[_FLOAT] * 2, _POINTER, _NUMBER, _POINTER, _INT]
     encode.restype = None
+    for changes in (kernels.polymoe_changes_16, kernels.polymoe_changes_32):
+        changes.argtypes, changes.restype = [*[_POINTER] * 2, *[_NUMBER] * 2, *[_POINTER] * 2], _NUMBER
     kernels.polymoe_spin.argtypes, kernels.polymoe_spin.restype = [_NUMBER], None
     kernels.polymoe_spin(_SPIN if quiet_torch.SLEEPS else _SPIN_BESIDE_TORCH)
     linear.restype = attention.restype = combine.restype = experts.restype = None

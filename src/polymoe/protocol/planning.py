@@ -6,7 +6,7 @@ from polymoe.bundle.live import Addition
 from polymoe.bundle.manifest import FileRecord
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class Job(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """Plan checkpoint `spec` as variant `name` of a served bundle, into the empty folder."""
 
     bundle: str
@@ -14,14 +14,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     spec: str
     folder: str
     free_bytes: int | None = None  # on the device
-    bits: int | None = None  # of corrections; None: lossless
+    bits: int | None = None  # of corrections; None: lossless; 0: as many as there is room for
+    max_kl: float | None = None  # nats a token that may be lost, as predicted: the fewest bits that keep it
+
+
+class PlanJob(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
+    """Plan checkpoints, name -> spec, as a new bundle `out`, which may be replaced."""
+
+    specs: dict[str, str]
+    policy: str
+    memory: str | None
+    out: str
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a job is; the last one has the addition or an error. `deliberate`: one whose message is for users."""
+    """How far a job is; the last one is `done`, with the addition if it made one, or has an error. `deliberate`: one
+    whose message is for users."""
 
     stage: str
     fraction: float
+    done: bool = False
     addition: Addition | None = None
     files: list[FileRecord] = []
     notes: list[str] = []

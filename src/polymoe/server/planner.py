@@ -2,6 +2,7 @@
 again where it was killed."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,12 @@ import msgspec
 from polymoe.bundle.live import Addition
 from polymoe.bundle.manifest import FileRecord
 from polymoe.errors import ChangeRefusedError, PolymoeError
-from polymoe.protocol.planning import Answer, Job
+from polymoe.protocol.planning import Answer, Job, PlanJob
 
+# The planner makes and drops hundreds of megabytes for every layer. glibc would give them back to the system each time,
+# and to get pages takes longer than all that is computed: it keeps them until the job is done, in large pages.
+_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4611686018427387904:glibc.malloc.arena_max=1"
+_TUNABLES = {"GLIBC_TUNABLES": f"{_MALLOC}:glibc.malloc.hugetlb=1"}
 MODULE = "polymoe.offline.addition.process"
 LONGEST_LINE = 64 << 20  # bytes of an answer: the records of all files of a variant
 
@@ -37,6 +42,15 @@ class Planner:
         self, job: Job, progress: Callable[[str, float], None]
     ) -> tuple[Addition, list[FileRecord], list[str]]:
         """(what was planned, its files, notes). Raises `ChangeRefusedError`; cancelled, the process is ended."""
+        answer = await self._run(job, job.name, progress)
+        assert answer.addition is not None
+        return answer.addition, answer.files, answer.notes
+
+    async def plan_bundle(self, job: PlanJob, progress: Callable[[str, float], None]) -> None:
+        """Raises as `plan` does."""
+        await self._run(job, "the bundle", progress)
+
+    async def _run(self, job: Job | PlanJob, name: str, progress: Callable[[str, float], None]) -> Answer:
         async with self._turn:
             await self.start()
             process = self._process
@@ -51,9 +65,9 @@ class Planner:
                     if answer.error is not None:
                         if answer.deliberate:
                             raise ChangeRefusedError(answer.error)
-                        raise PolymoeError(f"planning {job.name} failed: {answer.error}")
-                    if answer.addition is not None:
-                        return answer.addition, answer.files, answer.notes
+                        raise PolymoeError(f"planning {name} failed: {answer.error}")
+                    if answer.done:
+                        return answer
                     if answer.stage != "ready":
                         progress(answer.stage, answer.fraction)
             except (ConnectionError, msgspec.DecodeError):
@@ -63,7 +77,7 @@ class Planner:
                 raise
             await self._end()
             raise ChangeRefusedError(
-                f"the process that planned {job.name} ended unexpectedly; all is as before. Try again.", status=503
+                f"the process that planned {name} ended unexpectedly; all is as before. Try again.", status=503
             )
 
     async def close(self) -> None:
@@ -82,4 +96,5 @@ async def start_process(*arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", MODULE, *arguments,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE,
+        env=_TUNABLES | os.environ,
     )  # fmt: skip

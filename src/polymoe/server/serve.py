@@ -8,18 +8,17 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterator
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeElapsedColumn
 
 from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
-from polymoe.console import Console, DescriptionColumn
+from polymoe.console import Console
 from polymoe.errors import ConfigError
-from polymoe.progress import say_stage
+from polymoe.progress import stage_progress
 from polymoe.server.app import create_app
 from polymoe.server.connection import ACCEPTED_AT_ONCE, Connection, ConnectionLimits
 from polymoe.server.errors import UnavailableError
@@ -89,8 +88,7 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(
     config: EngineConfig, settings: ServerSettings, sock: socket.socket, console: Console, tracer: Tracer | None
 ) -> int:
-    client = AsyncEngineClient(config)
-    app = create_app(client, settings)
+    app = create_app(AsyncEngineClient(config), settings)
     state: ServerState = app.state.server
     state.preparing, state.tracer = True, tracer
     server = HttpServer(uvicorn_config(app, settings))
@@ -101,7 +99,7 @@ async def _serve(
         if number == signal.SIGHUP:
             console.quiet = True  # the terminal may be gone
         if stop.is_set():  # asked twice: do not wait for the running requests
-            client.fail_all(_shutting_down())
+            _client(state).fail_all(_shutting_down())
         stop.set()
 
     signals = stop_signals()
@@ -109,23 +107,23 @@ async def _serve(
         loop.add_signal_handler(number, on_signal, number)
     http = asyncio.create_task(server.serve(sockets=[sock]))
     try:
-        if await _before(stop, _load(client, state, console)):
-            print_summary(console, client, settings.host, sock.getsockname()[1], settings)
+        if await _before(stop, _load(state, console)):
+            print_summary(console, _client(state), settings.host, sock.getsockname()[1], settings)
             state.preparing = False
-            await _before(stop, _attend(client, state, settings, console))
+            await _before(stop, _attend(state, settings, console))
         state.draining = True
-        if not client.dead.is_set():
-            await _drain(client, state, settings.grace)
+        if not state.client.dead.is_set():
+            await _drain(state, settings.grace)
     finally:
         state.draining = server.should_exit = True
         await asyncio.wait({http}, timeout=_LAST_WORDS)
         await state.variants.close()
-        await client.shutdown()
+        await _client(state).shutdown()
         await state.encoder.close()
         await http
         for number in signals:
             loop.remove_signal_handler(number)
-    if client.dead.is_set():
+    if state.client.dead.is_set():
         console.print("The engine stopped unexpectedly; the server ends so that it can be restarted.", style="red")
         return 1
     return 0
@@ -169,8 +167,14 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-async def _load(client: AsyncEngineClient, state: ServerState, console: Console) -> None:
-    with _progress_bars(console) as show:
+def _client(state: ServerState) -> AsyncEngineClient:
+    """That of now: a new plan comes with another engine."""
+    return cast(AsyncEngineClient, state.client)
+
+
+async def _load(state: ServerState, console: Console) -> None:
+    client = _client(state)
+    with stage_progress(console) as show:
 
         def on_progress(stage: str, fraction: float) -> None:
             state.set_progress(stage, fraction)
@@ -186,34 +190,37 @@ async def _load(client: AsyncEngineClient, state: ServerState, console: Console)
         await state.variants.start()
 
 
-async def _attend(client: AsyncEngineClient, state: ServerState, settings: ServerSettings, console: Console) -> None:
+async def _attend(state: ServerState, settings: ServerSettings, console: Console) -> None:
     """Return when the engine has died, and is not to be started again."""
     restarts: deque[float] = deque(maxlen=_MOST_RESTARTS)
     while True:
+        client = _client(state)
         dead = asyncio.create_task(client.dead.wait())
         try:
-            while not (await asyncio.wait({dead}, timeout=_STUCK_EVERY))[0]:
+            while client is state.client and not (await asyncio.wait({dead}, timeout=_STUCK_EVERY))[0]:
                 if settings.restart_engine and client.is_stuck(settings.heartbeat_timeout):
                     console.print("The engine makes no progress; it is ended.", style="red")
                     client.kill()
         finally:
             dead.cancel()
+        if client is not state.client:
+            continue
         often = len(restarts) == _MOST_RESTARTS and time.monotonic() - restarts[0] < _RESTARTS_WITHIN
         if not settings.restart_engine or often:
             return
         restarts.append(time.monotonic())
         state.metrics.engine_restarts.inc()
         console.print("The engine stopped unexpectedly; it is started again.", style="red")
-        await _load(client, state, console)
+        await _load(state, console)
 
 
-async def _drain(client: AsyncEngineClient, state: ServerState, grace: float) -> None:
+async def _drain(state: ServerState, grace: float) -> None:
     """Wait for the running requests, while new ones are told to go elsewhere; what has not ended after `grace` seconds
     ends with an error."""
     deadline = time.monotonic() + grace
-    while state.in_flight and time.monotonic() < deadline and not client.dead.is_set():
+    while state.in_flight and time.monotonic() < deadline and not state.client.dead.is_set():
         await asyncio.sleep(_LOOK_EVERY)
-    client.fail_all(_shutting_down())
+    _client(state).fail_all(_shutting_down())
 
 
 def _shutting_down() -> UnavailableError:
@@ -234,28 +241,3 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
         for future in (task, stopped):
             future.cancel()
         await asyncio.gather(task, stopped, return_exceptions=True)
-
-
-@contextlib.contextmanager
-def _progress_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """One bar a stage; where there is no terminal, one line a stage that took a while."""
-    if not console.is_terminal:
-        started: dict[str, float] = {}
-
-        def say(stage: str, fraction: float) -> None:
-            began = started.setdefault(stage, time.monotonic())
-            if fraction >= 1:
-                say_stage(console, stage, time.monotonic() - began)
-
-        yield say
-        return
-    columns = (DescriptionColumn(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
-
-        def show(stage: str, fraction: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=1.0)
-            progress.update(tasks[stage], completed=fraction)
-
-        yield show

@@ -39,6 +39,9 @@ class Watched(Protocol):
     draining: bool
     progress: tuple[str, float]
 
+    @property
+    def revision(self) -> int: ...
+
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Lists are by variant, in the order of the engine's info; rates are a second, times are seconds."""
@@ -48,6 +51,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     stage: str = ""
     fraction: float = 0.0
     variants: list[str] = []
+    revision: int = 0  # of the set of variants: grows with each change
     running: list[int] = []
     waiting: list[int] = []
     kv_usage: float = 0.0
@@ -163,7 +167,7 @@ class Snapshots:
         latencies = [recent.percentiles(name) for name in names]
 
         def rate(count: float) -> float:
-            return round(count / span, 3)
+            return round(max(count, 0.0) / span, 3)  # another engine counts from 0
 
         found: dict[str, Any] = {
             "tokens": [rate(0 if one is None else one.tokens) for one in done],
@@ -188,7 +192,8 @@ class Snapshots:
                 "reconfiguration_bytes": rate(stats.reconfiguration_bytes - before.reconfiguration_bytes),
                 "host_bytes": rate(stats.expert_host_bytes - before.expert_host_bytes),
             }
-        return Snapshot(time=now, status=status, stage="", fraction=1.0, variants=names, **found)
+        found |= {"variants": names, "revision": self._state.revision}
+        return Snapshot(time=now, status=status, stage="", fraction=1.0, **found)
 
 
 def _of(names: list[str], counted: list[str], values: list[int]) -> list[int]:

@@ -33,8 +33,17 @@ class ServerState:
 
     def __post_init__(self) -> None:
         # Other clients' engines hold what was planned (`max_variants` is 0), and nothing more is asked of them.
-        self.variants = Variants(cast(AsyncEngineClient, self.client), self.settings)
+        self.variants = Variants(cast(AsyncEngineClient, self.client), self.settings, self._switch)
         self.snapshots = Snapshots(self)
+
+    @property
+    def revision(self) -> int:
+        """Of the set of variants: it grows with each change."""
+        return self.variants.set.revision
+
+    def _switch(self, client: AsyncEngineClient) -> None:
+        """From now on requests go to another engine."""
+        self.client = client
 
     def set_progress(self, stage: str, fraction: float) -> None:
         self.progress = (stage, fraction)

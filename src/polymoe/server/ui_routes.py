@@ -77,6 +77,7 @@ async def about(request: Request) -> Response:
         "stage": stage,
         "fraction": fraction,
         "log_prompts": state.settings.log_prompts,
+        "admin": state.settings.admin_key is not None and state.settings.variants_root is not None,
     })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from polymoe.server.schemas import ErrorFields
 from polymoe.server.strict import Strict
+from polymoe.server.variant_change import Evict, Fit
 
 _Source = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -13,13 +14,19 @@ _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 class ReplaceVariantRequest(Strict):
     """source: PATH, BASE+ADAPTER or BASE+PATCH below the server's --variants-root; BASE may be a variant. bits: of
-    corrections on what is there; lossless without. evict "previous": versions held for rollback make room. wait: answer
-    when it is done."""
+    corrections on what is there, "auto": as many as there is room for; lossless without. max_kl: nats a token that may
+    be lost, as predicted; the fewest bits that keep it. evict: what makes room, versions held
+    for rollback ("previous"), then added ones that nobody asked for longest ("unused"). wait: answer when done."""
 
     source: _Source
-    bits: Annotated[int, Field(ge=1, le=5)] | None = None
-    evict: Literal["none", "previous"] | None = None
+    bits: Annotated[int, Field(ge=1, le=5)] | Literal["auto"] | None = None
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    evict: Evict | None = None
     wait: bool | None = None
+
+    @property
+    def fit(self) -> Fit:
+        return Fit(0 if isinstance(self.bits, str) else self.bits, self.max_kl)
 
 
 class AddVariantRequest(ReplaceVariantRequest):
@@ -34,6 +41,14 @@ class AliasRequest(Strict):
 
 class PinRequest(Strict):
     pinned: bool | None = None  # default true
+
+
+class ReplanRequest(Strict):
+    """policy, memory: as of `polymoe plan`; default those of the bundle. wait: answer when it is done."""
+
+    policy: _Name | None = None
+    memory: _Name | None = None
+    wait: bool | None = None
 
 
 class VariantCard(BaseModel):
@@ -56,11 +71,11 @@ class VariantCard(BaseModel):
 
 
 class VariantChange(BaseModel):
-    """How far a change is."""
+    """How far a change is. name: "-" of one that is about all variants."""
 
     object: Literal["variant.change"]
     name: str
-    kind: Literal["add", "replace", "remove"]
+    kind: Literal["add", "replace", "remove", "replan"]
     state: Literal["planning", "loading", "writing", "draining", "done", "failed"]
     stage: str
     fraction: float

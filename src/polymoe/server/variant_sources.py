@@ -22,7 +22,7 @@ def resolve_source(spec: str, root: Path | None, manifest: Manifest, versions: V
             f"{spec[:200]!r} names no checkpoint; give PATH, BASE+ADAPTER or BASE+PATCH.", param="source"
         )
     first = versions.find(parts[0])
-    found = [_source_of(first, manifest)] if first is not None else [str(_inside(parts[0], root, spec))]
+    found = [source_of(first, manifest)] if first is not None else [str(_inside(parts[0], root, spec))]
     return "+".join([*found, *(str(_inside(part, root, spec)) for part in parts[1:])])
 
 
@@ -44,8 +44,8 @@ def _inside(part: str, root: Path, spec: str) -> Path:
     return real
 
 
-def _source_of(variant: VariantInfo, manifest: Manifest) -> str:
-    """The checkpoint of a variant that is held."""
+def source_of(variant: VariantInfo, manifest: Manifest) -> str:
+    """The checkpoint of a variant that is held. Raises `ChangeRefusedError` where that is gone."""
     paths = {record.version: record.source_path for record in manifest.variants}
     paths |= {addition.version: addition.source_path for addition in manifest.live_state.additions}
     path = paths[variant.version]

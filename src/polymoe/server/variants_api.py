@@ -12,6 +12,7 @@ from polymoe.protocol.info import VariantInfo
 from polymoe.server.errors import AuthenticationError, error_body
 from polymoe.server.middleware import ADMIN_PATH, given_key
 from polymoe.server.openapi import answers
+from polymoe.server.replan import REPLAN
 from polymoe.server.state import ServerState
 from polymoe.server.stream import JsonResponse
 from polymoe.server.variant_change import Change
@@ -20,6 +21,7 @@ from polymoe.server.variant_fields import (
     AliasRequest,
     PinRequest,
     ReplaceVariantRequest,
+    ReplanRequest,
     VariantCard,
     VariantChange,
     VariantList,
@@ -47,6 +49,7 @@ def add_variant_routes(app: FastAPI) -> None:
         (f"{one}/alias", alias_variant, "POST", pointed),
         (f"{one}/rollback", roll_back, "POST", pointed),
         (f"{one}/pin", pin_variant, "POST", pointed),
+        (f"{ADMIN_PATH}/{REPLAN}/replan", replan, "POST", changed),
     ):
         app.add_api_route(
             path, endpoint, methods=[method], response_model=None, response_class=JSONResponse, responses=responses
@@ -75,9 +78,9 @@ async def list_variants(request: Request) -> Response:
     state: ServerState = request.app.state.server
     stats = await state.client.stats()
     info = state.client.info
-    held = [*state.client.processor.versions.held.values(), *variants.draining.values()]
+    held = [*state.client.processor.versions.held.values(), *variants.set.draining.values()]
     cards = [_card(variants, version, stats.in_flight.get(version.version, 0)) for version in held]
-    changes = [_change(change) for change in variants.changes.values()]
+    changes = [_change(change) for change in variants.changes.last.values()]
     room = {"max_variants": info.max_variants, "headroom": info.headroom, "added_bytes": stats.added_bytes}
     return JsonResponse({"object": "list", "data": cards, "changes": changes, **room})
 
@@ -85,7 +88,7 @@ async def list_variants(request: Request) -> Response:
 async def get_change(request: Request, name: str) -> Response:
     """The last change of a name."""
     variants = _admin(request)
-    change = variants.changes.get(name)
+    change = variants.changes.last.get(name)
     if change is None:
         error = RequestError(f"Nothing was changed about {name[:80]} since the start.", param="name")
         error.status = 404
@@ -96,15 +99,15 @@ async def get_change(request: Request, name: str) -> Response:
 async def add_variant(request: Request, body: AddVariantRequest) -> Response:
     """Add a variant: 202 when it has begun, or with `wait` 200 when it is served."""
     variants = _admin(request)
-    change = await variants.add(body.name, body.source, bits=body.bits, evict=body.evict == "previous")
+    change = await variants.add(body.name, body.source, fit=body.fit, evict=body.evict or "none")
     return await _answer(variants, change, bool(body.wait))
 
 
 async def replace_variant(request: Request, name: str, body: ReplaceVariantRequest) -> Response:
     """Let a name mean a new version, in one step, once that is there."""
     variants = _admin(request)
-    evict = body.evict == "previous"
-    change = await variants.add(name, body.source, bits=body.bits, evict=evict, replaces=True)
+    evict = body.evict or "none"
+    change = await variants.add(name, body.source, fit=body.fit, evict=evict, replaces=True)
     return await _answer(variants, change, bool(body.wait))
 
 
@@ -132,9 +135,15 @@ async def pin_variant(request: Request, name: str, body: PinRequest) -> Response
     return JsonResponse(_card(variants, await variants.pin(name, body.pinned is not False)))
 
 
+async def replan(request: Request, body: ReplanRequest) -> Response:
+    """Plan a new bundle from the sources of what names mean, and switch to it."""
+    variants = _admin(request)
+    return await _answer(variants, await variants.replan(body.policy, body.memory), bool(body.wait))
+
+
 async def _answer(variants: Variants, change: Change, wait: bool) -> Response:
     if wait:
-        await variants.wait(change)
+        await variants.changes.wait(change)
         if change.error is not None:
             raise change.error
     return JsonResponse(_change(change), status_code=202 if change.is_open else 200)
@@ -156,16 +165,16 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _card(variants: Variants, info: VariantInfo, in_flight: int | None = None) -> dict[str, Any]:
-    names = [name for name, meant in variants.names.items() if meant.place == info.place]
-    before = [name for name, version in variants.previous.items() if version.place == info.place]
-    state = "draining" if info.place in variants.draining else "serving" if names else "held"
+    names = [name for name, meant in variants.set.names.items() if meant.place == info.place]
+    before = [name for name, version in variants.set.previous.items() if version.place == info.place]
+    state = "draining" if info.place in variants.set.draining else "serving" if names else "held"
     return {
         "object": "variant",
         "name": info.name,
         "version": info.version,
         "names": names,
         "state": state,
-        "pinned": info.place in variants.pinned,
+        "pinned": info.place in variants.set.pinned,
         "previous_of": before,
         "source": info.root,
         "bytes": info.device_bytes,

@@ -39,6 +39,10 @@ class PerVariantModule:
         self._stock = with_fast_operations(module)
         self._names = argument_names(module)
 
+    def renew(self) -> None:
+        """After a weight of the module became a stack."""
+        self._weights = PlainWeights(self._module)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         spec = self._spec
         leaves, tree = flat_call(self._names, args, kwargs)
@@ -144,9 +148,12 @@ def attend_as_stock(module: torch.nn.Module) -> None:
 
 def install(
     model: torch.nn.Module, specs: Mapping[str, PerVariantSpec], states: SequenceStates, context: ForwardContext
-) -> None:
-    """Replace the forward of each module named in `specs`, whose weights are in place."""
+) -> list[PerVariantModule]:
+    """Replace the forward of each module named in `specs`, whose weights are in place. Returns what replaced them."""
+    installed = []
     for path, spec in specs.items():
         module: Any = model.get_submodule(path)
         attend_as_stock(module)
         module.forward = PerVariantModule(module, spec, states, context)
+        installed.append(module.forward)
+    return installed

@@ -87,10 +87,6 @@ def _find(pools: dict[str, int], index: int, levels: str) -> tuple[Format, int]:
     raise IndexError(index)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and not bool(changed(a, b).any())
-
-
 def nearest(weights: Expert, others: Iterator[tuple[int, Expert]]) -> tuple[int, float] | None:
     """(key, share of equal values) of the expert with the most values in common with `weights`, by a sample of each
     tensor; None where there is none to compare with."""

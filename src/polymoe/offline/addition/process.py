@@ -7,6 +7,7 @@ imported is imported before the first job comes.
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
@@ -22,23 +23,45 @@ import torch
 
 from polymoe.bundle.reader import Bundle
 from polymoe.errors import PolymoeError, explain
+from polymoe.offline.addition.bits import write_fitting
 from polymoe.offline.addition.new_variant import open_new
-from polymoe.offline.addition.write_addition import write_addition
-from polymoe.protocol.planning import Answer, Job
+from polymoe.offline.api import make_plan
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.progress import Listener
+from polymoe.protocol.planning import Answer, Job, PlanJob
 
 _NICE = 15
+_PR_SET_PDEATHSIG = 1
 
 
-def run(job: Job, answer: Callable[[Answer], None]) -> Answer:
+def run(job: Job | PlanJob, answer: Callable[[Answer], None]) -> Answer:
     """Raises what planning raises."""
+    if isinstance(job, PlanJob):
+        listener = Listener(lambda stage, fraction: answer(Answer(stage=stage, fraction=fraction)))
+        options = PlanOptions(accept_unrelated=True)  # they are served together already
+        make_plan(job.specs, job.policy, job.memory, job.out, True, listener, options)
+        return Answer(stage="planned", fraction=1.0, done=True)
     answer(Answer(stage="reading", fraction=0.0))
     bundle = Bundle.open(job.bundle)
     new = open_new(bundle, job.name, job.spec)
-    addition, files = write_addition(
-        bundle, new, Path(job.folder), job.free_bytes, job.bits,
+    addition, files = write_fitting(
+        bundle, new, Path(job.folder), job.free_bytes, job.bits, job.max_kl,
         lambda stage, fraction: answer(Answer(stage=stage, fraction=fraction)),
     )  # fmt: skip
-    return Answer(stage="planned", fraction=1.0, addition=addition, files=files, notes=new.notes)
+    return Answer(stage="planned", fraction=1.0, done=True, addition=addition, files=files, notes=new.notes)
+
+
+def _end_with_parent() -> None:
+    """A server that was killed leaves no planner behind, however long its job is (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _give_back_memory() -> None:
+    """What the server's `planner.py` lets the allocator keep during a job (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def main() -> int:
@@ -46,6 +69,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     threads = parser.parse_args().threads
     os.nice(_NICE)
+    _end_with_parent()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     if threads:
@@ -62,7 +86,7 @@ def main() -> int:
     answer(Answer(stage="ready", fraction=0.0))
     for line in sys.stdin.buffer:
         try:
-            answer(run(msgspec.json.decode(line, type=Job), answer))
+            answer(run(msgspec.json.decode(line, type=Job | PlanJob), answer))
         except BrokenPipeError:
             return 0
         except (PolymoeError, OSError) as error:
@@ -71,6 +95,7 @@ def main() -> int:
             )
         except Exception as error:
             answer(Answer(stage="failed", fraction=0.0, error=f"{type(error).__name__}: {error}", deliberate=False))
+        _give_back_memory()
     return 0
 
 

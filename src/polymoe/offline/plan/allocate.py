@@ -78,8 +78,8 @@ def auto_plan(
         _check_minimum(choices, budget_bytes, beside, scan)
         chosen = choices.best(budget_bytes, trusted=on_text)
     plan = _plan(choices, chosen, scan, "mean" if calibration is None else "regmean", list(others.options))
-    # Its points are budgets of experts alone.
-    return plan if of_all else replace(plan, dial=dial(choices, errors.top1_per_root_kl, trusted=on_text))
+    points = dial(choices, errors.top1_per_root_kl, on_text, beside)
+    return replace(plan, dial=points, dial_of_all=of_all)
 
 
 def offer_host(options: list[list[Option]], traffic: FloatArray, share: float, console: Console | None) -> None:

@@ -11,10 +11,11 @@ from polymoe.offline.plan.quantisation_error import FloatArray
 _POINTS = 12
 
 
-def dial(choices: Choices, top1_per_root_kl: FloatArray, trusted: bool) -> tuple[DialPoint, ...]:
+def dial(choices: Choices, top1_per_root_kl: FloatArray, trusted: bool, beside: int = 0) -> tuple[DialPoint, ...]:
     """Points between the fewest bytes and those that lose nothing, by bytes; each has less error than the one before.
 
-    Cheaper than a plan: the variants have equal weights. trusted: as for `Choices.best`.
+    Cheaper than a plan: the variants have equal weights. trusted: as for `Choices.best`. beside: bytes
+    of what is not chosen for, which the points have too.
     """
     nothing_lost = np.where(np.isfinite(choices.bytes) & (choices.error.sum(axis=2) == 0), choices.bytes, np.inf)
     most = nothing_lost.min(axis=1).sum()
@@ -27,7 +28,7 @@ def dial(choices: Choices, top1_per_root_kl: FloatArray, trusted: bool) -> tuple
         chosen = choices.quick(within, weights, trusted)
         num_bytes, error = choices.total(chosen)
         point = DialPoint(
-            expert_bytes=num_bytes,
+            expert_bytes=num_bytes + beside,
             kl=float(error.mean()),
             top1=float(np.clip(1 - top1_per_root_kl * np.sqrt(error), 0, 1).mean()),
         )

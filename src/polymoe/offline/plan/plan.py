@@ -65,6 +65,7 @@ class Plan:
     predicted_error: NDArray[np.float64] | None = None
     position_error: NDArray[np.float64] | None = None
     dial: tuple[DialPoint, ...] = ()
+    dial_of_all: bool = False  # its bytes are those of all weights
     nonexperts: Mapping[str, tuple[str, str]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:

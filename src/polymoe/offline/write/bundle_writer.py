@@ -235,6 +235,7 @@ class _Writer:
             bytes_per_expert_parameter=(base_bytes + delta_bytes) / parameters,
             files=self.files,
             dial=list(self.plan.dial),
+            dial_of="all" if self.plan.dial_of_all else "experts",
             position_errors=[] if errors is None else [[float(f"{e:.3g}") for e in layer] for layer in errors],
         )
 
