@@ -71,6 +71,7 @@ class AsyncEngineClient:
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._on_progress: Callable[[str, float], None] | None = None
         self._processor: OutputProcessor | None = None
+        self._beside: OutputProcessor | None = None  # whose tokenizers and grammars are used too
         self._info: EngineInfo | None = None
         self._death: PolymoeError | None = None
         self._closing = False
@@ -86,18 +87,14 @@ class AsyncEngineClient:
     async def start(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """Start the process and wait until it has loaded. Raises `PolymoeError` when it cannot."""
         self._on_progress = on_progress
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_process(self.module, theirs.fileno())
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         self._ready = asyncio.get_running_loop().create_future()
-        self._send(Start(self.config))
+        reader, self._writer = await self._open()
         self._reader_task = asyncio.create_task(self._read(reader))
         imported = asyncio.create_task(asyncio.to_thread(importlib.import_module, "transformers.models.auto"))
         try:
             info = await self._ready
             await imported  # for the tokenizers; while the engine loaded
-            processor = OutputProcessor(info)
+            processor = OutputProcessor(info, self._beside)
             await asyncio.to_thread(processor.load_tokenizers)
         except BaseException:
             await self.shutdown(0.0)
@@ -105,6 +102,15 @@ class AsyncEngineClient:
         self._info, self._processor = msgspec.structs.replace(info, variants=processor.versions.named()), processor
         self._heartbeat = asyncio.create_task(self._beat())
         return info
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The way to an engine that has been told what to load."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = start_process(self.module, theirs.fileno())
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(frame(Start(self.config)))
+        return reader, writer
 
     async def restart(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """After the engine's death: another process. Raises as `start`."""
@@ -167,6 +173,11 @@ class AsyncEngineClient:
         """Ids of the requests that somebody still waits for."""
         return list(self._streams)
 
+    @property
+    def num_sequences(self) -> int:
+        """Those that run or wait for somebody here."""
+        return 0 if self._processor is None else self._processor.num_sequences
+
     def is_stuck(self, timeout: float) -> bool:
         """Whether there is work, or a question, but nothing was heard for `timeout` seconds."""
         return bool(self._streams or self._stats_waiters) and time.monotonic() - self.last_progress > timeout
@@ -183,9 +194,11 @@ class AsyncEngineClient:
         cache_salt: str = "",
         qos: QoS = _EQUAL,
         whole: bool = True,
+        stream: RequestStream | None = None,
     ) -> RequestStream:
         """Give prompts to the engine, all or none. What is wrong with them is found here; whether there is room
         for them is for the engine to say. Not `whole`: the stream's results have no text, tokens and logprobs.
+        `stream`: takes what comes, in place of a new one.
 
         Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
         `EngineDeadError`.
@@ -196,7 +209,7 @@ class AsyncEngineClient:
         _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
             self.last_progress = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(request_id, len(prompts), self.abort, sampling.n)
+        stream = stream or RequestStream(request_id, len(prompts), self.abort, sampling.n)
         submission = next(self._submissions)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
