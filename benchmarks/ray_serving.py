@@ -1,10 +1,11 @@
 """What Ray adds: one server against one and two replicas of one core, on this machine.
 
-    python benchmarks/ray_serving.py [--requests 96] [--in-flight 16] [--tokens 48]
+    python benchmarks/ray_serving.py [--requests 64] [--in-flight 16] [--tokens 48]
 
-A random family of a 110M-parameter Mixtral in bfloat16, two variants, prompts of 64 token ids. The clients, Ray's own
-processes and the ingress share the cores with the engines. CPU a token is that of all of Ray's processes but the
-engines, while streams run, above what they take when nothing runs.
+A random family of a 110M-parameter Mixtral in bfloat16, two variants, prompts of 64 token ids, `--in-flight` requests
+for each replica. The clients, Ray's own processes and the ingress share the cores with the engines: two servers without
+Ray (`servers`) are what the machine has to give. CPU a streamed token is told for each kind of process, above what it
+takes when nothing runs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from polymoe.bench.written_family import write_variant
 from polymoe.deploy.build import build_app
 from polymoe.deploy.config import DeployConfig, Pool
 from polymoe.deploy.installed import require_ray
+from polymoe.deploy.run import start_serve
 from polymoe.offline.api import make_plan
 from polymoe.server.settings import ServerSettings
 
@@ -108,64 +110,85 @@ def wait_until_ready(url: str) -> None:
     raise TimeoutError("the server does not become ready")
 
 
-def ray_cpu() -> float:
-    """CPU seconds so far of this process's descendants, without engines."""
-    total = 0.0
-    for process in psutil.Process().children(recursive=True):
+KINDS = {"polymoe.engine.process": "engines", ":ingress": "ingress", ":pool": "replicas"}
+
+
+def cpu_by_kind() -> dict[str, float]:
+    """CPU seconds so far of this process, which is the clients, and of its descendants."""
+    total = dict.fromkeys(("clients", "engines", "ingress", "replicas", "ray"), 0.0)
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         try:
-            if "polymoe.engine.process" not in process.cmdline():
-                times = process.cpu_times()
-                total += times.user + times.system
+            line, times = " ".join(process.cmdline()), process.cpu_times()
         except psutil.Error:
             continue
+        kind = next((kind for text, kind in KINDS.items() if text in line), "ray")
+        total["clients" if process.pid == os.getpid() else kind] += times.user + times.system
     return total
 
 
-def alone(bundle: Path, options: argparse.Namespace) -> dict[str, float]:
-    port = free_port()
-    command = [
-        sys.executable, "-c", "from polymoe.cli.main import main; main()", "serve", str(bundle), "--port", str(port),
-        "--threads", "1", "--kv-cache", str(KV), "--device", "cpu",
-    ]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def alone(bundle: Path, count: int, options: argparse.Namespace) -> dict[str, float]:
+    """As many servers of one core, each with its own clients."""
+    ports = [free_port() for _ in range(count)]
+    servers = []
+    for port in ports:
+        command = [
+            sys.executable, "-c", "from polymoe.cli.main import main; main()", "serve", str(bundle),
+            "--port", str(port), "--threads", "1", "--kv-cache", str(KV), "--device", "cpu",
+        ]  # fmt: skip
+        servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url)
-        return measure(Load(url, options.tokens), options)
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        for url in urls:
+            wait_until_ready(url)
+        return measure([Load(url, options.tokens, seed) for seed, url in enumerate(urls)], options)
     finally:
-        server.terminate()
-        server.wait(30)
+        for server in servers:
+            server.terminate()
+            server.wait(30)
 
 
-def measure(load: Load, options: argparse.Namespace) -> dict[str, float]:
-    asyncio.run(load.throughput(8, 4))  # warm
-    first = asyncio.run(load.first_tokens(options.first))
-    rate = asyncio.run(load.throughput(options.requests, options.in_flight))
-    return {"p50_first_token_ms": round(1000 * statistics.median(first), 2), "tokens_per_second": round(rate, 1)}
+def measure(loads: list[Load], options: argparse.Namespace, replicas: int = 1) -> dict[str, float]:
+    async def rate(count: int, in_flight: int) -> float:
+        return sum(await asyncio.gather(*(load.throughput(count, in_flight) for load in loads)))
+
+    asyncio.run(rate(8, 4))  # warm
+    first = asyncio.run(loads[0].first_tokens(options.first))
+    found = asyncio.run(rate(options.requests * replicas, options.in_flight * replicas))
+    return {"p50_first_token_ms": round(1000 * statistics.median(first), 2), "tokens_per_second": round(found, 1)}
 
 
-def with_ray(bundle: Path, replicas: int, port: int, options: argparse.Namespace) -> dict[str, float]:
+def with_ray(bundle: Path, replicas: int, port: int, options: argparse.Namespace) -> dict[str, Any]:
     from ray import serve
 
+    config = config_of(bundle, replicas, port)
+    serve.run(build_app(config), name="bench", route_prefix=None)
+    load = Load(f"http://127.0.0.1:{port}", options.tokens)
+    found: dict[str, Any] = measure([load], options, replicas)
+    began, before = time.monotonic(), cpu_by_kind()
+    time.sleep(3.0)
+    idle = {kind: (seconds - before[kind]) / (time.monotonic() - began) for kind, seconds in cpu_by_kind().items()}
+    count = options.requests // 2 * replicas
+    began, before = time.monotonic(), cpu_by_kind()
+    asyncio.run(load.throughput(count, options.in_flight * replicas, stream=True))
+    took = time.monotonic() - began
+    found["streamed_tokens_per_second"] = round(count * options.tokens / took, 1)
+    found["cpu_ms_per_streamed_token"] = {
+        kind: round(1000 * (seconds - before[kind] - idle[kind] * took) / (count * options.tokens), 3)
+        for kind, seconds in cpu_by_kind().items()
+    }
+    found["idle_cpu_percent"] = {kind: round(100 * share, 1) for kind, share in idle.items()}
+    return found
+
+
+def config_of(bundle: Path, replicas: int, port: int) -> DeployConfig:
     engine = {"num_threads": 1, "kv_cache_bytes": KV, "device": "cpu"}
     pool = Pool(name="pool", sources=[str(bundle)], replicas=replicas, cpus=1.0, engine=engine)
-    config = DeployConfig(server=ServerSettings(port=port), pools=(pool,))
-    serve.run(build_app(config), name="bench")
-    load = Load(f"http://127.0.0.1:{port}", options.tokens)
-    found = measure(load, options)
-    began, cpu = time.monotonic(), ray_cpu()
-    time.sleep(3.0)
-    idle = (ray_cpu() - cpu) / (time.monotonic() - began)
-    began, cpu = time.monotonic(), ray_cpu()
-    asyncio.run(load.throughput(options.requests // 2, options.in_flight, stream=True))
-    used = ray_cpu() - cpu - idle * (time.monotonic() - began)
-    found["cpu_ms_per_streamed_token"] = round(1000 * used / (options.requests // 2 * options.tokens), 3)
-    return found
+    return DeployConfig(server=ServerSettings(port=port), pools=(pool,))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("requests", 96), ("in-flight", 16), ("tokens", 48), ("first", 40)):
+    for name, value in (("requests", 64), ("in-flight", 16), ("tokens", 48), ("first", 40)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -175,11 +198,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_bundle(Path(folder))
-        found: dict[str, Any] = {"cores": os.cpu_count(), "server": alone(bundle, options)}
+        found: dict[str, Any] = {"cores": os.cpu_count()}
+        found["server"], found["servers"] = (alone(bundle, count, options) for count in (1, 2))
+        print(json.dumps(found), file=sys.stderr, flush=True)
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
         try:
             port = free_port()
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            start_serve(config_of(bundle, 1, port))
             for replicas in (1, 2):
                 found[f"ray_{replicas}"] = with_ray(bundle, replicas, port, options)
                 print(json.dumps(found), file=sys.stderr, flush=True)
@@ -188,6 +213,9 @@ def main() -> None:
             ray.shutdown()
     one, two = found["ray_1"], found["ray_2"]
     found["two_over_one"] = round(two["tokens_per_second"] / one["tokens_per_second"], 3)
+    found["two_servers_over_one"] = round(
+        found["servers"]["tokens_per_second"] / found["server"]["tokens_per_second"], 3
+    )
     found["added_first_token_ms"] = round(one["p50_first_token_ms"] - found["server"]["p50_first_token_ms"], 2)
     print(json.dumps(found))
 

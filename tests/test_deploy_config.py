@@ -13,13 +13,11 @@ from polymoe.cli.main import app
 from polymoe.deploy import build_app
 from polymoe.deploy.check import check_bundles, check_resources
 from polymoe.deploy.config import DeployConfig, of_table, read_deploy_config
-from polymoe.deploy.merge import merged_info, merged_stats
-from polymoe.deploy.wire import Generate, Progressed, decode_answer, decode_generate, encode
+from polymoe.deploy.merge import merged_info, merged_stats, renumbered
 from polymoe.engine.core import EngineCore
 from polymoe.errors import ConfigError
 from polymoe.offline.api import make_plan
-from polymoe.protocol.messages import Accepted
-from polymoe.protocol.request import QoS, SamplingParams
+from polymoe.server.settings import ServerSettings
 from servers import engine_config
 
 TWO = """
@@ -77,13 +75,34 @@ def test_what_a_file_says() -> None:
         ('"base=a", "code=b"', '"base=a", "bundle"', "one bundle, or checkpoints"),
         ('"base=a", "code=b"', "", "name a bundle or checkpoints"),
         ("max_replicas = 4", "max_replicas = 0", "min_replicas must be"),
+        ("max_replicas = 4", "max_replicas = 4, ongoing_requests = 0", "ongoing_requests must be more than 0"),
+        ("max_replicas = 4", "max_replicas = 4, first_token = -1", "first_token must be at least 0"),
         ("[server]", "[sever]", "there is no option 'sever'"),
+        ("[server]", 'http = "nginx"\n[server]', 'http is "ingress" or "proxy"'),
+        (
+            "[server]",
+            'http = "proxy"\n[server]\nmax_connections = 5',
+            "no effect where Ray's proxy has the connections",
+        ),
+        ("port = 9000", "port = 0", "choose a port"),
+        ('name = "code"', 'name = "limits"', "that name is taken"),
     ],
 )
 def test_what_is_refused(old: str, new: str, message: str) -> None:
     assert old in TWO
     with pytest.raises(ConfigError, match=message):
         read(TWO.replace(old, new))
+
+
+def test_connections_belong_to_the_ingress_unless_a_proxy_has_them() -> None:
+    assert read(TWO.replace("port = 9000", "max_connections = 5")).server.max_connections == 5
+
+
+def test_one_ingress_changes_variants() -> None:
+    config = read(TWO)
+    server = ServerSettings(port=9000, api_key="key", admin_key="secret")
+    with pytest.raises(ConfigError, match="with an admin key there is one ingress"):
+        DeployConfig(server=server, pools=config.pools, ingresses=2)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -174,18 +193,13 @@ def test_the_command_says_what_is_missing(
 def test_figures_of_replicas_are_summed_by_variant(bundles: dict[str, Path]) -> None:
     """Two replicas of `one` and one of `part`, which has `base` only."""
     one, part = (EngineCore(engine_config(bundles[name], slots=1, prefetch=False)) for name in ("one", "part"))
-    info = merged_info({"a": one.info, "b": part.info})
-    assert [variant.name for variant in info.variants] == ["base", "v1"]
+    places: dict[str, int] = {}
+    infos = {pool: renumbered(each.info, places) for pool, each in (("b", part), ("a", one))}
+    info = merged_info(infos)
+    assert [(variant.name, variant.place) for variant in info.variants] == [("base", 0), ("v1", 1)]
+    assert info.names == {"base": 0, "v1": 1} == merged_info({"a": infos["a"]}).names
     busy = msgspec.structs.replace(one.stats(), running=[1, 2], kv_usage=0.5, loaded=[1])
-    total = merged_stats(info, [(one.info, busy), (one.info, busy), (part.info, part.stats())])
+    total = merged_stats([busy, busy, part.stats()])
     assert (total.running, total.loaded) == ([2, 4], [0, 1])
     assert total.kv_usage == pytest.approx(1 / 3)
     assert total.resident_bytes["tables"] == 2 * busy.resident_bytes["tables"] + part.stats().resident_bytes["tables"]
-
-
-def test_the_wire_keeps_what_is_sent() -> None:
-    asked = Generate(request_id="r", variant="base", prompts=[("a", [1]), (None, [2])], cache_salt="s",
-                     sampling=SamplingParams(temperature=0.5, logit_bias={7: 1.0}), qos=QoS(tenant="t"))  # fmt: skip
-    assert decode_generate(encode(asked)) == asked
-    for answer in (Accepted(0), Progressed([], [])):
-        assert decode_answer(encode(answer)) == answer

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import msgspec
 
 from polymoe.bundle.live import Addition
-from polymoe.client.connection import Connection
+from polymoe.client.connection import Connection, Engine, EngineProcess
 from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionChunk
@@ -35,6 +35,7 @@ class AsyncEngineClient:
         self._connection: Connection | None = None
         self._heartbeat: asyncio.Task[None] | None = None
         self._processor: OutputProcessor | None = None
+        self._beside: OutputProcessor | None = None  # whose tokenizers and grammars are used too
         self._info: EngineInfo | None = None
         self._death: PolymoeError | None = None
         self._closing = False
@@ -45,12 +46,12 @@ class AsyncEngineClient:
 
     async def start(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """Start the process and wait until it has loaded. Raises `PolymoeError` when it cannot."""
-        self._connection = Connection(self.module, self._take, on_progress, self._end)
+        self._connection = Connection(self._engine(), self._take, on_progress, self._end)
         imported = asyncio.create_task(asyncio.to_thread(importlib.import_module, "transformers.models.auto"))
         try:
-            info = await self._connection.load(self.config)
+            info = await self._connection.load()
             await imported  # for the tokenizers; while the engine loaded
-            processor = OutputProcessor(info)
+            processor = OutputProcessor(info, self._beside)
             await asyncio.to_thread(processor.load_tokenizers)
         except BaseException:
             await self.shutdown(0.0)
@@ -58,6 +59,9 @@ class AsyncEngineClient:
         self._info, self._processor = msgspec.structs.replace(info, variants=processor.versions.named()), processor
         self._heartbeat = asyncio.create_task(self._beat())
         return info
+
+    def _engine(self) -> Engine:
+        return EngineProcess(self.module, self.config)
 
     async def restart(self, on_progress: Callable[[str, float], None] | None = None) -> EngineInfo:
         """After the engine's death: another process. Raises as `start`."""
@@ -69,7 +73,7 @@ class AsyncEngineClient:
     def kill(self) -> None:
         """End the process at once, as if it had died."""
         if self._connection is not None:
-            self._connection.kill()
+            self._connection.engine.kill()
 
     async def shutdown(self, grace: float = 5.0) -> None:
         """End the process: politely, and after `grace` seconds by force. Open streams raise `EngineDeadError`."""
@@ -95,7 +99,7 @@ class AsyncEngineClient:
 
     @property
     def pid(self) -> int | None:
-        return None if self._connection is None else self._connection.pid
+        return None if self._connection is None else self._connection.engine.pid
 
     @property
     def is_ready(self) -> bool:
@@ -109,6 +113,11 @@ class AsyncEngineClient:
     def open_streams(self) -> list[str]:
         """Ids of the requests that somebody still waits for."""
         return list(self._streams)
+
+    @property
+    def num_sequences(self) -> int:
+        """Those that run or wait for somebody here."""
+        return 0 if self._processor is None else self._processor.num_sequences
 
     def is_stuck(self, timeout: float) -> bool:
         """Whether there is work, or a question, but nothing was heard for `timeout` seconds."""
@@ -129,9 +138,11 @@ class AsyncEngineClient:
         cache_salt: str = "",
         qos: QoS = _EQUAL,
         whole: bool = True,
+        stream: RequestStream | None = None,
     ) -> RequestStream:
         """Give prompts to the engine, all or none. What is wrong with them is found here; whether there is room
         for them is for the engine to say. Not `whole`: the stream's results have no text, tokens and logprobs.
+        `stream`: takes what comes, in place of a new one.
 
         Returns when the engine has accepted them. Raises `RequestError` (a wrong request, or `OverloadedError`) or
         `EngineDeadError`.
@@ -141,7 +152,8 @@ class AsyncEngineClient:
         _check_count(len(prompts), sampling.n, self.config.max_waiting)
         if not self._streams:
             connection.last_heard = time.monotonic()  # an idle engine says nothing, that is not being stuck
-        stream = RequestStream(request_id, len(prompts), self.abort, sampling.n, info.place)
+        stream = stream or RequestStream(request_id, len(prompts), self.abort, sampling.n)
+        stream.place = info.place
         try:
             requests = []
             for p, (text, token_ids) in enumerate(prompts):

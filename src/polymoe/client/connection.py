@@ -1,4 +1,4 @@
-"""The engine's process, and what is asked of it over a socket."""
+"""The connection to an engine, usually of a process of its own, and what is asked of it."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from polymoe.bundle.live import Addition
 from polymoe.client.pending import Pending
@@ -44,10 +45,54 @@ from polymoe.protocol.request import EngineRequest, SequenceId, TokenOutput
 _SECRETS = ("POLYMOE_API_KEY", "POLYMOE_ADMIN_KEY")  # variables that are none of the engine's business
 
 
-class Connection:
-    """Starts a process that runs `module` and talks to it, in one event loop.
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
-    What is asked raises `PolymoeError` when the process has ended.
+
+class Engine(Protocol):
+    """Where an engine runs."""
+
+    pid: int | None  # of a process of this machine that is ours alone
+
+    async def open(self) -> Streams:
+        """The way to it; it has been told what to load. Raises `EngineDeadError` where nobody listens."""
+
+    def kill(self) -> None:
+        """End it at once, if it is ours."""
+
+    async def wait(self, grace: float) -> None:
+        """For its end, if it is ours; after `grace` seconds by force."""
+
+
+class EngineProcess:
+    """Starts a process that runs `module`."""
+
+    def __init__(self, module: str, config: EngineConfig) -> None:
+        self._config = config
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = start_process(module, theirs.fileno())
+        self.pid: int | None = self._process.pid
+
+    async def open(self) -> Streams:
+        reader, writer = await asyncio.open_connection(sock=self._socket)
+        writer.write(frame(Start(self._config)))
+        return reader, writer
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def wait(self, grace: float) -> None:
+        try:
+            await asyncio.to_thread(self._process.wait, grace)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+
+class Connection:
+    """Talks to an engine, in one event loop.
+
+    What is asked raises `PolymoeError` when the engine has ended.
 
     Args: `on_outputs`: given what each step produced; `on_progress`: (stage, fraction) while it loads; `on_end`: why
     nothing more will come; whoever waits is told that too.
@@ -55,11 +100,12 @@ class Connection:
 
     def __init__(
         self,
-        module: str,
+        engine: Engine,
         on_outputs: Callable[[list[TokenOutput]], None],
         on_progress: Callable[[str, float], None] | None,
         on_end: Callable[[PolymoeError], None],
     ) -> None:
+        self.engine = engine
         self.last_heard = time.monotonic()
         self._on_outputs, self._on_progress, self._on_end = on_outputs, on_progress, on_end
         self._starts: Pending[EngineInfo] = Pending()
@@ -67,33 +113,25 @@ class Connection:
         self._questions: Pending[EngineStats] = Pending()
         self._additions: Pending[VariantInfo] = Pending()
         self._drops: Pending[None] = Pending()
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_process(module, theirs.fileno())
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def is_asked(self) -> bool:
         """Whether somebody waits for `stats`."""
         return bool(self._questions)
 
-    async def load(self, config: EngineConfig) -> EngineInfo:
+    async def load(self) -> EngineInfo:
         """The first thing asked: the engine's, when it has loaded."""
-        reader, self._writer = await asyncio.open_connection(sock=self._socket)
-        self._reading = asyncio.create_task(self._read(reader))
+        reader, self._writer = await self.engine.open()
         _, ready = self._starts.new()
-        self._send(Start(config))
+        self._reading = asyncio.create_task(self._read(reader))
         return await ready
 
     async def add(self, requests: list[EngineRequest]) -> None:
         """All of these or none. Raises `RequestError`."""
         submission, accepted = self._submissions.new()
-        self._send(Add(submission, requests))
+        self.send(Add(submission, requests))
         await accepted
 
     def give_up_additions(self, error: PolymoeError) -> None:
@@ -101,46 +139,38 @@ class Connection:
         self._submissions.fail_all(error)
 
     def abort(self, request_ids: list[SequenceId]) -> None:
-        self._send(Abort(request_ids))
+        self.send(Abort(request_ids))
 
     async def stats(self, routing: bool) -> EngineStats:
         """`routing`: see `GetStats`."""
         _, answer = self._questions.new()
-        self._send(GetStats(routing))
+        self.send(GetStats(routing))
         return await answer
 
     async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
         """Raises `ChangeRefusedError`; all is as before then. Cancelled, it is given up."""
         change, added = self._additions.new()
-        self._send(AddVariant(change, folder, addition))
+        self.send(AddVariant(change, folder, addition))
         try:
             return await asyncio.shield(added)
         except asyncio.CancelledError:
-            self._send(CancelAdd(change))
+            self.send(CancelAdd(change))
             raise
 
     async def drop_variant(self, place: int) -> None:
         """Returns when the last request of this place has ended and it is free."""
         change, dropped = self._drops.new()
-        self._send(DropVariant(change, place))
+        self.send(DropVariant(change, place))
         await asyncio.shield(dropped)
 
-    def kill(self) -> None:
-        """End the process at once, as if it had died."""
-        self._process.kill()
-
     async def shutdown(self, grace: float) -> None:
-        """End the process: politely, and after `grace` seconds by force."""
-        self._send(Shutdown())
-        try:
-            await asyncio.to_thread(self._process.wait, grace)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        """End the engine: politely, and after `grace` seconds by force."""
+        self.send(Shutdown())
+        await self.engine.wait(grace)
         if self._reading is not None:
             await self._reading
 
-    def _send(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(message))
 

@@ -54,17 +54,19 @@ class StepOutput:
 
 
 class OutputProcessor:
-    """Knows every request that is in flight. Not thread-safe."""
+    """Knows every request that is in flight. Not thread-safe. `beside`: another one, whose tokenizers and grammars are
+    used too."""
 
-    def __init__(self, info: "EngineInfo") -> None:
+    def __init__(self, info: "EngineInfo", beside: "OutputProcessor | None" = None) -> None:
         self.versions = Versions(info.variants, info.names)
         self.faults = {
             variant.key: Fault("its files in the bundle cannot be used", variant.fault)
             for variant in info.variants
             if variant.fault is not None
         }
-        self.grammars = GrammarChecks()
-        self._tokenizers: dict[str, VariantTokenizer] = {}  # directory -> tokenizer; variants often share one
+        self.grammars = GrammarChecks() if beside is None else beside.grammars
+        # Directory -> tokenizer; variants often share one.
+        self._tokenizers: dict[str, VariantTokenizer] = {} if beside is None else beside._tokenizers
         self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part
         self._sequences: dict[SequenceId, OutputSequence] = {}
 

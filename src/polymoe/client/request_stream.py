@@ -13,15 +13,12 @@ class RequestStream(AsyncIterator[list[CompletionChunk]]):
 
     Leaving it before the end (`close`, or the end of a `with` block) aborts in the engine what still runs.
 
-    Args: `n`: answers to each prompt; `place`: of the version that it began with, where the engine is known.
+    Args: `n`: answers to each prompt.
     """
 
-    def __init__(
-        self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None], n: int = 1,
-        place: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, request_id: str, num_prompts: int, abort: Callable[[list[str]], None], n: int = 1) -> None:
         self.request_id, self.num_prompts, self.num_sequences = request_id, num_prompts, num_prompts * n
-        self.place = place
+        self.place: int | None = None  # of the version that it began with, when it has been submitted
         self.results: dict[int, RequestOutput] = {}  # index of the prompt -> its complete output, filled as they end
         self.restartable = False  # nobody has seen a chunk, nor will before the end: the answer may begin again
         # Takes a chunk at once while the reader waits for one, without waking it; False: it is the reader's.

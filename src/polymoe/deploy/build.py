@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from polymoe.deploy.config import DeployConfig, Pool, read_deploy_config
+import msgspec
+
+from polymoe.bundle.live import ADDITIONS
+from polymoe.bundle.manifest import read_manifest
+from polymoe.deploy.adapter import with_version
+from polymoe.deploy.config import INGRESS, LIMITS, DeployConfig, Pool, of_table, read_toml
+from polymoe.deploy.ingress import Ingress, behind_proxy
 from polymoe.deploy.installed import require_ray
+from polymoe.deploy.shared_limits import Ledger
 from polymoe.errors import ConfigError
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-INGRESS = "ingress"
 _ROUTING_STATS_PERIOD = 1.0  # seconds between two reports of what is in a replica's slots
 _HEALTH_PERIOD = 2.0  # seconds
 
@@ -34,19 +38,29 @@ def build_app(config: DeployConfig | Mapping[str, str], bundles: Mapping[str, st
     if not isinstance(config, DeployConfig):
         if set(config) != {"config"}:
             raise ConfigError("build_app takes one argument: config=DEPLOY.toml.")
-        config = read_deploy_config(Path(config["config"]))
+        path = Path(config["config"])
+        config = of_table({**read_toml(path), "http": "proxy"}, str(path))  # Ray's commands start one
     folders = {pool.name: _bundle(pool, bundles or {}) for pool in config.pools}
     pools = [_pool(pool, folders[pool.name], config.server.grace) for pool in config.pools]
+    behind = config.http == "proxy"
+    versions = [_pool_version(pool, folders[pool.name], config.server.grace) for pool in config.pools]
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,  # the engines refuse with 429
+        max_surge_percent=100,  # the port is never without a listener
         graceful_shutdown_timeout_s=config.server.grace,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=_HEALTH_PERIOD,
-    )(serve.ingress(_app_builder(config, folders))())
-    return ingress.bind(*pools)
+    )(behind_proxy(config, folders) if behind else Ingress)
+    shown = [(pool.name, pool.shares, folders[pool.name]) for pool in config.pools]
+    with_version(ingress, _digest(config.server, config.http, shown, versions))
+    if config.shares_limits:
+        ledger = serve.deployment(name=LIMITS, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(Ledger)
+        pools.append(with_version(ledger, _digest()).bind())
+    # Pools are arguments only so that they belong to the application.
+    return ingress.bind(*pools) if behind else ingress.bind(config, folders, *pools)
 
 
 def _bundle(pool: Pool, planned: Mapping[str, str]) -> str:
@@ -71,7 +85,10 @@ def _pool(pool: Pool, bundle: str, grace: float) -> Any:
                 "min_replicas": auto.min_replicas,
                 "max_replicas": auto.max_replicas,
                 "initial_replicas": min(max(pool.replicas, auto.min_replicas), auto.max_replicas),
-                "target_ongoing_requests": auto.ongoing_requests,
+                "policy": {
+                    "policy_function": "polymoe.deploy.scaling:PoolPolicy",
+                    "policy_kwargs": {"ongoing": auto.ongoing_requests, "most_first_token": auto.first_token},
+                },
                 "upscale_delay_s": auto.upscale_delay,
                 "downscale_delay_s": auto.downscale_delay,
             }
@@ -79,8 +96,8 @@ def _pool(pool: Pool, bundle: str, grace: float) -> Any:
     deployment = serve.deployment(
         name=pool.name,
         ray_actor_options={"num_cpus": pool.cpus, "num_gpus": pool.gpus},
-        # As many as the engine holds: whoever comes when its queue is full gets the engine's own 429.
-        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting,
+        max_constructor_retry_count=3,  # what is wrong with a bundle or a device is wrong the next time
+        max_ongoing_requests=1000,  # of questions about the replica; generation goes past Ray
         graceful_shutdown_timeout_s=grace,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=_HEALTH_PERIOD,
@@ -90,39 +107,16 @@ def _pool(pool: Pool, bundle: str, grace: float) -> Any:
         ),
         **scaling,
     )(EngineReplica)
-    return deployment.bind(engine)
+    return with_version(deployment, _pool_version(pool, bundle, grace)).bind(engine, grace)
 
 
-def _app_builder(config: DeployConfig, bundles: Mapping[str, str]) -> Any:
-    """A function that an ingress replica calls to make its app."""
+def _pool_version(pool: Pool, bundle: str, grace: float) -> str:
+    """Changes with whatever replicas are to be replaced for; what was added while serving is not that."""
+    manifest = read_manifest(Path(bundle).expanduser())
+    planned = [record for record in manifest.files if not record.path.startswith(f"{ADDITIONS}/")]
+    return _digest(pool.engine_config(bundle), pool.cpus, pool.gpus, grace, planned)
 
-    first = config.pools[0]
-    shown = first.engine_config(bundles[first.name])
 
-    def build() -> FastAPI:
-        from ray import serve
-
-        from polymoe.deploy.ray_client import RayClient
-        from polymoe.server.app import create_app
-
-        handles = {pool.name: serve.get_deployment_handle(pool.name) for pool in config.pools}
-        client = RayClient(handles, {pool.name: pool.shares for pool in config.pools}, shown)
-        app = create_app(client, config.server)
-
-        state, its_own = app.state.server, app.router.lifespan_context
-
-        @contextlib.asynccontextmanager
-        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            async with its_own(app):
-                await client.start()
-                config.server.check_variants(list(client.processor.variants))
-                await state.encoder.warm_up()
-                yield
-                state.draining = True
-                client.fail_all()
-                await state.encoder.close()
-
-        app.router.lifespan_context = lifespan
-        return app
-
-    return build
+def _digest(*content: Any) -> str:
+    encoded = msgspec.json.encode([version("polymoe"), *content], enc_hook=str, order="deterministic")
+    return sha256(encoded).hexdigest()[:32]

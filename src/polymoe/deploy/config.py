@@ -18,7 +18,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -27,17 +27,21 @@ from polymoe.errors import ConfigError
 from polymoe.options import Field, options_of
 from polymoe.server.settings import ServerSettings
 
-# Options of a server that has the connections and the engine in its own hands. Here Ray's proxy and Ray have them.
-_RAYS = ("ssl_certfile", "ssl_keyfile", "max_connections", "header_timeout", "write_timeout", "heartbeat_timeout",
-         "restart_engine")  # fmt: skip
+INGRESS, LIMITS = "ingress", "limits"  # deployments beside the pools
+
+# Options of a server that has the engine in its own hands, or the connections. Here Ray has engines, and its proxy may
+# have connections.
+_ENGINES = ("heartbeat_timeout", "restart_engine")
+_CONNECTIONS = ("ssl_certfile", "ssl_keyfile", "max_connections", "header_timeout", "write_timeout")
 
 
 class Autoscaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Replicas of a pool, by its queue."""
+    """Replicas of a pool, by its work and by its first tokens."""
 
     min_replicas: int = 1
     max_replicas: int
-    ongoing_requests: float = 16.0  # of a replica, that is aimed at
+    ongoing_requests: float = 16.0  # of a replica, running or waiting, that is aimed at
+    first_token: float = 0.0  # seconds, of nine in ten requests, that are aimed at; 0: no matter
     upscale_delay: float = 10.0  # seconds
     downscale_delay: float = 300.0  # seconds
 
@@ -81,17 +85,29 @@ class DeployConfig(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerSettings
     pools: tuple[Pool, ...]
     ingresses: int = 1
+    http: Literal["ingress", "proxy"] = "ingress"  # who has the connections: an ingress itself, or Ray's proxy
 
     def __post_init__(self) -> None:
         if not self.pools:
             raise ConfigError("the deploy configuration has no [[pool]]; give at least one.")
         if self.ingresses < 1:
             raise ConfigError(f"ingresses must be at least 1, got {self.ingresses}.")
+        if self.server.port == 0:
+            raise ConfigError("port 0 would be another one for each ingress; choose a port.")
+        if self.ingresses > 1 and self.server.admin_key is not None:
+            raise ConfigError("with an admin key there is one ingress, which changes variants; leave `ingresses` out.")
         for name, count in Counter(pool.name for pool in self.pools).items():
             if count > 1:
                 raise ConfigError(f"pool {name} is given twice; every pool needs a name of its own.")
         for pool in self.pools:
             _check(pool)
+            if pool.name in (INGRESS, LIMITS):
+                raise ConfigError(f"pool {pool.name}: that name is taken; choose another.")
+
+    @property
+    def shares_limits(self) -> bool:
+        """Whether limits of keys are counted by several ingresses."""
+        return self.ingresses > 1 and self.server.keys is not None
 
 
 def _check(pool: Pool) -> None:
@@ -106,6 +122,8 @@ def _check(pool: Pool) -> None:
         (any(not 0 < share <= 1 for share in pool.shares.values()), "shares must be more than 0 and at most 1"),
         (scaling is not None and not 1 <= scaling.min_replicas <= scaling.max_replicas,
          "min_replicas must be at least 1 and at most max_replicas"),
+        (scaling is not None and not scaling.ongoing_requests > 0, "ongoing_requests must be more than 0"),
+        (scaling is not None and not scaling.first_token >= 0, "first_token must be at least 0 seconds"),
     ):  # fmt: skip
         if wrong:
             raise ConfigError(f"pool {pool.name!r}: {message}.")
@@ -131,27 +149,36 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def of_table(table: Mapping[str, Any], where: str) -> DeployConfig:
     """The configuration of a TOML table; `where` is what messages call it."""
-    if unknown := [key for key in table if key not in ("server", "pool", "ingresses")]:
-        raise ConfigError(f"{where}: there is no option {unknown[0]!r}; there are ingresses, [server] and [[pool]].")
+    if unknown := [key for key in table if key not in ("server", "pool", "ingresses", "http")]:
+        raise ConfigError(
+            f"{where}: there is no option {unknown[0]!r}; there are ingresses, http, [server] and [[pool]]."
+        )
     try:
         pools = msgspec.convert(table.get("pool", []), tuple[Pool, ...])
-        ingresses = msgspec.convert(table.get("ingresses", 1), int)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: [[pool]]: {error}") from error
+    try:
+        ingresses = msgspec.convert(table.get("ingresses", 1), int)
+        http = msgspec.convert(table.get("http", "ingress"), Literal["ingress", "proxy"])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f'{where}: ingresses is a number, http is "ingress" or "proxy": {error}') from error
     pools = tuple(
         msgspec.structs.replace(
             pool, engine=_options(options_of(EngineConfig), pool.engine, f"{where}: pool {pool.name}: engine")
         )
         for pool in pools
     )
-    if refused := [key for key in table.get("server", {}) if key in _RAYS]:
+    given = table.get("server", {})
+    if refused := [key for key in given if key in _ENGINES]:
+        raise ConfigError(f"{where}: server.{refused[0]} has no effect here: Ray replaces engines. Leave it out.")
+    if http == "proxy" and (refused := [key for key in given if key in _CONNECTIONS]):
         raise ConfigError(
-            f"{where}: server.{refused[0]} has no effect here: connections belong to Ray's proxy, and Ray replaces "
-            "engines. Leave it out; for TLS and limits of connections put a gateway in front."
+            f"{where}: server.{refused[0]} has no effect where Ray's proxy has the connections (http); leave "
+            "it out; for TLS and limits of connections put a gateway in front."
         )
     server = ServerSettings(**_options(options_of(ServerSettings), table.get("server", {}), f"{where}: server"))
     try:
-        return DeployConfig(server=server, pools=pools, ingresses=ingresses)
+        return DeployConfig(server=server, pools=pools, ingresses=ingresses, http=http)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

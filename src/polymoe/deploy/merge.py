@@ -9,12 +9,31 @@ import msgspec
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 
 
+def renumbered(info: EngineInfo, places: dict[str, int]) -> EngineInfo:
+    """With places that mean the same for all replicas, each of which counts for itself, and every name said.
+
+    places: version -> its place; those of new versions are added.
+    """
+    by_place = {variant.place: variant.version for variant in info.variants}
+    own = info.names or {variant.name: variant.place for variant in info.variants}
+    variants = [
+        msgspec.structs.replace(variant, place=places.setdefault(variant.version, len(places)))
+        for variant in info.variants
+    ]
+    return msgspec.structs.replace(
+        info, variants=variants, names={name: places[by_place[place]] for name, place in own.items()}
+    )
+
+
 def merged_info(infos: Mapping[str, EngineInfo]) -> EngineInfo:
-    """Pool -> what it says of itself. A variant of several pools is described as the first one has it."""
-    variants: dict[str, VariantInfo] = {}
+    """Pool -> what it says of itself, renumbered. A version of several pools is described as the first one has it."""
+    held: dict[str, VariantInfo] = {}
+    names: dict[str, int] = {}
     for info in infos.values():
         for variant in info.variants:
-            variants.setdefault(variant.name, variant)
+            held.setdefault(variant.version, variant)
+        for name, place in info.names.items():
+            names.setdefault(name, place)
     first = next(iter(infos.values()))
     totals = {
         name: sum(getattr(info, name) for info in infos.values())
@@ -24,31 +43,35 @@ def merged_info(infos: Mapping[str, EngineInfo]) -> EngineInfo:
     for info in infos.values():
         for kind, count in info.resident_bytes.items():
             resident[kind] = resident.get(kind, 0) + count
+    alone = len(infos) == 1
     return msgspec.structs.replace(
         first,
-        variants=list(variants.values()),
+        variants=list(held.values()),
+        names=names,
         slots=sum(info.slots for info in infos.values()),
         resident_bytes=resident,
-        max_variants=0,  # nothing adds one to all replicas at once
-        headroom=None,
+        max_variants=first.max_variants if alone else 0,  # who adds one must know the pool
+        headroom=first.headroom if alone else None,
         **totals,
     )
 
 
-def merged_stats(info: EngineInfo, parts: Sequence[tuple[EngineInfo, EngineStats]]) -> EngineStats:
+def merged_stats(parts: Sequence[EngineStats]) -> EngineStats:
     """Sums over the replicas, by variant where it is by variant; the KV cache's use is the mean.
 
-    info: of all; parts: of each replica. Raises `ValueError` without any.
+    parts: of each replica. Raises `ValueError` without any.
     """
     if not parts:
         raise ValueError("no replica answered")
-    index = {variant.name: number for number, variant in enumerate(info.variants)}
+    index = {name: number for number, name in enumerate(dict.fromkeys(n for part in parts for n in part.names))}
     values: dict[str, object] = {}
     for field in msgspec.structs.fields(EngineStats):
-        given = [(stats.names, getattr(stats, field.name)) for _, stats in parts]
+        given = [(stats.names, getattr(stats, field.name)) for stats in parts]
         first = given[0][1]
         if field.name == "names":
             values[field.name] = list(index)
+        elif field.name == "added_bytes":  # every replica holds all of them
+            values[field.name] = max(value for _, value in given)
         elif field.name == "kv_usage":
             values[field.name] = sum(value for _, value in given) / len(given)
         elif field.name == "routing":

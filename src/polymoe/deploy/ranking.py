@@ -45,13 +45,16 @@ class Ranking:
     def __init__(self) -> None:
         self._slots: dict[str, Slots] = {}
         self._reports: dict[str, float] = {}
+        self._others: dict[str, int] = {}  # replica -> sequences of other ingresses, as last reported
         self._prefixes: OrderedDict[str, str] = OrderedDict()
 
-    def report(self, replica: str, size: int, loaded: Collection[str], taken_at: float) -> None:
-        """What a replica says of its slots; the same report again changes nothing."""
+    def report(self, replica: str, size: int, loaded: Collection[str], taken_at: float, others: int = 0) -> None:
+        """What a replica says of its slots, and how much work it has from others; the same report again changes
+        nothing."""
         if self._reports.get(replica) == taken_at:
             return
         self._reports[replica] = taken_at
+        self._others[replica] = max(0, others)
         slots = self._slots.setdefault(replica, Slots(size))
         slots.size = size
         slots.report(loaded, taken_at)
@@ -61,9 +64,10 @@ class Ranking:
         for replica in self._slots.keys() - set(present):
             del self._slots[replica]
             self._reports.pop(replica, None)
+            self._others.pop(replica, None)
 
     def order(self, queues: Sequence[tuple[str, int]], variant: str, prefix: str, now: float) -> list[str]:
-        """Replicas, the best first. queues: (replica, requests that it works on)."""
+        """Replicas, the best first. queues: (replica, sequences of ours that it works on)."""
         known = self._prefixes.get(prefix) if prefix else None
 
         def cost(entry: tuple[str, int]) -> tuple[float, float]:
@@ -75,7 +79,7 @@ class Ranking:
                 if len(slots.used) >= slots.size:
                     oldest = next(iter(slots.used.values()))
                     load += RELOAD * max(0.0, 1.0 - (now - oldest) / _RECENT)
-            return queue + load - (PREFIX if replica == known else 0.0), oldest
+            return queue + self._others.get(replica, 0) + load - (PREFIX if replica == known else 0.0), oldest
 
         return [replica for replica, _ in sorted(queues, key=cost)]
 

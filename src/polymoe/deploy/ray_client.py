@@ -1,25 +1,32 @@
-"""The engines of a deployment as the HTTP application sees them: an `EngineClient` over Ray Serve's handles."""
+"""The engines of a deployment as the HTTP application sees them: an `EngineClient` over connections to the replicas.
+
+Ray says which replica takes a request: its handle asks the pool's request router. What follows goes past Ray: a
+connection to that replica carries requests and tokens, a message a step.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from polymoe.bundle.live import Addition
 from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
+from polymoe.deploy.adapter import pick
+from polymoe.deploy.link import Asked, RetriedStream
 from polymoe.deploy.merge import merged_info, merged_stats
-from polymoe.deploy.wire import Generate, decode_answer, encode
-from polymoe.errors import EngineDeadError, PolymoeError, RequestError
-from polymoe.protocol.info import EngineInfo, EngineStats
-from polymoe.protocol.messages import Accepted, Rejected
+from polymoe.deploy.pool_links import PoolLinks
+from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
+from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import QoS, SamplingParams
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _EQUAL = QoS()
 _PREFIX_TOKENS = 64  # of a prompt's beginning, by which requests that share one find the same replica
-_ATTEMPTS = 4
+_TRIED_FOR = 60.0  # seconds that replicas may be lost one after the other before a request fails
 
 
 class RayClient:
@@ -38,44 +45,59 @@ class RayClient:
     Args:
         pools: name -> handle.
         shares: pool -> variant -> part of the variant's requests that goes there.
-        config: of one of the pools, whose bundle the dashboard describes.
+        configs: of each pool; the dashboard describes the bundle of the first one.
+        node: Ray's name of this node; replicas on it are reached by a socket's path.
     """
 
     def __init__(
-        self, pools: Mapping[str, DeploymentHandle], shares: Mapping[str, Mapping[str, float]], config: EngineConfig
+        self,
+        pools: Mapping[str, DeploymentHandle],
+        shares: Mapping[str, Mapping[str, float]],
+        configs: Mapping[str, EngineConfig],
+        node: str,
     ) -> None:
-        self.config = config
+        self.config = next(iter(configs.values()))
         self.heartbeat_every = 10.0  # nobody's: Ray asks each replica itself
         self.dead = asyncio.Event()  # never set: Ray replaces replicas that die
-        self._pools, self._shares = dict(pools), shares
-        self._infos: dict[str, EngineInfo] = {}
+        self._shares = shares
+        self._places: dict[str, int] = {}  # version -> its place in `info`
+        self._pools = {
+            name: PoolLinks(handle, configs[name], node, self._places, lambda: self.processor, self._learn)
+            for name, handle in pools.items()
+        }
         self._info: EngineInfo | None = None
         self._processor: OutputProcessor | None = None
-        self._handles: dict[tuple[str, str], Any] = {}  # (pool, variant) -> the handle's method, with options
-        self._homes: dict[str, tuple[list[str], list[float]]] = {}  # variant -> pools and their parts
+        self._handles: dict[tuple[str, str], Any] = {}  # (pool, variant) -> the handle with options
+        self._streams: dict[str, RetriedStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- life
 
     async def start(self) -> None:
-        """Wait for a replica of each pool, and load the tokenizers."""
-        answers = await asyncio.gather(*(handle.info.remote() for handle in self._pools.values()))
-        self._infos = {
-            pool: msgspec.msgpack.decode(answer, type=EngineInfo)
-            for pool, answer in zip(self._pools, answers, strict=True)
-        }
-        info = merged_info(self._infos)
-        processor = OutputProcessor(info)
-        await asyncio.to_thread(processor.load_tokenizers)
-        for variant in processor.variants:
-            homes = [pool for pool, one in self._infos.items() if any(v.name == variant for v in one.variants)]
-            self._homes[variant] = homes, [self._shares.get(pool, {}).get(variant, 1.0) for pool in homes]
-        self._info, self._processor = info, processor
+        """Wait for a replica of each pool, load the tokenizers and connect to all replicas."""
+        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        await self._learn()
+        await asyncio.gather(*(pool.connect_all() for pool in self._pools.values()))
 
-    def fail_all(self) -> None:
-        """End every stream with an error."""
-        for task in list(self._tasks):
+    async def close(self) -> None:
+        self.fail_all(EngineDeadError("The server is shutting down."))
+        for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+
+    async def _learn(self) -> None:
+        """What all replicas serve, from what each pool says."""
+        info = merged_info({name: pool.info for name, pool in self._pools.items()})
+        processor = OutputProcessor(info, self._processor)
+        await asyncio.to_thread(processor.load_tokenizers)
+        self._info = msgspec.structs.replace(info, variants=processor.versions.named())
+        self._processor = processor
+
+    def fail_all(self, error: PolymoeError) -> None:
+        """End every stream with this error."""
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+            stream.close()
 
     @property
     def info(self) -> EngineInfo:
@@ -95,7 +117,7 @@ class RayClient:
 
     @property
     def open_streams(self) -> list[str]:
-        return [task.get_name() for task in self._tasks]
+        return list(self._streams)
 
     def is_stuck(self, timeout: float) -> bool:
         """Never: Ray asks each replica itself."""
@@ -105,14 +127,10 @@ class RayClient:
     async def stats(self, routing: bool = False) -> EngineStats:
         """Of all replicas together, without the routing of tokens. Raises `EngineDeadError` when none answers."""
         del routing
-        parts = []
-        for pool, handle in self._pools.items():
-            for answer in await handle.broadcast("stats").results_async(timeout_s=5.0, return_exceptions=True):
-                if isinstance(answer, bytes):
-                    parts.append((self._infos[pool], msgspec.msgpack.decode(answer, type=EngineStats)))
+        parts = [part for pool in self._pools.values() for part in await pool.stats()]
         if not parts:
             raise EngineDeadError("No replica answers.")
-        return merged_stats(self.info, parts)
+        return merged_stats(parts)
 
     # --- requests
 
@@ -127,103 +145,125 @@ class RayClient:
         qos: QoS = _EQUAL,
         whole: bool = True,
     ) -> RequestStream:
-        """As `AsyncEngineClient.submit`; the results are whole in any case. What is wrong with a request is found by
-        the replica.
+        """As `AsyncEngineClient.submit`.
 
         A replica that is lost before anybody has seen a part of the answer is replaced by another one.
         """
-        del whole
-        self.processor.variant(variant)
-        asked = Generate(
-            request_id=request_id, variant=variant, prompts=list(prompts), sampling=sampling, cache_salt=cache_salt,
-            qos=qos,
-        )  # fmt: skip
-        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def abort(_: list[str]) -> None:
-            pump.cancel()
-
-        stream = RequestStream(request_id, len(prompts), abort, sampling.n)
-        pump = asyncio.create_task(self._pump(asked, stream, accepted), name=request_id)
-        self._tasks.add(pump)
-        pump.add_done_callback(self._tasks.discard)
+        asked = Asked(self.processor.variant(variant), prompts, sampling, cache_salt, qos, whole)
+        stream = RetriedStream(request_id, asked, self._submit_again, self._forget)
+        self._streams[request_id] = stream
         try:
-            await accepted
+            await self._place(stream)
         except BaseException:
-            pump.cancel()
+            stream.close()
             raise
         return stream
 
-    async def _pump(self, asked: Generate, stream: RequestStream, accepted: asyncio.Future[None]) -> None:
-        """Answers from a replica to the stream, from another replica where the first is lost."""
-        try:
-            for attempt in range(_ATTEMPTS):
-                response = self._send(asked)
-                try:
-                    await _receive(response, stream, accepted)
-                    return
-                except RequestError as error:
-                    _fail(stream, accepted, error)
-                    return
-                except asyncio.CancelledError:
+    def _forget(self, stream: RetriedStream) -> None:
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+
+    def _submit_again(self, stream: RetriedStream) -> None:
+        """Its replica was lost before anybody saw anything of it."""
+
+        async def place() -> None:
+            try:
+                await self._place(stream)
+            except PolymoeError as error:
+                stream.fail(error)
+
+        task = asyncio.create_task(place())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _place(self, stream: RetriedStream) -> None:
+        """Give a request to a replica that takes it. Raises `RequestError`, and `EngineDeadError` where replicas have
+        been lost one after the other for long."""
+        deadline, pause = time.monotonic() + _TRIED_FOR, 0.05
+        full: set[str] = set()
+        while not stream.is_closed:
+            pool = self._pool_of(stream.asked.variant)
+            name = ""
+            try:
+                chosen = await self._choose(pool, stream.asked, full)
+                name = chosen.replica_id
+                await stream.submit_to(await self._pools[pool].connect(chosen))
+                return
+            except OverloadedError:
+                if name in full:  # all are
                     raise
-                except Exception as error:
-                    logger.warning("A replica was lost (%s): %s", asked.variant, _first_line(error))
-                    if attempt + 1 == _ATTEMPTS or not stream.restart():
-                        _fail(stream, accepted, EngineDeadError("The engine stopped; the request cannot finish."))
-                        return
-                finally:
-                    response.cancel()  # what has ended is not touched by it
-                await asyncio.sleep(0.05 * 4**attempt)
-        except asyncio.CancelledError:
-            _fail(stream, accepted, EngineDeadError("The request was ended."))
-            raise
+                full.add(name)
+            except EngineDeadError as error:
+                logger.warning("A replica was lost (%s): %s", stream.asked.variant.name, error)
+                self._pools[pool].avoid(name)
+                if time.monotonic() > deadline:
+                    raise EngineDeadError("The engine stopped; the request cannot finish.") from error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
 
-    def _send(self, asked: Generate) -> Any:
-        homes, parts = self._homes[asked.variant]
-        pool = homes[0] if len(homes) == 1 else random.choices(homes, parts)[0]
-        key = (pool, asked.variant)
+    async def _choose(self, pool: str, asked: Asked, full: set[str]) -> Any:
+        """What the pool's request router says, Ray's `ReplicaSelection`; waits while there is no replica."""
+        key, links = (pool, asked.variant.name), self._pools[pool]
         if key not in self._handles:
-            self._handles[key] = self._pools[pool].options(
-                method_name="generate", stream=True, multiplexed_model_id=asked.variant
-            )
-        return self._handles[key].remote(encode(asked), prefix=_prefix(asked))
+            self._handles[key] = links.handle.options(multiplexed_model_id=asked.variant.name)
+        work = {name: link.num_sequences for name, link in links.links.items()}
+        try:
+            async with pick(self._handles[key], prefix=_prefix(asked), work=work, avoid=full | links.avoided) as chosen:
+                return chosen
+        except Exception as error:  # of Ray's, of many kinds: a deployment that is being replaced or has failed
+            raise EngineDeadError(f"Ray names no replica of pool {pool}: {error}") from error
+
+    def _pool_of(self, variant: VariantInfo) -> str:
+        homes = [
+            name
+            for name, pool in self._pools.items()
+            if any(held.version == variant.version for held in pool.info.variants)
+        ]
+        if len(homes) > 1:
+            parts = [self._shares.get(pool, {}).get(variant.name, 1.0) for pool in homes]
+            return random.choices(homes, parts)[0]
+        return homes[0]
+
+    # --- variants that come and go, of a deployment with one pool; `max_variants` is 0 with more
+
+    @property
+    def _pool(self) -> PoolLinks:
+        (pool,) = self._pools.values()
+        return pool
+
+    async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
+        """Every replica loads it, or none holds it. Raises as `AsyncEngineClient.add_variant`."""
+        info = await self._pool.add_variant(folder, addition)
+        self.processor.add_version(info)
+        return info
+
+    async def drop_variant(self, info: VariantInfo) -> None:
+        """Every replica frees a version that no name means any more, when its last request has ended."""
+        self.processor.drop_version(info)
+        await self._pool.drop_variant(info.version)
+
+    def point(self, names: Mapping[str, VariantInfo]) -> None:
+        """What `model` in requests means from now on, in one step for all replicas: requests name versions."""
+        versions = self.processor.versions
+        versions.names = {name: info.place for name, info in names.items()}
+        self._info = msgspec.structs.replace(self.info, variants=versions.named())
+        self._pool.point(names)
+
+    def requests_of(self, info: VariantInfo) -> list[str]:
+        """Ids of the requests that run on a version."""
+        return [name for name, stream in self._streams.items() if stream.asked.variant.version == info.version]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests early."""
+        for pool in self._pools.values():
+            for link in pool.links.values():
+                link.abort(request_ids)
 
 
-async def _receive(response: Any, stream: RequestStream, accepted: asyncio.Future[None]) -> None:
-    """Raises what the replica refuses, and whatever Ray raises for a lost one."""
-    async for data in response:
-        match decode_answer(data):
-            case Accepted():
-                if not accepted.done():
-                    accepted.set_result(None)
-            case Rejected() as rejected:
-                raise rejected.error()
-            case answer:
-                for chunk in answer.chunks:
-                    stream.push_chunk(chunk)
-                for result in answer.results:
-                    stream.push_result(result)
-    if not stream.is_complete:
-        raise EngineDeadError("The replica ended the answer early.")
-
-
-def _fail(stream: RequestStream, accepted: asyncio.Future[None], error: PolymoeError) -> None:
-    if accepted.done():
-        stream.fail(error)
-    else:
-        accepted.set_exception(error)
-        accepted.exception()  # taken note of, even if nobody awaits it
-
-
-def _prefix(asked: Generate) -> str:
+def _prefix(asked: Asked) -> str:
     """A name for the beginning of the prompt, of this variant and tenant; "" for a short one."""
     tokens = asked.prompts[0][1][:_PREFIX_TOKENS]
     if len(tokens) < _PREFIX_TOKENS:
         return ""
-    content = f"{asked.variant}\0{asked.cache_salt}\0{tokens}"
+    content = f"{asked.variant.key}\0{asked.cache_salt}\0{tokens}"
     return blake2b(content.encode(), digest_size=12).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,90 +1,104 @@
-"""One engine of a pool, in a Ray actor: the same client that a server on one machine uses."""
+"""One engine of a pool, in a Ray actor."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
-from polymoe.client.client import AsyncEngineClient
+import msgspec
+
 from polymoe.config import EngineConfig
-from polymoe.deploy.wire import Progressed, decode_generate, encode
-from polymoe.errors import EngineDeadError, RequestError
-from polymoe.protocol.messages import Accepted, Rejected
+from polymoe.deploy.relay import Relay, drain
+from polymoe.errors import EngineDeadError
 
 # Seconds without a sign of life from an engine that has work, after which Ray is told that the replica is unwell.
 _STUCK = 120.0
+_STATS_WITHIN = 5.0  # seconds
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class EngineReplica:
-    """Its methods are called by the ingress, by name; `record_routing_stats` and `check_health` by Ray."""
+    """Requests and tokens go past Ray, over `Relay`. The methods here are called by Ray and, by name, by ingresses.
 
-    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]
-        self._client = AsyncEngineClient(config)
-        await self._client.start()
+    Args: grace: seconds that running requests have when the replica is to end.
+    """
+
+    async def __init__(self, config: EngineConfig, grace: float = 30.0) -> None:  # type: ignore[misc]
+        self._relay, self._grace = Relay(config), grace
+        await self._relay.start()
+        self._address = await self._relay.listen()
         self._watch = asyncio.create_task(self._end_with_engine())
 
     async def _end_with_engine(self) -> None:
         """A replica without an engine would be an idle one, to which the router sends everything: it ends at once, and
         Ray starts another."""
-        await self._client.dead.wait()
+        await self._relay.dead.wait()
+        await self._relay.close(0.0)
         os._exit(1)
 
-    async def generate(self, request: bytes, prefix: str = "") -> AsyncIterator[bytes]:
-        """Answers of `wire`, one after the other. `prefix` is for the router."""
-        del prefix
-        asked, client = decode_generate(request), self._client
-        try:
-            if (wanted := asked.sampling.structured_outputs) is not None:
-                await client.processor.grammars.prepare(client.processor.grammar_source(asked.variant, wanted))
-            stream = await client.submit(
-                asked.request_id, asked.variant, asked.prompts, asked.sampling, cache_salt=asked.cache_salt,
-                qos=asked.qos,
-            )  # fmt: skip
-        except RequestError as error:
-            yield encode(Rejected.of(0, error))
-            return
-        with stream:
-            yield encode(Accepted(0))
-            sent: set[int] = set()
-            async for chunks in stream:
-                new = stream.results.keys() - sent
-                sent |= new
-                yield encode(Progressed(chunks, [stream.results[index] for index in sorted(new)]))
-            if rest := stream.results.keys() - sent:
-                yield encode(Progressed([], [stream.results[index] for index in sorted(rest)]))
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Where ingresses of this node find it, and what it serves."""
+        return {"path": self._address.path, "token": self._address.token, "bundle": self._relay.config.bundle}
+
+    async def here(self) -> tuple[str, str, dict[str, Any]]:
+        """(Ray's name of this replica, Ray's name of its node, its metadata)."""
+        import ray
+
+        return _own_name(), ray.get_runtime_context().get_node_id(), await self.record_replica_metadata()
+
+    async def reach(self) -> tuple[str, bytes]:
+        """(Ray's name of this replica, where ingresses of other nodes find it): only when one asks is it reachable."""
+        import ray
+
+        return _own_name(), _encode(await self._relay.listen(ray.util.get_node_ip_address()))
 
     async def info(self) -> bytes:
-        return encode(self._client.info)
+        return _encode(self._relay.info)
 
     async def stats(self) -> bytes:
-        return encode(await self._client.stats())
+        return _encode(await self._relay.stats())
 
     async def pid(self) -> tuple[int | None, str]:
         """(of the engine's process, the bundle that it serves), for tests and for operators."""
-        return self._client.pid, self._client.config.bundle
+        return self._relay.pid, self._relay.config.bundle
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What the router ranks by."""
-        info, taken_at = self._client.info, time.time()
+        relay, taken_at = self._relay, time.time()
         try:
-            stats = await asyncio.wait_for(self._client.stats(), 5.0)
+            stats = await asyncio.wait_for(relay.stats(), _STATS_WITHIN)
         except (TimeoutError, EngineDeadError):
             return {}
         return {
-            "slots": info.slots,
+            "slots": relay.info.slots,
             "loaded": [stats.names[index] for index in stats.loaded],
+            "work": relay.num_sequences,
             "taken_at": taken_at,
         }
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scaling.py` decides by: Ray itself sees none of the requests."""
+        return {"work": self._relay.num_sequences, "first_token": self._relay.first_token()}
+
     async def check_health(self) -> None:
         """Raises when the engine is dead or hangs; Ray then replaces this replica."""
-        if not self._client.is_alive:
+        if self._relay.dead.is_set():
             raise EngineDeadError("The engine has stopped.")
-        if self._client.is_stuck(_STUCK):
+        if self._relay.is_stuck(_STUCK):
             raise EngineDeadError("The engine makes no progress.")
 
     async def __del__(self) -> None:
-        await self._client.shutdown()
+        """Ray has told the ingresses to use other replicas; what runs here comes to its end."""
+        self._watch.cancel()
+        await drain(self._relay, self._grace)
+        await self._relay.close()
+
+
+def _own_name() -> str:
+    from ray import serve
+
+    name: str = serve.get_replica_context().replica_id.unique_id
+    return name

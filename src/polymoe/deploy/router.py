@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ray.serve.request_router import MultiplexMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import MultiplexMixin, PendingRequest, RequestRouter, RunningReplica
 
 from polymoe.deploy.ranking import Ranking
 
@@ -13,7 +13,8 @@ from polymoe.deploy.ranking import Ranking
 class ResidencyRouter(MultiplexMixin, RequestRouter):  # type: ignore[misc]
     """Sends a request to the replica that has its variant in a slot, unless another one is done with it sooner.
 
-    Without Ray's FIFO mixin, which hands a chosen replica to whichever request waits longest.
+    Requests do not go through Ray, so that it does not know how many a replica has: the ingress says how many of its
+    own (`work`), replicas how many there are in all. What is first here is taken.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,24 +24,19 @@ class ResidencyRouter(MultiplexMixin, RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        if pending_request is None:
+        if pending_request is None or "work" not in pending_request.kwargs:
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        asked, now = pending_request.kwargs, time.time()
         self._ranking.forget(by_name)
         queues = []
         for name, replica in by_name.items():
-            stats = replica.routing_stats or {}
-            if "slots" in stats:
-                self._ranking.report(name, stats["slots"], stats["loaded"], stats["taken_at"])
-            queues.append((name, self.replica_queue_len_cache.get(replica.replica_id) or 0))
-        order = self._ranking.order(queues, *_asked(pending_request), time.time())
+            own = asked["work"].get(name, 0)
+            if "slots" in (stats := replica.routing_stats or {}):
+                self._ranking.report(name, stats["slots"], stats["loaded"], stats["taken_at"], stats["work"] - own)
+            queues.append((name, own))
+        variant = pending_request.metadata.multiplexed_model_id
+        order = self._ranking.order(queues, variant, asked["prefix"], now)
+        order.sort(key=lambda name: name in asked["avoid"])
+        self._ranking.chosen(order[0], variant, asked["prefix"], now)
         return [[by_name[name]] for name in order]
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        del result
-        self._ranking.chosen(replica_id.unique_id, *_asked(pending_request), time.time())
-
-
-def _asked(pending_request: PendingRequest) -> tuple[str, str]:
-    """(variant, name of the prompt's beginning)."""
-    return pending_request.metadata.multiplexed_model_id, pending_request.kwargs.get("prefix", "")

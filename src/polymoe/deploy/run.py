@@ -43,19 +43,16 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
     ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **({} if address else _local()))
     try:
         check_resources(config, ray.cluster_resources())
-        http: dict[str, Any] = {
-            "host": config.server.host,
-            "port": config.server.port,
-            "keep_alive_timeout_s": config.server.keep_alive,
-        }
-        serve.start(http_options=http)
+        start_serve(config)
         with console.status("Starting the replicas…"):
             try:
-                serve.run(build_app(config, bundles), name=APPLICATION)
+                prefix = "/" if config.http == "proxy" else None
+                serve.run(build_app(config, bundles), name=APPLICATION, route_prefix=prefix)
             except RuntimeError as error:  # of a replica, whose own message is in it
                 raise PolymoeError(f"the replicas did not start: {error}") from error
+        scheme = "http" if config.server.ssl_certfile is None else "https"
         console.print(
-            f"http://{config.server.host}:{config.server.port} serves {len(config.pools)} pools with "
+            f"{scheme}://{config.server.host}:{config.server.port} serves {len(config.pools)} pools with "
             f"{sum(pool.replicas for pool in config.pools)} replicas.",
             soft_wrap=True,
         )
@@ -67,6 +64,21 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
     finally:
         ray.shutdown()
     return 0
+
+
+def start_serve(config: DeployConfig) -> None:
+    """Ray Serve, with proxies on all nodes or with none."""
+    from ray import serve
+
+    if config.http == "proxy":
+        http: dict[str, Any] = {
+            "host": config.server.host,
+            "port": config.server.port,
+            "keep_alive_timeout_s": config.server.keep_alive,
+        }
+        serve.start(http_options=http)
+    else:
+        serve.start(proxy_location="Disabled")
 
 
 def _local() -> dict[str, Any]:

@@ -60,7 +60,7 @@ _STATS_TIMEOUT = 2.0
 def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
     """The app serves from the start; what needs the engine answers 503 until `client.start()` has returned.
 
-    `app.state.server` is its `ServerState`.
+    `app.state.server` is its `ServerState`, `app.state.keys` its `Keyring`.
     """
     # The interactive pages load scripts from other servers; /openapi.json is all that tools need. A redirect would be
     # built from the Host header, which anybody can set.
@@ -83,7 +83,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> FastAPI:
         timeout=settings.body_timeout,
         max_together=settings.max_body_bytes_together,
     )
-    keys = Keyring(settings.api_key, settings.keys)
+    keys = app.state.keys = Keyring(settings.api_key, settings.keys)
     if keys.is_needed:
         app.add_middleware(
             ApiKeyMiddleware, keys=keys, admin_key=settings.admin_key, open_metrics=settings.open_metrics

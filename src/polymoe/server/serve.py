@@ -60,8 +60,9 @@ def run_server(config: EngineConfig, settings: ServerSettings, *, console: Conso
             tracer.close()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket on that address, so that nobody else can take it. Raises `ConfigError`."""
+def bind(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A socket on that address, so that nobody else can take it, but for processes of this user that want it `shared`
+    too: the system spreads connections over them. Raises `ConfigError`."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -71,6 +72,8 @@ def bind(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     # A port whose last connections are only waiting to be forgotten counts as free.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind(address)
         # Linux lets two sockets bind before one of them listens; only now the port is ours.

@@ -1,10 +1,13 @@
 """Whose request it is, and whether they may make it now: the keys of a server while it runs."""
 
+from __future__ import annotations
+
 import hmac
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from starlette.types import Scope
 
@@ -36,11 +39,23 @@ class Bucket:
         self._level -= amount
 
 
+class Used(NamedTuple):
+    """What a key has used."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def plus(self, requests: int, tokens: int) -> Used:
+        return Used(self.requests + requests, self.tokens + tokens)
+
+
 class Tenant:
     """One key's requests. Without a key, or with the server's only one, a request has none of this."""
 
     def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
         self.key, self.running = key, 0
+        self.used = Used()  # since the start
+        self.running_elsewhere = 0  # at other servers that share this key's limits
         self._clock, now = clock, clock()
         self._requests = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, now)
         self._tokens = None if key.tokens_per_minute is None else Bucket(key.tokens_per_minute, now)
@@ -56,19 +71,30 @@ class Tenant:
     def begin(self, num_prompt_tokens: int) -> None:
         """A request begins; `end` must follow. Raises `OverloadedError` beyond a limit."""
         key, now = self.key, self._clock()
-        if key.concurrency is not None and self.running >= key.concurrency:
-            raise OverloadedError(f"This key has {self.running} requests running, as many as it may.", 1.0)
+        running = self.running + self.running_elsewhere
+        if key.concurrency is not None and running >= key.concurrency:
+            raise OverloadedError(f"This key has {running} requests running, as many as it may.", 1.0)
         for bucket, least, what in ((self._requests, 1.0, "requests"), (self._tokens, 0.0, "tokens")):
             if bucket is not None and (wait := bucket.wait(now, least)) > 0:
                 raise OverloadedError(f"This key has used its {bucket.per_minute} {what} a minute.", wait)
         if self._requests is not None:
             self._requests.take(1)
+        self.used = self.used.plus(1, 0)
         self.charge(num_prompt_tokens)
         self.running += 1
 
     def charge(self, tokens: int) -> None:
+        self.used = self.used.plus(0, tokens)
         if self._tokens is not None:
             self._tokens.take(tokens)
+
+    def charge_elsewhere(self, used: Used, running: int) -> None:
+        """What the key has used at other servers since they last said so; what makes a debt here delays it here."""
+        self.running_elsewhere = running
+        if self._requests is not None:
+            self._requests.take(used.requests)
+        if self._tokens is not None:
+            self._tokens.take(used.tokens)
 
     def end(self) -> None:
         self.running -= 1
@@ -101,6 +127,11 @@ class Keyring:
     @property
     def is_needed(self) -> bool:
         return self._api_key is not None or self._path is not None
+
+    @property
+    def tenants(self) -> dict[str, Tenant]:
+        """By the hash of their key."""
+        return self._tenants
 
     def admits(self, scope: Scope, key: bytes) -> bool:
         """Whether this key may enter; notes in `scope` whose it is."""
