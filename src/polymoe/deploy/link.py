@@ -51,7 +51,7 @@ class Replica:
         if self._writer is not None:
             self._writer.transport.abort()
 
-    async def wait(self, grace: float) -> None:
+    async def wait(self, grace: float) -> None:  # noqa: ARG002
         """It goes on; the connection ends."""
         if self._writer is not None:
             self._writer.close()

@@ -61,6 +61,7 @@ class RayClient:
         self.dead = asyncio.Event()  # never set: Ray replaces replicas that die
         self._shares = shares
         self._places: dict[str, int] = {}  # version -> its place in `info`
+        self._last_used: dict[str, float] = {}  # version -> time
         self._pools = {
             name: PoolLinks(handle, configs[name], node, self._places, lambda: self.processor, self._learn)
             for name, handle in pools.items()
@@ -149,7 +150,9 @@ class RayClient:
 
         A replica that is lost before anybody has seen a part of the answer is replaced by another one.
         """
-        asked = Asked(self.processor.variant(variant), prompts, sampling, cache_salt, qos, whole)
+        info = self.processor.variant(variant)
+        self._last_used[info.version] = time.monotonic()
+        asked = Asked(info, prompts, sampling, cache_salt, qos, whole)
         stream = RetriedStream(request_id, asked, self._submit_again, self._forget)
         self._streams[request_id] = stream
         try:
@@ -234,12 +237,14 @@ class RayClient:
     async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
         """Every replica loads it, or none holds it. Raises as `AsyncEngineClient.add_variant`."""
         info = await self._pool.add_variant(folder, addition)
+        self._last_used[info.version] = time.monotonic()
         self.processor.add_version(info)
         return info
 
     async def drop_variant(self, info: VariantInfo) -> None:
         """Every replica frees a version that no name means any more, when its last request has ended."""
         self.processor.drop_version(info)
+        self._last_used.pop(info.version, None)
         await self._pool.drop_variant(info.version)
 
     def point(self, names: Mapping[str, VariantInfo]) -> None:
@@ -252,6 +257,10 @@ class RayClient:
     def requests_of(self, info: VariantInfo) -> list[str]:
         """Ids of the requests that run on a version."""
         return [name for name, stream in self._streams.items() if stream.asked.variant.version == info.version]
+
+    def last_used(self, info: VariantInfo) -> float:
+        """As `AsyncEngineClient.last_used`, of this ingress."""
+        return self._last_used.get(info.version, 0.0)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests early."""

@@ -159,6 +159,11 @@ class Variants:
         """Begin to plan what names mean as a new bundle, from the sources, and to switch to it. `policy`, `memory`: as
         of `polymoe plan`; default those of the bundle. Versions that no name means are not taken along."""
         await self.start()
+        if not isinstance(self.set.client, AsyncEngineClient):  # engines elsewhere, several of them
+            raise ChangeRefusedError(
+                "a deployment does not plan its bundle again while it serves; plan beside it (`polymoe plan`) and deploy "
+                "the new bundle, which rolls without a failed request."
+            )
         self._check_can_change(REPLAN)
         named = {info.place for info in self.set.names.values()}
         if kept := [info for info in self.set.held if info.place in self.set.pinned - named]:
