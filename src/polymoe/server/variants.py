@@ -161,8 +161,8 @@ class Variants:
         await self.start()
         if not isinstance(self.set.client, AsyncEngineClient):  # engines elsewhere, several of them
             raise ChangeRefusedError(
-                "a deployment does not plan its bundle again while it serves; plan beside it (`polymoe plan`) and deploy "
-                "the new bundle, which rolls without a failed request."
+                "a deployment does not plan its bundle again while it serves; plan beside it (`polymoe plan`) and "
+                "deploy the new bundle, which rolls without a failed request."
             )
         self._check_can_change(REPLAN)
         named = {info.place for info in self.set.names.values()}
