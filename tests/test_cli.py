@@ -75,7 +75,7 @@ def test_without_a_compiled_library_it_is_said_once_at_the_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before anything is read, and not when a kernel is first asked for, which may be in another process, or never."""
-    monkeypatch.setattr(installed, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(installed, "library", lambda: tmp_path / "none.so")
     installed.say_if_missing.cache_clear()
     nowhere = str(tmp_path / "nowhere")
     arguments = {"serve": ["serve", nowhere, "--port", "0"], "generate": ["generate", nowhere, "--prompt", "a"]}

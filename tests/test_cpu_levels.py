@@ -40,10 +40,12 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("POLYMOE_CPU_LEVEL", request.param)
     for cached in (cpu_kernels, can_multiply_tiles):
         cached.cache_clear()
-    assert cpu_kernels() is not None, installed.obstacle()
-    yield request.param
-    for cached in (cpu_kernels, can_multiply_tiles):
-        cached.cache_clear()
+    try:
+        assert cpu_kernels() is not None, installed.obstacle()
+        yield request.param
+    finally:
+        for cached in (cpu_kernels, can_multiply_tiles):
+            cached.cache_clear()
 
 
 def test_the_level_is_the_one_that_was_asked_for(level: str) -> None:
