@@ -378,7 +378,7 @@ def test_a_replan_that_fails_changes_nothing(
 
 def test_cycles_under_traffic(admin: Admin, bundle: Path, paths: dict[str, Path]) -> None:
     """Add, serve, replace, remove, again and again, while others are served: nothing is left, nobody notices."""
-    cycles(admin, bundle, paths, 8)
+    cycles(admin, bundle, paths, 5)
 
 
 @pytest.mark.soak
