@@ -144,8 +144,8 @@ def test_a_paused_variant_gives_its_blocks_to_the_one_whose_turn_it_is() -> None
     scheduler.add(young)
     step(scheduler)  # the prompt takes two steps and 6 of the 8 blocks
     step(scheduler)
-    scheduler.add(old)
     old.added_time = young.added_time - 1  # preempted earlier, say: it is older although it waits
+    scheduler.add(old)
     assert run_dry(scheduler) == {"old": 8, "young": 7}  # one token of the young one was drawn above
     assert scheduler.batch.preemptions == [1, 0, 0]
 

@@ -210,7 +210,8 @@ class ModelRunner:
             state_keys=[item.state_key or item.key for item in step.order],
         )
         tokens = segments_from_variants(step.variants, step.counts, device)
-        rows_kept = segments_from_variants(step.variants, list(step.num_rows), device)
+        kept = list(step.num_rows)
+        rows_kept = tokens if kept == step.counts else segments_from_variants(step.variants, kept, device)
         return PreparedStep(
             input_ids=to(step.input_ids),
             positions=to(step.positions),

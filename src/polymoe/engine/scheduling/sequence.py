@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from polymoe.engine.grammars import CompiledGrammar
 from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence, SequenceKey
@@ -25,7 +26,7 @@ class Sequence:
     |---- prompt ----|-- output --|
     |-- computed --|-- to do -----|     keys and values exist for the first `num_computed_tokens`
 
-    The last output token may be `PENDING`.
+    The last output token may be `PENDING`. What is asked of every sequence in every step and never changes is kept.
     """
 
     request: EngineRequest
@@ -64,7 +65,7 @@ class Sequence:
     def variant(self) -> int:
         return self.request.variant
 
-    @property
+    @cached_property
     def flow(self) -> tuple[int, str]:
         """Whose share it uses: (variant, tenant)."""
         return self.request.variant, self.request.qos.tenant
@@ -104,17 +105,17 @@ class Sequence:
             grammar=None if self.grammar is None else self.grammar.result(),
         )
 
-    @property
+    @cached_property
     def arrival(self) -> tuple[float, float]:
         """Older sorts first."""
         return (self.request.arrival_time or self.added_time, self.added_time)
 
-    @property
+    @cached_property
     def deadline(self) -> float:
         """When the first token is due."""
         return self.arrival[0] + (_PATIENCE if self.ttft_target is None else self.ttft_target)
 
-    @property
+    @cached_property
     def rank(self) -> Rank:
         """The more urgent sorts first, among the requests of one tenant for one variant."""
         return (self.request.qos.priority, self.deadline, *self.arrival, self.number)
