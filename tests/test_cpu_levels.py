@@ -34,7 +34,7 @@ at_each_level = pytest.mark.usefixtures("level")
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if not request.param:
         pytest.skip("this processor has no slower level")
-    if cpu_kernels() is None:
+    if cpu_kernels() is None or not installed.library_of(request.param).exists():
         pytest.skip("the CPU kernels are not built or cannot run here")
     monkeypatch.delenv("POLYMOE_KERNELS", raising=False)
     monkeypatch.setenv("POLYMOE_CPU_LEVEL", request.param)
