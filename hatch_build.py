@@ -45,7 +45,7 @@ MORE_FLAGS = dict.fromkeys(("amx.cpp", "tiled_experts.cpp", "tiled_linear.cpp"),
 SHARED = ("changes.cpp", "gated_delta.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")
 
 
-class CustomBuildHook(BuildHookInterface):
+class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]  # mypy does not look into hatchling
     """Writes `libpolymoe_cpu….so` into `native/`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
