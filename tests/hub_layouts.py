@@ -92,7 +92,7 @@ def _deepseek_v32(folder: Path) -> None:
     own |= {name: torch.ones(32) for name in ("enorm", "hnorm", "shared_head.norm")}
     last |= {f"model.layers.3.{name}.weight": tensor for name, tensor in own.items()}
     _rewrite(folder, stored | last, _config(folder))
-    store_block_fp8(folder, linear=re.compile(r".*((?<!weights)_proj|_with_mqa|\.wq_b|\.wk)\.weight"))
+    store_block_fp8(folder, (4, 4), linear=re.compile(r".*((?<!weights)_proj|_with_mqa|\.wq_b|\.wk)\.weight"))
 
 
 def _nemotron_h(folder: Path) -> None:

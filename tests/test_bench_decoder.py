@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from polymoe.bench.family import cached_family
-from polymoe.bench.written_family import GRANITE_1B, QWEN3_128E
+from polymoe.bench.written_family import GRANITE_1B, QWEN3_5_HYBRID, QWEN3_128E
 from polymoe.cli.main import app
 
 
@@ -18,7 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize(("shape", "millions"), [(GRANITE_1B, 1335), (QWEN3_128E, 491)])
+@pytest.mark.parametrize(("shape", "millions"), [(GRANITE_1B, 1335), (QWEN3_128E, 491), (QWEN3_5_HYBRID, 427)])
 def test_the_shapes_have_their_sizes(shape: dict[str, object], millions: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
@@ -39,7 +39,7 @@ def test_the_family_is_a_base_and_its_noisy_copies(shape: str, cache: Path) -> N
     assert tied == (shape == "granite-tiny")
 
 
-@pytest.mark.parametrize("shape", ["granite-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("shape", ["granite-tiny", "qwen3-tiny", "hybrid-tiny"])
 def test_throughput_of_packed_and_stored_experts(shape: str, cache: Path, tmp_path: Path) -> None:
     command = (
         f"bench throughput --shape {shape} --variants 2 --systems mixed:auto,single:separate --repeats 1 --requests 4 "

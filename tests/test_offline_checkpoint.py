@@ -372,7 +372,7 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 16, "num_hidde
     ("model_type", "fields", "reason"),
     [
         ("llama", TINY, r"LlamaConfig \(model_type llama\) cannot be served: it has no routed experts.*dense"),
-        ("qwen3_vl_moe", {}, "it takes images or sound"),
+        ("diffusion_gemma", {}, "ForBlockDiffusion is not a model that writes text token by token"),
         (
             "t5",
             {"d_model": 16, "num_layers": 2, "num_heads": 2},

@@ -59,7 +59,7 @@ QWEN3_128E: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-# Qwen3.5-35B-A3B made small, 431M parameters: three of four layers are linear attention.
+# Qwen3.5-35B-A3B made small, 427M parameters: three of four layers are linear attention.
 QWEN3_5_HYBRID: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
     "vocab_size": 16384,

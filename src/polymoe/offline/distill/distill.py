@@ -59,12 +59,12 @@ def distill(
 
 
 def check_family(family: Family) -> None:
-    """Raise `PlanError` for encoder–decoder models, and where a variant in float32, with its gradients, is more than
-    the memory of this machine."""
+    """Raise `PlanError` for other models than decoders of text, and where a variant in float32, with its gradients, is
+    more than the memory of this machine."""
     if not kind_of(family.config).distils:
         raise PlanError(
-            f"--distill learns on decoder-only models, and {family.architecture.class_name} is an encoder–decoder; "
-            "leave it out. --calibrate alone fits merges, bases and deltas to text here too."
+            f"--distill learns on decoder-only models of text, which {family.architecture.class_name} is not; leave it "
+            "out. --calibrate alone fits merges, bases and deltas to text here too."
         )
     checkpoint = family.checkpoints[0]
     values = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.target_names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,14 +31,10 @@ class ServedVariant:
     """`stored()`: what can be learned, as it is: (layer, format, tensor) -> scales, name -> norm or router."""
 
     def __init__(self, bundle: Bundle, variant: int, checkpoint: Checkpoint) -> None:
-        from transformers import AutoModelForCausalLM
+        from polymoe.offline.checkpoint.loaded_model import loaded_model
 
         self.bundle, self.variant = bundle, variant
-        config = copy.deepcopy(checkpoint.config)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
-        )
-        self.model = model.eval().requires_grad_(False)
+        self.model = loaded_model(checkpoint, torch.float32).requires_grad_(False)
         self.model.set_experts_implementation("eager")  # the one with gradients everywhere
         self.stacks = {
             (layer, tensor): self._stack(layer, tensor)
