@@ -134,7 +134,7 @@ class Connection(H11Protocol):
 
     def _extend_scope(self) -> None:
         """The application has not seen this request yet."""
-        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})  # type: ignore[assignment]
+        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
         extensions[PieceWriter.EXTENSION] = PieceWriter(self)
 
     def _end_linger(self, cycle: object) -> None:
