@@ -255,7 +255,7 @@ def test_an_image_is_refused_with_the_reason(server: ThreadServer) -> None:
     assert answer.status_code == 400
     assert "reads only text" in answer.json()["error"]["message"]
     source = {"type": "url", "url": "https://example.org/a.png"}
-    asked = {
+    asked: Any = {
         "model": "base",
         "max_tokens": 4,
         "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],

@@ -115,7 +115,8 @@ def test_a_server_that_stops_loses_no_request(bundle: Path, tmp_path: Path) -> N
     """SIGTERM with 64 requests that run and 136 that wait."""
     with ProcessServer(bundle, tmp_path, 150.0) as server:
         server.wait_until_ready()
-        engine, refused = server.engine(), []
+        engine = server.engine()
+        refused: list[httpx.Response] = []
 
         def stop() -> None:
             server.process.send_signal(signal.SIGTERM)

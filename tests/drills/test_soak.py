@@ -82,8 +82,8 @@ class Client:
     async def schema(self) -> None:
         """Another one each time, so that no cache of schemas can grow for ever."""
         name = f"field{self.random.randrange(10**9)}"
-        schema = {"type": "object", "properties": {name: {"type": "boolean"}}, "required": [name]}
-        schema["additionalProperties"] = False
+        members = {"properties": {name: {"type": "boolean"}}, "required": [name], "additionalProperties": False}
+        schema = {"type": "object", **members}
         body = {"model": "base", "prompt": "the", "max_tokens": 40}
         await self.post("/v1/completions", body | {"structured_outputs": {"json": schema}})
 

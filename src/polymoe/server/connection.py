@@ -134,7 +134,8 @@ class Connection(H11Protocol):
 
     def _extend_scope(self) -> None:
         """The application has not seen this request yet."""
-        self.scope.setdefault("extensions", {})[PieceWriter.EXTENSION] = PieceWriter(self)
+        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+        extensions[PieceWriter.EXTENSION] = PieceWriter(self)
 
     def _end_linger(self, cycle: object) -> None:
         if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:

@@ -39,7 +39,8 @@ class TallyHistogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
-        names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]
+        bounds = (*self._bounds, math.inf)
+        names = [str(floatToGoString(bound)) for bound in bounds]  # type: ignore[no-untyped-call]
         for model, tally in self._tallies.items():
             buckets = zip(names, map(float, accumulate(tally.counts)), strict=True)
             family.add_metric([model], list(buckets), sum_value=tally.total)
