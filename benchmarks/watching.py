@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
 import psutil
@@ -65,7 +66,7 @@ class Server:
         """(tokens a second, the engine's processor time for a thousand of them)."""
 
         def ask(number: int) -> int:
-            body = {"model": names[number % len(names)], "prompt": f"Question {number}: what is there to say?"}
+            body: dict[str, Any] = {"model": names[number % len(names)], "prompt": f"Question {number}: what is it?"}
             body |= {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.8, "seed": number}
             answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300).json()
             done: int = answer["usage"]["completion_tokens"]

@@ -25,8 +25,11 @@ from polymoe.config import EngineConfig, parse_bytes
 from polymoe.console import Console, DescriptionColumn, print_error, printable, warn
 from polymoe.demo import family_paths, text_paths
 from polymoe.errors import ConfigError, PlanError, PolymoeError, RequestError, explain
+from polymoe.evaluate.fidelity import Samples
+from polymoe.evaluate.report import window_progress
 from polymoe.offline.api import check_picture, make_plan
 from polymoe.offline.plan.budget import parse_memory
+from polymoe.progress import Listener, byte_progress, stage_progress, step_progress
 from servers import free_port
 from zygote import run_python
 
@@ -365,3 +368,59 @@ def asked_by_nobody(path: Path) -> str:
 def test_what_can_be_written(tmp_path: Path) -> None:
     check_can_write(tmp_path / "new" / "folder")
     check_picture(tmp_path / "a.PNG")
+
+
+class Clock:
+    """Time goes on when a test says so."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("polymoe.progress.time", found)
+    monkeypatch.setattr("polymoe.evaluate.report.time", found)
+    return found
+
+
+def piped() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=False), out
+
+
+def test_stages_in_a_pipe_are_a_line_each(clock: Clock) -> None:
+    """A stage ends when the next begins, at 1, or with the block; what was quick is not told."""
+    console, out = piped()
+    with stage_progress(console) as show:
+        told = [("reading", 0.0, 5), ("quick", 0.0, 1), ("encoding", 0.2, 3), ("encoding", 1.0, 9), ("loading", 0.0, 4)]
+        for stage, fraction, seconds in told:
+            show(stage, fraction)
+            clock.now += seconds
+    assert out.getvalue() == "reading, after 5 s\nencoding, after 3 s\nloading, after 4 s\n"
+
+
+def test_windows_in_a_pipe_are_a_line_a_variant(clock: Clock) -> None:
+    console, out = piped()
+    samples = {"math": Samples([[1, 2]] * 4), "code": Samples([[1, 2]] * 2)}
+    with window_progress(samples, console) as advance:
+        for name, count in (("math", 2), ("math", 2), ("code", 2)):
+            clock.now += 3
+            advance(name, count)
+    assert out.getvalue() == "math: 4 windows, after 6 s\ncode: 2 windows, after 3 s\n"
+
+
+def test_a_program_hears_how_far_a_stage_is(clock: Clock) -> None:
+    heard: list[tuple[str, float]] = []
+    console = Listener(lambda stage, fraction: heard.append((stage, fraction)))
+    with byte_progress("Writing", 10, console) as wrote, step_progress("Measuring", 4, console) as measured:
+        for _ in range(4):
+            clock.now += 0.3
+            wrote(2)
+            measured()
+    assert heard[:2] == [("Writing", 0.0), ("Measuring", 0.0)]
+    assert heard[2:6] == [("Writing", 0.2), ("Measuring", 0.25), ("Writing", 0.4), ("Measuring", 0.5)]
+    console.print("nothing of it is printed")

@@ -137,11 +137,12 @@ def next_folder(target: Path) -> Path:
 
 
 def remove_next(target: Path) -> None:
-    """Remove `next_folder(target)`, and what a killed planner left of it."""
+    """Remove `next_folder(target)`, and what a killed planner left of it, where that may be looked at."""
     folder = next_folder(target)
-    remove_leftovers(folder)
-    if folder.is_dir() and not folder.is_symlink():
-        _remove_ours(folder)
+    with contextlib.suppress(OSError):
+        remove_leftovers(folder)
+        if folder.is_dir() and not folder.is_symlink():
+            _remove_ours(folder)
 
 
 def remove_files(folder: Path, made: re.Pattern[str]) -> None:

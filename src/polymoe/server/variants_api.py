@@ -106,8 +106,7 @@ async def add_variant(request: Request, body: AddVariantRequest) -> Response:
 async def replace_variant(request: Request, name: str, body: ReplaceVariantRequest) -> Response:
     """Let a name mean a new version, in one step, once that is there."""
     variants = _admin(request)
-    evict = body.evict or "none"
-    change = await variants.add(name, body.source, fit=body.fit, evict=evict, replaces=True)
+    change = await variants.add(name, body.source, fit=body.fit, evict=body.evict or "none", replaces=True)
     return await _answer(variants, change, bool(body.wait))
 
 
