@@ -64,7 +64,7 @@ class OutputProcessor:
             for variant in info.variants
             if variant.fault is not None
         }
-        self.grammars = GrammarChecks() if beside is None else beside.grammars
+        self.grammars: GrammarChecks = GrammarChecks() if beside is None else beside.grammars
         # Directory -> tokenizer; variants often share one.
         self._tokenizers: dict[str, VariantTokenizer] = {} if beside is None else beside._tokenizers
         self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part

@@ -121,7 +121,8 @@ class PoolLinks:
         if chosen.node_id == self._node:
             address = Address(path=metadata["path"], token=metadata["token"])
         else:
-            reached = dict(answer for answer in await self._ask_all("reach") if isinstance(answer, tuple))
+            answers = await self._ask_all("reach")
+            reached: dict[str, bytes] = dict(answer for answer in answers if isinstance(answer, tuple))
             if name not in reached:
                 raise EngineDeadError(f"The replica {name} does not answer.")
             address = msgspec.msgpack.decode(reached[name], type=Address)
