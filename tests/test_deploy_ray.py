@@ -24,6 +24,7 @@ from polymoe.deploy.config import Autoscaling, DeployConfig, Pool
 from polymoe.deploy.installed import VARIABLES
 from polymoe.deploy.run import start_serve
 from polymoe.offline.api import make_plan
+from polymoe.server.keys import Key, add_key
 from polymoe.server.settings import ServerSettings
 from servers import CONTEXT, LIMIT, events, free_port, wait_for
 
@@ -44,12 +45,12 @@ class Deployment:
         self.port = port
         self.checkpoints = bundle.parent / "checkpoints"
 
-    def config(self, bundle: Path, ingresses: int = 1, **pool: Any) -> DeployConfig:
+    def config(self, bundle: Path, ingresses: int = 1, keys: Path | None = None, **pool: Any) -> DeployConfig:
         options = {"num_threads": 1, "kv_cache_bytes": 1 << 24, "device": "cpu", "max_variants": 4}
         admin: dict[str, Any] = {"admin_key": "admin-key", "variants_root": self.checkpoints}
         return DeployConfig(
             server=ServerSettings(
-                port=self.port, grace=60.0, api_key="client-key", **(admin if ingresses == 1 else {})
+                port=self.port, grace=60.0, api_key="client-key", keys=keys, **(admin if ingresses == 1 else {})
             ),
             pools=(Pool(name="two", sources=[str(bundle)], cpus=0.5, **{"replicas": 2, "engine": options, **pool}),),
             ingresses=ingresses,
@@ -306,9 +307,19 @@ def test_variants_come_and_go_on_all_replicas(deployment: Deployment, bundle: Pa
     assert deployment.complete("math").status_code == 404
 
 
-def test_a_killed_ingress(deployment: Deployment) -> None:
-    """With two, clients that try again as OpenAI's do lose nothing, and the port is never without a listener."""
-    deployment.deploy(deployment.bundle, ingresses=2)
+def test_two_ingresses(deployment: Deployment, tmp_path: Path) -> None:
+    """Limits of keys are counted together. Where one is killed, clients that try again as OpenAI's do lose nothing, and
+    the port is never without a listener."""
+    keys = tmp_path / "keys.json"
+    limited = {"Authorization": "Bearer " + add_key(keys, Key(name="k", sha256="0" * 64, requests_per_minute=4))}
+    deployment.deploy(deployment.bundle, ingresses=2, keys=keys)
+    body = {"model": "base", "prompt": [5], "max_tokens": 1}
+    answers = []
+    for _ in range(16):  # each on a connection of its own, which the system gives to either
+        answers.append(httpx.post(deployment.url + "/v1/completions", json=body, headers=limited, timeout=LIMIT))
+        time.sleep(0.5)
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert sum(answer.status_code == 200 for answer in answers) <= 6, "as if each ingress had a limit of its own"
     handle = serve.get_deployment_handle("ingress", APPLICATION)
     pids = handle.broadcast("pid").results(timeout_s=LIMIT)
     assert len(set(pids)) == 2

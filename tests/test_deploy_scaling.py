@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_the_policy_reads_what_replicas_record() -> None:
     assert policy(context) == (2, {})
 
 
-def keyrings(folder: Path, count: int, **limits: int) -> list[Keyring]:
+def keyrings(folder: Path, count: int, **limits: Any) -> list[Keyring]:
     """Of ingresses that read one file."""
     file = folder / "keys.json"
     add_key(file, Key(name="k", sha256="0" * 64, **limits))

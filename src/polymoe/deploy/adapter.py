@@ -14,7 +14,8 @@ def pick(handle: DeploymentHandle, **asked: Any) -> AbstractAsyncContextManager[
 
     Without a reservation, which is two calls to the replica: engines refuse for themselves.
     """
-    return handle.choose_replica(**asked, _reserve=False)
+    picked: AbstractAsyncContextManager[Any] = handle.choose_replica(**asked, _reserve=False)
+    return picked
 
 
 def with_version(deployment: Any, version: str) -> Any:

@@ -6,6 +6,7 @@ A version that is added is loaded by every replica, or by none; a replica that c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ class PoolLinks:
         if chosen.node_id == self._node:
             address = Address(path=metadata["path"], token=metadata["token"])
         else:
-            reached = dict(answer for answer in await self._ask_all("reach") if isinstance(answer, tuple))
+            answers = await self._ask_all("reach")
+            reached: dict[str, bytes] = dict(answer for answer in answers if isinstance(answer, tuple))
             if name not in reached:
                 raise EngineDeadError(f"The replica {name} does not answer.")
             address = msgspec.msgpack.decode(reached[name], type=Address)
@@ -196,7 +198,8 @@ class PoolLinks:
     def point(self, names: Mapping[str, VariantInfo]) -> None:
         """Tell every replica what names mean, for ingresses that come later; requests name versions."""
         for link in list(self.links.values()):
-            self._point_there(link, names)
+            with contextlib.suppress(EngineDeadError):  # who takes its place starts with them
+                self._point_there(link, names)
 
     def _point_there(self, link: ReplicaLink, names: Mapping[str, VariantInfo]) -> None:
         meant = {name: held for name, info in names.items() if (held := _held(link, info.version)) is not None}
