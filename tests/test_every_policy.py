@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from quantised import store_awq, store_block_fp8, store_mxfp4
 
 TEXT = "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5\n" * 40
 # Name -> (architecture, config fields, how it is stored)
-FAMILIES: dict[str, tuple[str, dict[str, int], Callable[[Path], object]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
     "gated_delta": ("qwen3_5_moe_text", {}, lambda folder: as_on_the_hub("qwen3_5_moe_text", folder)),
     "mamba": ("nemotron_h", {}, lambda _: None),
     "sparse_attention_fp8": ("deepseek_v32", {}, lambda folder: as_on_the_hub("deepseek_v32", folder)),

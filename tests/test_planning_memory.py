@@ -13,7 +13,13 @@ from polymoe.offline.api import make_plan
 from quantised import store_block_fp8, store_mxfp4
 
 SLACK = 8 << 20  # what the allocator happens to keep
-SIZES = {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
     "fp8": (
         "qwen3_moe",

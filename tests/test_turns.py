@@ -250,12 +250,12 @@ def test_a_message_thinks(claude: anthropic.Anthropic) -> None:
 
 def test_an_image_is_refused_with_the_reason(server: ThreadServer) -> None:
     image = {"type": "input_image", "image_url": "https://example.org/a.png"}
-    asked = {"model": "base", "input": [{"role": "user", "content": [image]}]}
+    asked: dict[str, Any] = {"model": "base", "input": [{"role": "user", "content": [image]}]}
     answer = server.post("/v1/responses", asked)
     assert answer.status_code == 400
     assert "reads only text" in answer.json()["error"]["message"]
     source = {"type": "url", "url": "https://example.org/a.png"}
-    asked: Any = {
+    asked = {
         "model": "base",
         "max_tokens": 4,
         "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}],

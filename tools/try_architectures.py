@@ -185,7 +185,9 @@ def small_tower(default: Any) -> dict[str, Any]:
     """The fields of a config that reads images or sound."""
     own = vars(default)
     values = {name: value for name, value in TOWER.items() if name in own and own[name] is not None}
-    inner = {name: small_tower(part) for name, part in own.items() if isinstance(part, PreTrainedConfig)}
+    inner: dict[str, Any] = {
+        name: small_tower(part) for name, part in own.items() if isinstance(part, PreTrainedConfig)
+    }
     for name, value in own.items():
         if isinstance(value, list | tuple) and len(value) == own.get("num_hidden_layers"):
             inner[name] = list(value[:1])

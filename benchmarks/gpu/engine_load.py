@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from polymoe.bench.ceiling import expected_touched
+import torch
+
+from polymoe.bench.ceiling import expected_bytes
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.protocol.request import EngineRequest, SamplingParams, SequenceId
@@ -76,9 +78,11 @@ def decode_bytes(core: EngineCore, variants: Sequence[int], context: float) -> f
     rows = {variant: variants.count(variant) for variant in dict.fromkeys(variants)}
     text = bundle.config.get_text_config()
     chance = text.num_experts_per_tok / bundle.num_experts
-    total = expected_touched(bundle.table.tolist(), rows, chance) * bundle.base_bytes
+    total = expected_bytes(
+        bundle.table.tolist(), _sizes(bundle.table, bundle.base_bytes, bundle.base_bytes), rows, chance
+    )
     if bundle.delta is not None:
-        total += expected_touched(bundle.delta.tolist(), rows, chance) * bundle.delta_bytes
+        total += expected_bytes(bundle.delta.tolist(), _sizes(bundle.delta, bundle.delta_bytes, 0), rows, chance)
     total += len(rows) * (bundle.nonexpert_bytes - bundle.embedding_bytes)
     per_token = core.cache_room.bytes_per_block / core.config.block_size
     return total + len(variants) * context * per_token
@@ -95,3 +99,8 @@ def prefill_flops(core: EngineCore, tokens: int) -> float:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim * tokens**2  # half of 4 · T²
     return 2 * tokens * (dense + experts) + attention
+
+
+def _sizes(table: torch.Tensor, num_bytes: int, of_none: int) -> list[list[int]]:
+    """As `expected_bytes` wants them, of a table [V][L][E] whose entries all have one size."""
+    return [[num_bytes] * (int(table.max()) + 1) + [of_none]] * table.shape[1]

@@ -115,10 +115,10 @@ async def run_qos(plan: QosPlan, builder: Builder, console: Console) -> dict[str
         with run_progress(console) as progress:
             await _run_points(session, plan, points, progress)
         kv_bytes = await session.kv_bytes_per_token()
-    lengths = plan.lengths[0]
-    context = lengths.input_tokens + lengths.output_tokens / 2
+    first = plan.lengths[0]
+    mean_context = first.input_tokens + first.output_tokens / 2
     bundles = {"mixed": bundle, "single": bundle}
-    ceiling = ceiling_of(bundles, bandwidth, plan.in_flight, context, kv_bytes or 0.0, {}, {})
+    ceiling = ceiling_of(bundles, bandwidth, plan.in_flight, mean_context, kv_bytes or 0.0, {}, {})
     return {
         "rates": [_point_report(point, plan) for point in points],
         "ceiling": ceiling,

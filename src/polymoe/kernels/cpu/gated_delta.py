@@ -25,7 +25,8 @@ def gated_delta_step(
     state *= gate.exp()[..., None, None]
     known = (state * key[..., None]).sum(-2)
     state += key[..., None] * ((value - known) * beta[..., None])[..., None, :]
-    return (state * query[..., None]).sum(-2) * query.shape[-1] ** -0.5
+    out: torch.Tensor = (state * query[..., None]).sum(-2) * query.shape[-1] ** -0.5
+    return out
 
 
 def is_fast_gated_delta(state: torch.Tensor) -> bool:

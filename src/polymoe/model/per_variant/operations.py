@@ -39,8 +39,8 @@ def _recurrent_gated_delta_rule(
             query, key, value, g=g, beta=beta, initial_state=initial_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options,
         )  # fmt: skip
-    parts = (x[:, 0] for x in (query, key, value, g, beta))
-    out = fast_gated_delta_step(initial_state, *parts, normalise=use_qk_l2norm_in_kernel)
+    now = [x[:, 0] for x in (query, key, value, g, beta)]
+    out = fast_gated_delta_step(initial_state, now[0], now[1], now[2], now[3], now[4], use_qk_l2norm_in_kernel)
     return out[:, None].to(query.dtype), initial_state
 
 

@@ -175,7 +175,8 @@ class ModuleTrial:
             return False
         sequences = [self._sequence(2), self.second, self.first]
         owners = [0, 1, 1]
-        caches, alone = [], []
+        caches: list[Any] = []
+        alone: list[Any] = []
         for variant in (1, 0):
             with _made_up_weights(self.module, self.initialise, variant) as stacks:
                 for sequence in [s for s, owner in zip(sequences, owners, strict=True) if owner == variant][::-1]:
