@@ -77,7 +77,8 @@ test-ray: dev
 test-drills: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s -m drill tests/drills
 
-# Variants added, replaced and removed at random under traffic, then all that clients do with the memory watched;
+# Variants added, replaced and removed at random under traffic, the page's live view, and all that clients do with the
+# memory watched;
 # minutes of each in SOAK_MINUTES, requests a second of the latter in SOAK_RATE, seconds between changes in SOAK_PAUSE.
 SOAK_MINUTES ?= 30
 soak: dev
@@ -133,11 +134,11 @@ ui/node_modules/.package-lock.json: ui/package.json ui/package-lock.json
 	cd ui && npm ci --no-audit --no-fund
 
 # Lint, types and unit tests of the dashboard, that the built files are of its sources, then all of it in Chromium
-# (apt-get install chromium). make test-ui SCREENSHOT=docs/dashboard.webp takes the README's picture, and in the
-# environment LIVE_MINUTES=10 watches the live view's memory for so long.
+# (apt-get install chromium). make test-ui SCREENSHOT=docs/dashboard.webp takes the README's picture;
+# make soak watches the live view's memory too.
 test-ui: dev ui/node_modules/.package-lock.json
 	cd ui && npm run lint && npm test
-	$(and $(SCREENSHOT),SCREENSHOT=$(SCREENSHOT)) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/test_dashboard.py tests/test_browser.py
+	$(and $(SCREENSHOT),SCREENSHOT=$(SCREENSHOT)) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m "not soak" tests/test_dashboard.py tests/test_browser.py
 
 format: dev
 	$(BIN)/ruff format .

@@ -398,13 +398,13 @@ def test_an_hour_of_live_view_takes_no_more_memory(server: ThreadServer, visit: 
     assert sizes[1] < 1.3 * sizes[0] + 2e6, sizes
 
 
-@pytest.mark.skipif("LIVE_MINUTES" not in os.environ, reason="no LIVE_MINUTES=10 was asked for")
+@pytest.mark.soak
 def test_minutes_of_live_view_take_no_more_memory(server: ThreadServer, visit: Visit) -> None:
     """The same in real time, with a request now and then."""
     page = visit.open(server, "live")
     session = visit.context.new_cdp_session(page)
     sizes: list[int] = []
-    for _ in range(int(6 * float(os.environ["LIVE_MINUTES"]))):
+    for _ in range(int(6 * float(os.environ.get("SOAK_MINUTES", "10")))):
         server.post("/v1/completions", {"model": "v1", "prompt": "hello", "max_tokens": 8, "ignore_eos": True})
         page.wait_for_timeout(10_000)
         session.send("HeapProfiler.collectGarbage")
