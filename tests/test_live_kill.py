@@ -24,7 +24,7 @@ from servers import LIMIT
 from test_live_server import PROMPT, alone
 
 KEYS = {"POLYMOE_API_KEY": "client", "POLYMOE_ADMIN_KEY": "admin"}
-KILLS = 10
+KILLS = 6
 pytestmark = pytest.mark.slow
 
 
