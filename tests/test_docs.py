@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("CONTRIBUTING.md", "docs/architecture.md", "docs/extending.md")
 # A page may leave out where a reader is told to look.
-IN_PACKAGE = ("", "native", "native/csrc", "kernels/cpu", "kernels/gpu", "model/backends")
+IN_PACKAGE = ("", "native", "native/csrc", "native/csrc/portable", "kernels/cpu", "kernels/gpu", "model/backends")
 FOLDERS = ("", *(f"src/polymoe/{folder}" for folder in IN_PACKAGE))
 
 

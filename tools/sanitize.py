@@ -21,7 +21,8 @@ from polymoe.native.installed import level, library_of
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     "test_cpu_kernels", "test_paged_attention", "test_rms_norm", "test_grouped_linear", "test_grouped_experts",
-    "test_packed_linear", "test_packed_experts", "test_tiled_experts", "test_encode",
+    "test_packed_linear", "test_packed_experts", "test_tiled_experts", "test_packed_nonexperts", "test_encode",
+    "test_gated_delta",
 ]  # fmt: skip
 # Of the library's loading, in Pythons of their own: nothing of it is a kernel's.
 LEFT_OUT = "tests/test_cpu_kernels.py::test_torch_is_loaded_with_threads_that_sleep_and_nobody_else_is_told"
