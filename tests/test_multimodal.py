@@ -55,7 +55,7 @@ WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "kimi_k25": (
         {"vision_config": _SMALL_TOWER, "projection_hidden_size": 32},
         {"model_type": "deepseek_v3", **COMMON, **ARCHITECTURES["deepseek_v3"]},
-        ("vision_tower.", "mm_projector."),
+        ("vision_tower.", "mm_projector.", "model.mm_projector."),
     ),
     "qwen3_vl_moe": ({"vision_config": _DEEP_TOWER}, _QWEN3, ("model.visual.",)),
     "glm4v_moe": (
