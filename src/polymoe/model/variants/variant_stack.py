@@ -334,7 +334,7 @@ def _conv1d(
     numbers = [n[0] if isinstance(n, tuple | list) else n for n in (stride, padding, dilation)]
     plain = numbers[0] == numbers[2] == 1 and isinstance(numbers[1], int) and groups == x.shape[1] == weight.shape[0]
     if shape is None or x.shape[0] != shape[0] or not plain:
-        raise NotImplementedError("this conv1d is not supported on weights that differ between variants")
+        raise NotImplementedError("this convolution (conv1d) is not supported on weights that differ between variants")
 
     def own(part: Any) -> torch.Tensor:  # [B or 1, C, 1, …]
         one = part.per_token(shape[0] * shape[1])[:: shape[1]] if isinstance(part, VariantStack) else part[None]
