@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
     if not address:
         check_address(config.server)
     ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **({} if address else _local()))
+    if not address:
+        _stop_on_signals()  # Ray has set its own, which end the process at once
     try:
         check_resources(config, ray.cluster_resources())
         start_serve(config)
@@ -48,8 +50,8 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
             try:
                 prefix = "/" if config.http == "proxy" else None
                 serve.run(build_app(config, bundles), name=APPLICATION, route_prefix=prefix)
-            except RuntimeError as error:  # of a replica, whose own message is in it
-                raise PolymoeError(f"the replicas did not start: {error}") from error
+            except RuntimeError as error:
+                raise PolymoeError(f"the replicas did not start: {why_not(APPLICATION) or error}") from error
         scheme = "http" if config.server.ssl_certfile is None else "https"
         console.print(
             f"{scheme}://{config.server.host}:{config.server.port} serves {len(config.pools)} pools with "
@@ -59,8 +61,10 @@ def run_deployment(config: DeployConfig, console: Console) -> int:
         if address:
             console.print("It stays on the cluster; `serve status` shows it, `serve shutdown` ends it.")
         else:
-            _until_stopped()
-            serve.shutdown()
+            while True:
+                time.sleep(3600)
+    except _Stopped:
+        serve.shutdown()
     finally:
         ray.shutdown()
     return 0
@@ -104,9 +108,25 @@ def _planned(config: DeployConfig, console: Console) -> dict[str, str]:
     return bundles
 
 
-def _until_stopped() -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
-    while not stop.wait(3600):
-        pass
+def why_not(application: str) -> str:
+    """What the replicas of an application that was not deployed say themselves; Ray's error often has only names."""
+    from ray import serve
+
+    deployments = serve.status().applications[application].deployments
+    return " ".join(f"{name}: {found.message}" for name, found in deployments.items() if found.message)
+
+
+class _Stopped(BaseException):
+    """A signal asked for the end, while replicas started or after that."""
+
+
+def _stop_on_signals() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def stop(*_: object) -> None:
+        for number in numbers:  # the end is under way, and orderly
+            signal.signal(number, signal.SIG_IGN)
+        raise _Stopped
+
+    for number in numbers:
+        signal.signal(number, stop)
