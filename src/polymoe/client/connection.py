@@ -125,7 +125,7 @@ class Connection:
         """The first thing asked: the engine's, when it has loaded."""
         reader, self._writer = await self.engine.open()
         _, ready = self._starts.new()
-        self._reading = asyncio.create_task(self._read(reader))
+        self._reading = asyncio.create_task(read_events(reader, self._handle, self._end))
         return await ready
 
     async def add(self, requests: list[EngineRequest]) -> None:
@@ -174,25 +174,8 @@ class Connection:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        death: PolymoeError = EngineDeadError("The engine process ended unexpectedly.")
-        try:
-            while True:
-                header = await reader.readexactly(HEADER_BYTES)
-                event = decode_event(await reader.readexactly(body_length(header)))
-                self.last_heard = time.monotonic()
-                if isinstance(event, Fatal):
-                    death = PolymoeError(event.message) if event.deliberate else EngineDeadError(event.message)
-                else:
-                    self._handle(event)
-        except (asyncio.IncompleteReadError, OSError):
-            pass
-        except EngineDeadError as error:
-            death = error
-        finally:
-            self._end(death)
-
     def _handle(self, event: Event) -> None:
+        self.last_heard = time.monotonic()
         match event:
             case Outputs(outputs):
                 self._on_outputs(outputs)
@@ -220,6 +203,27 @@ class Connection:
         for pending in (self._starts, self._submissions, self._questions, self._additions, self._drops):
             pending.fail_all(death)
         self._on_end(death)
+
+
+async def read_events(
+    reader: asyncio.StreamReader, handle: Callable[[Event], None], end: Callable[[PolymoeError], None]
+) -> None:
+    """All that an engine says, but for the reason of its end, until its end: `end` is told why."""
+    death: PolymoeError = EngineDeadError("The engine process ended unexpectedly.")
+    try:
+        while True:
+            header = await reader.readexactly(HEADER_BYTES)
+            event = decode_event(await reader.readexactly(body_length(header)))
+            if isinstance(event, Fatal):
+                death = PolymoeError(event.message) if event.deliberate else EngineDeadError(event.message)
+            else:
+                handle(event)
+    except (asyncio.IncompleteReadError, OSError):
+        pass
+    except EngineDeadError as error:
+        death = error
+    finally:
+        end(death)
 
 
 def start_process(module: str, fd: int) -> "subprocess.Popen[bytes]":

@@ -12,8 +12,6 @@ import itertools
 import logging
 import secrets
 import shutil
-import socket
-import subprocess
 import tempfile
 import time
 from collections import deque
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from polymoe.client.connection import start_process
+from polymoe.client.connection import EngineProcess, read_events
 from polymoe.config import EngineConfig
 from polymoe.deploy.wire import (
     MOST_HELLO_BYTES,
@@ -45,7 +43,6 @@ from polymoe.protocol.messages import (
     Command,
     DropVariant,
     Event,
-    Fatal,
     GetStats,
     Message,
     Outputs,
@@ -57,7 +54,6 @@ from polymoe.protocol.messages import (
     Stats,
     VariantAdded,
     VariantDropped,
-    decode_event,
     frame,
 )
 from polymoe.protocol.request import SequenceId, TokenOutput
@@ -103,7 +99,7 @@ class Relay:
         self.config, self.module = config, module
         self.dead = asyncio.Event()  # set when the engine has ended
         self.token = secrets.token_hex(32)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: EngineProcess | None = None
         self._engine: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
@@ -124,13 +120,10 @@ class Relay:
 
     async def start(self) -> EngineInfo:
         """Have an engine that has loaded. Raises `PolymoeError` when it cannot."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_process(self.module, theirs.fileno())
-        reader, self._engine = await asyncio.open_connection(sock=ours)
-        self._engine.write(frame(Start(self.config)))
+        self._process = EngineProcess(self.module, self.config)
+        reader, self._engine = await self._process.open()
         self._ready = asyncio.get_running_loop().create_future()
-        self._reading = asyncio.create_task(self._read_engine(reader))
+        self._reading = asyncio.create_task(read_events(reader, self._pass_on, self._die))
         self._info = await self._ready
         return self._info
 
@@ -153,14 +146,9 @@ class Relay:
         """End the engine, and every connection."""
         for server, _ in self._servers.values():
             server.close()
-        if self._engine is not None and not self._engine.is_closing():
-            self._engine.write(frame(Shutdown()))
-        if (process := self._process) is not None:
-            try:
-                await asyncio.to_thread(process.wait, grace)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                await asyncio.to_thread(process.wait)
+        self._send(Shutdown())
+        if self._process is not None:
+            await self._process.wait(grace)
         if self._reading is not None:
             await self._reading
         if self._folder is not None:
@@ -297,24 +285,8 @@ class Relay:
 
     # --- the engine
 
-    async def _read_engine(self, reader: asyncio.StreamReader) -> None:
-        death: PolymoeError = EngineDeadError("The engine process ended unexpectedly.")
-        try:
-            while True:
-                event = decode_event(await read_frame(reader))
-                self._last_heard = time.monotonic()
-                if isinstance(event, Fatal):
-                    death = PolymoeError(event.message) if event.deliberate else EngineDeadError(event.message)
-                else:
-                    self._pass_on(event)
-        except (asyncio.IncompleteReadError, OSError):
-            pass
-        except EngineDeadError as error:
-            death = error
-        finally:
-            self._die(death)
-
     def _pass_on(self, event: Event) -> None:
+        self._last_heard = time.monotonic()
         match event:
             case Outputs(outputs):
                 self._share(outputs)
