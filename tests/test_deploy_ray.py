@@ -92,7 +92,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deployment(bundle: Path) -> Iterator[Deployment]:
     # For Ray's processes; this one has imported it without, as handles are used here outside of an event loop.
-    os.environ.update({**VARIABLES, "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"})
+    os.environ.update(VARIABLES)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
              namespace="polymoe")  # fmt: skip
     try:
@@ -364,11 +364,10 @@ def test_a_device_that_cannot_hold_its_plan(deployment: Deployment) -> None:
     assert deployment.complete("base").status_code == 200
 
 
-@pytest.mark.xfail(
-    reason="no second replica came within two minutes on a local Ray; the cause is not known", strict=True
-)
-def test_more_work_brings_more_replicas(deployment: Deployment) -> None:
-    scaling = Autoscaling(max_replicas=2, ongoing_requests=2.0, upscale_delay=1.0)
+def test_replicas_come_and_go_with_the_work(deployment: Deployment) -> None:
+    """Also where the pool ran without autoscaling before: Ray's replicas report nothing unless they were started for
+    it, so that the one of two that was left was asked for its work in vain, for ever."""
+    scaling = Autoscaling(max_replicas=2, ongoing_requests=2.0, upscale_delay=1.0, downscale_delay=2.0)
     deployment.deploy(deployment.bundle, replicas=1, autoscaling=scaling)
     wait_for(lambda: len(deployment.replicas_or_none()) == 1)
     stop = threading.Event()
@@ -385,3 +384,5 @@ def test_more_work_brings_more_replicas(deployment: Deployment) -> None:
             stop.set()
         for each in asked:
             each.result(LIMIT)
+    wait_for(lambda: len(deployment.replicas_or_none()) == 1)
+    assert deployment.complete("base").status_code == 200
