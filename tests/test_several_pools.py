@@ -16,9 +16,9 @@ from polymoe.protocol.planning import Answer, RankJob
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles `near`, `far` and `wide` of one variant each, the last one a larger model."""
+    """Bundles `near`, `far` and `deep` of one variant each, the last one of another model."""
     folder = tmp_path_factory.mktemp("pools")
-    for seed, (name, layers) in enumerate({"near": 2, "far": 2, "wide": 3}.items()):
+    for seed, (name, layers) in enumerate({"near": 2, "far": 2, "deep": 3}.items()):
         paths = make_family("mixtral", folder / name, 2, perturb=0.1, seed=seed, num_hidden_layers=layers)
         make_plan({name: paths["base"]}, "separate", None, folder / name / "bundle")
     return folder
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_nearest_pool(folder: Path) -> None:
     """By the experts; a bundle of another model is told to be none, with the reason."""
-    bundles = [str(folder / name / "bundle") for name in ("far", "near", "wide")]
+    bundles = [str(folder / name / "bundle") for name in ("far", "near", "deep")]
     told: list[Answer] = []
     answer = run(RankJob(bundles=bundles, name="new", spec=str(folder / "near" / "v1")), told.append)
     assert answer.done
