@@ -57,6 +57,7 @@ class PoolLinks:
         self.links: dict[str, ReplicaLink] = {}  # Ray's name of a replica -> the connection
         self._node, self._places, self._processor, self._learn = node, places, processor, learn
         self._info: EngineInfo | None = None
+        self._versions: tuple[EngineInfo, Versions] | None = None  # of that `_info`
         self._is_known = False  # a replica with the configured bundle was seen
         self._connecting: dict[str, asyncio.Task[ReplicaLink]] = {}
         self._watches: set[asyncio.Task[None]] = set()
@@ -71,8 +72,11 @@ class PoolLinks:
 
     @property
     def versions(self) -> Versions:
-        """Which versions the pool holds, and what names mean there."""
-        return Versions(self.info.variants, self.info.names)
+        """Which versions the pool holds, and what names mean there; asked for each request."""
+        info, known = self.info, self._versions
+        if known is None or known[0] is not info:
+            known = self._versions = info, Versions(info.variants, info.names)
+        return known[1]
 
     async def start(self) -> None:
         """Wait for a replica."""
