@@ -32,6 +32,7 @@ import torch
 import transformers
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -374,7 +375,7 @@ def show(outcomes: list[Outcome], markdown: bool) -> None:
         "architecture", "model_type", "result", "note", title=f"transformers {transformers.__version__}: {summary}"
     )
     for o in outcomes:
-        table.add_row(o.name, o.model_type, f"[{COLOURS[o.result]}]{o.result}[/]", short_note(o))
+        table.add_row(o.name, o.model_type, Text(o.result, style=COLOURS[o.result]), short_note(o))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
