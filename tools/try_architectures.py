@@ -233,15 +233,18 @@ def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
 
 
 def make_requests(vocab_size: int) -> list[EngineRequest]:
+    """Two of one length for each variant, which a step computes together, then some of any length."""
     rng = random.Random(0)
+    pairs = [(i // 2, 5, 8) for i in range(2 * NUM_VARIANTS)]
+    others = [(rng.randrange(NUM_VARIANTS), rng.choice((1, 2, 5, 12, 19, 30)), rng.randrange(1, 14)) for _ in range(8)]
     return [
         EngineRequest(
             request_id=SequenceId(str(i)),
-            variant=rng.randrange(NUM_VARIANTS),
-            prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(rng.choice((1, 2, 5, 12, 19, 30)))],
-            sampling=SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14)),
+            variant=variant,
+            prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(length)],
+            sampling=SamplingParams(temperature=0, max_tokens=max_tokens),
         )
-        for i in range(12)
+        for i, (variant, length, max_tokens) in enumerate(pairs + others)
     ]
 
 

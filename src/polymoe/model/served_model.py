@@ -24,7 +24,7 @@ from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     expert_modules,
     expert_tensor_names,
-    keeps_float32,
+    float32_weights,
     retie,
     set_weight,
 )
@@ -86,6 +86,7 @@ class ServedModel:
         self._token_axes = stock.trial.token_axes
         self._per_variant = stock.trial.per_variant
         self.model = stock.skeleton
+        self._float32_weights = float32_weights(self.model, self.dtype)
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
         if [path for path, _ in experts] != list(bundle.expert_modules):
@@ -161,7 +162,7 @@ class ServedModel:
         return plain <= _SMALL_SHARE * sum(w.numel() for w in weights)
 
     def _weight_dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
+        return torch.float32 if name in self._float32_weights else self.dtype
 
     def _group_of(self, sources: Sequence[int]) -> RowGroup:
         """Where every version has a row. sources: per variant, the lowest with the identical tensor."""
