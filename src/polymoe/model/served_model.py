@@ -19,7 +19,9 @@ from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
 from polymoe.model.per_variant.module import install
 from polymoe.model.per_variant.sequence_states import SequenceStates
+from polymoe.model.stock.fused_attention import fuse_attention
 from polymoe.model.stock.fused_norm import fuse_norms
+from polymoe.model.stock.fused_router import fuse_routers
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     expert_modules,
@@ -139,6 +141,8 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, backend)
+        fuse_routers(self.model, backend)
+        fuse_attention(self.model, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
