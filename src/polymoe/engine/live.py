@@ -73,11 +73,6 @@ def check_live(config: EngineConfig, bundle: Bundle, device: torch.device) -> No
         raise ConfigError("--max-variants: variants come and go on a CPU only; leave it out, or use --device cpu.")
     if config.slots is not None and config.slots < planned:
         raise ConfigError("--max-variants needs a slot for every variant; leave --slots out.")
-    if any(bundle.packed_nonexpert(name) for name in bundle.nonexpert_names):
-        raise ConfigError(
-            f"--max-variants: {bundle.path} has tensors outside the experts in few bits, and those of a new variant "
-            "could not lie beside them; leave it out, or plan the bundle without."
-        )
     if config.max_variants < held:
         raise ConfigError(f"--max-variants {config.max_variants} is less than the {held} versions of {bundle.path}.")
 

@@ -13,6 +13,7 @@ from polymoe.model.batch.batch import RowMap
 from polymoe.model.experts.added import AddedExperts, OwnExperts
 from polymoe.model.served_model import ServedModel
 from polymoe.model.transfer.pieces import copy_in_pieces
+from polymoe.model.variants.added_packed import AddedPacked, OwnMatrices
 from polymoe.model.variants.row_group import RowGroup
 
 
@@ -26,6 +27,7 @@ class Arriving:
     rows: list[tuple[RowGroup, int, bool]]
     promoted: RowGroup | None
     experts: OwnExperts | None = None
+    packed: OwnMatrices | None = None
 
 
 class LiveWeights:
@@ -34,6 +36,7 @@ class LiveWeights:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.experts = AddedExperts(model.pool, model.expert_modules, model.context.backend)
+        self.packed = AddedPacked(model.packed, model.bundle, model.context.backend)
 
     def reserve(self, place: int, files: AddedFiles) -> Arriving:
         """Find rows for it."""
@@ -68,12 +71,14 @@ class LiveWeights:
                 for name, rows in arriving.promoted.stacks.items():
                     copy_in_pieces(rows[0], model.weight(name))
                     copy_in_pieces(rows[1], files.nonexpert(name))
+            arriving.packed = self.packed.load(files)
             arriving.experts = self.experts.load(files)
 
     @torch.inference_mode()
     def install(self, arriving: Arriving) -> None:
         """From the next step on it is served."""
         assert arriving.experts is not None
+        assert arriving.packed is not None
         model, place = self._model, arriving.place
         for group, row, _ in arriving.rows:
             group.assign(place, row)
@@ -86,6 +91,8 @@ class LiveWeights:
         for group in model.groups:  # of tensors that became stacks since it was reserved, and that it shares
             if group.row_map.rows[place] < 0:
                 group.assign(place, 0)
+        model.places.assign(place, place)
+        self.packed.install(place, arriving.packed)
         self.experts.install(place, arriving.experts)
 
     def cancel(self, arriving: Arriving) -> None:
@@ -100,6 +107,8 @@ class LiveWeights:
         self._model.occupied[place] = -1
         for group in self._model.groups:
             group.assign(place, -1)
+        self._model.places.assign(place, -1)
+        self.packed.remove(place)
         self.experts.remove(place)
 
     def bytes_of(self, place: int) -> int:
@@ -109,4 +118,4 @@ class LiveWeights:
             row = group.row_map.rows[place]
             if row >= 0 and group.row_map.rows.count(row) == 1:
                 rows += sum(t[row].numel() * t.element_size() for t in group.stacks.values())
-        return rows + self.experts.bytes_of(place)
+        return rows + self.packed.bytes_of(place) + self.experts.bytes_of(place)
