@@ -56,6 +56,11 @@ class AddedFiles:
         """One of `own_nonexperts` that is stored as it is."""
         return self._tensor(ADDED_NONEXPERTS, name)
 
+    def num_bytes(self, name: str) -> int:
+        """Of what one of `own_nonexperts` has stored."""
+        tensors = self.packed_nonexpert(name).values() if name in self.addition.packed else [self.nonexpert(name)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def packed_nonexpert(self, name: str) -> dict[str, Tensor]:
         """Part -> tensor of the delta that one of `addition.packed` is."""
         delta, shape = self.addition.packed[name].delta, tuple(self.manifest.packed_nonexperts[name].shape)

@@ -33,6 +33,7 @@ class Versions:
 
     base: Tensor
     delta: Tensor
+    used: tuple[range, range]  # of bases and of deltas: from the lowest to the highest
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,9 @@ class Versions:
 @lru_cache(maxsize=1024)
 def versions(pairs: tuple[tuple[int, int], ...]) -> Versions:
     """Of (base, delta) of each row."""
-    return Versions(torch.tensor([base for base, _ in pairs]), torch.tensor([delta for _, delta in pairs]))
+    bases, deltas = [base for base, _ in pairs], [delta for _, delta in pairs]
+    used = range(min(bases), max(bases) + 1), range(min(deltas), max(deltas) + 1)
+    return Versions(torch.tensor(bases), torch.tensor(deltas), used)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +98,9 @@ class PackedRows:
     def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
         """float32 [..., I]: row `ids` of the version of each token. `ids`, `rows` int64 [...]."""
         assert not self.is_tiled
-        base, delta = self.versions.on(rows.device)
-        found = _looked_up(self.bases, ids, base[rows])
-        return found + _looked_up(self.deltas, ids, delta[rows]) if self.deltas else found
+        (base, delta), used = self.versions.on(rows.device), self.versions.used
+        found = _looked_up(self.bases, ids, base[rows], used[0])
+        return found + _looked_up(self.deltas, ids, delta[rows], used[1]) if self.deltas else found
 
 
 def packed_rows(
@@ -174,13 +177,13 @@ def _decoded(pools: Sequence[PackedPool | StoredPool], index: int) -> Tensor:
     raise IndexError(index)
 
 
-def _looked_up(pools: Sequence[PackedPool | StoredPool], ids: Tensor, entries: Tensor) -> Tensor:
-    """float32 [..., I]: row `ids` of each token's entry of the pools; zeros where that is −1."""
+def _looked_up(pools: Sequence[PackedPool | StoredPool], ids: Tensor, entries: Tensor, used: range) -> Tensor:
+    """float32 [..., I]: row `ids` of each token's entry of the pools, zeros where that is −1. used: where they lie."""
     out: Tensor | None = None
     for pool in pools:
-        here = (entries >= 0) & (entries < len(pool))
-        if ids.device.type == "cpu" and bool(here.all()):  # the usual case; a device is not waited for
+        if used.start >= 0 and used.stop <= len(pool) and out is None:  # as planned: the host knows without looking
             return _rows_of(pool, ids, entries)
+        here = (entries >= 0) & (entries < len(pool))
         found = torch.where(here[..., None], _rows_of(pool, ids, entries.clamp(0, len(pool) - 1)), 0.0)
         out = found if out is None else out + found
         entries = entries - len(pool)

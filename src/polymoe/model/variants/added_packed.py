@@ -45,7 +45,7 @@ OwnMatrices = Mapping[str, OwnMatrix]
 
 class AddedPacked:
     """Owns what all added variants bring to the packed matrices. `weights`: name -> the matrix, whose rows are places.
-    All methods but `load` belong between two steps."""
+    All methods but `load` belong between two steps. `has_changed`: as `AddedExperts` has it."""
 
     def __init__(self, weights: Mapping[str, PackedVariants], bundle: Bundle, backend: Backend) -> None:
         self._weights, self._bundle, self._backend = weights, bundle, backend
@@ -55,6 +55,7 @@ class AddedPacked:
             for name, rows in self._planned.items()
         }
         self._own: dict[int, OwnMatrices] = {}
+        self.has_changed = False
 
     def load(self, files: AddedFiles) -> OwnMatrices:
         """Copy what a variant brings to the device. May run beside forward passes."""
@@ -105,6 +106,7 @@ class AddedPacked:
                 pairs[place] = base, delta
             rows = PackedRows(tuple(bases), tuple(deltas), versions(tuple(pairs)), planned.shape)
             self._weights[name].packed = rows
+            self.has_changed = True
 
     @property
     def num_bytes(self) -> int:
