@@ -25,7 +25,7 @@ from polymoe.deploy.adapter import pick
 from polymoe.deploy.link import Asked, RetriedStream
 from polymoe.deploy.merge import merged_info, merged_stats
 from polymoe.deploy.pool_links import PoolLinks
-from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError
+from polymoe.errors import BundleError, ChangeRefusedError, EngineDeadError, OverloadedError, PolymoeError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import QoS, SamplingParams
 
@@ -238,7 +238,13 @@ class RayClient:
         """Every replica loads it, or none holds it. Raises as `AsyncEngineClient.add_variant`."""
         info = await self._pool.add_variant(folder, addition)
         self._last_used[info.version] = time.monotonic()
-        self.processor.add_version(info)
+        try:
+            await self.processor.add_version(info)
+        except BaseException as error:  # a cancellation too
+            await asyncio.shield(self._pool.drop_variant(info.version))
+            if isinstance(error, BundleError):
+                raise ChangeRefusedError(str(error)) from error
+            raise
         return info
 
     async def drop_variant(self, info: VariantInfo) -> None:

@@ -159,13 +159,15 @@ class Backend(ABC):
     none, so that a step can be captured; there is a KV block for what the padding writes. keeps_tables_on_device:
     whether operations read row maps, lengths and tables on the device, where they are changed in place, and nothing
     waits for it. holds_outputs_first: whether stored experts are turned over to `[out, in]` when they are loaded.
-    has_own_threads: whether large products run on threads that torch does not know of.
+    takes_one_exact_pool: whether a layer's lossless deltas have to be in one pool. has_own_threads: whether large
+    products run on threads that torch does not know of.
     """
 
     runs_on: ClassVar[str]
     pads_steps: ClassVar[bool] = False
     keeps_tables_on_device: ClassVar[bool] = False
     holds_outputs_first: ClassVar[bool] = True
+    takes_one_exact_pool: ClassVar[bool] = False
     has_own_threads: bool = False
 
     @property

@@ -60,8 +60,7 @@ class CpuBackend(ReferenceBackend):
 
     def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call; a base is decoded once for all of them."""
-        groups = segments.row_groups(row_map)
-        given = groups.on_one_base if rows.has_one_base else groups.on_own_bases
+        given = segments.row_groups(row_map).packed(rows.versions)
         # Deltas are small, and what they add is as coarse as the coarser of both products of an expert.
         bits = max(self.activations), min(self.activations)
         return packed_rows_linear(x, rows, given, bits)
