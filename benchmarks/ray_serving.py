@@ -5,7 +5,8 @@
 A random family of a 110M-parameter Mixtral in bfloat16, two variants, prompts of 64 token ids, `--in-flight` requests
 for each replica. The clients, Ray's own processes and the ingress share the cores with the engines: two servers without
 Ray (`servers`) are what the machine has to give. CPU a streamed token is told for each kind of process, above what it
-takes when nothing runs.
+takes when nothing runs. First tokens (`first_token`, alone with `--only-first`) are those of the demo family, whose
+engine takes little of the time, from a server and from a deployment in turns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import psutil
 
 from polymoe.bench.family import MANY_MIXTRAL
 from polymoe.bench.written_family import write_variant
+from polymoe.demo import family_paths
 from polymoe.deploy.build import build_app
 from polymoe.deploy.config import DeployConfig, Pool
 from polymoe.deploy.installed import require_ray
@@ -57,13 +61,14 @@ def make_bundle(folder: Path) -> Path:
 class Load:
     """Requests to one server."""
 
-    def __init__(self, url: str, tokens: int, seed: int = 0) -> None:
-        self._url, self._tokens, self._random = url, tokens, random.Random(seed)
+    def __init__(self, url: str, tokens: int, seed: int = 0, variants: Sequence[str] = VARIANTS) -> None:
+        self._url, self._tokens, self._random, self._variants = url, tokens, random.Random(seed), variants
 
     def _body(self, **more: Any) -> dict[str, Any]:
-        prompt = [self._random.randrange(2, 4096) for _ in range(64)]
+        prompt = [self._random.randrange(2, 256) for _ in range(64)]
         return {
-            "model": self._random.choice(VARIANTS), "prompt": prompt, "max_tokens": self._tokens, "ignore_eos": True,
+            "model": self._random.choice(self._variants), "prompt": prompt, "max_tokens": self._tokens,
+            "ignore_eos": True,
         } | more  # fmt: skip
 
     async def first_tokens(self, count: int) -> list[float]:
@@ -126,8 +131,9 @@ def cpu_by_kind() -> dict[str, float]:
     return total
 
 
-def alone(bundle: Path, count: int, options: argparse.Namespace) -> dict[str, float]:
-    """As many servers of one core, each with its own clients."""
+@contextmanager
+def running(bundle: Path, count: int) -> Iterator[list[str]]:
+    """As many servers of one core; their URLs."""
     ports = [free_port() for _ in range(count)]
     servers = []
     for port in ports:
@@ -140,11 +146,45 @@ def alone(bundle: Path, count: int, options: argparse.Namespace) -> dict[str, fl
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url in urls:
             wait_until_ready(url)
-        return measure([Load(url, options.tokens, seed) for seed, url in enumerate(urls)], options)
+        yield urls
     finally:
         for server in servers:
             server.terminate()
             server.wait(30)
+
+
+def alone(bundle: Path, count: int, options: argparse.Namespace) -> dict[str, float]:
+    """As many servers of one core, each with its own clients."""
+    with running(bundle, count) as urls:
+        return measure([Load(url, options.tokens, seed) for seed, url in enumerate(urls)], options)
+
+
+def side_by_side(folder: Path, port: int, options: argparse.Namespace) -> dict[str, float]:
+    """First tokens of a server and of a deployment on `port`, in turns, so that both meet the same machine."""
+    from ray import serve
+
+    paths = family_paths()
+    bundle = make_plan(paths, "separate", None, folder / "demo").path
+    serve.run(build_app(config_of(bundle, 1, port)), name="bench", route_prefix=None)
+    with running(bundle, 1) as (url,):
+        urls = (url, f"http://127.0.0.1:{port}")
+        loads = [Load(each, options.tokens, variants=list(paths)) for each in urls]
+
+        async def turns() -> list[list[float]]:
+            times: list[list[float]] = [[], []]
+            for _ in range(options.first // 4):
+                for load, found in zip(loads, times, strict=True):
+                    found += await load.first_tokens(4)
+            return times
+
+        asyncio.run(turns())  # warm
+        server, ray = asyncio.run(turns())
+    found = {}
+    for part, of in ((0.5, "p50"), (0.9, "p90")):
+        one, other = (1000 * sorted(times)[int(part * len(times))] for times in (server, ray))
+        found |= {f"{of}_server_ms": round(one, 2), f"{of}_ray_ms": round(other, 2)}
+        found[f"{of}_added_ms"] = round(other - one, 2)
+    return found
 
 
 def measure(loads: list[Load], options: argparse.Namespace, replicas: int = 1) -> dict[str, float]:
@@ -190,33 +230,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("requests", 64), ("in-flight", 16), ("tokens", 48), ("first", 40)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only-first", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     require_ray()  # before Ray is imported
     import ray
     from ray import serve
 
+    found: dict[str, Any] = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_bundle(Path(folder))
-        found: dict[str, Any] = {"cores": os.cpu_count()}
-        found["server"], found["servers"] = (alone(bundle, count, options) for count in (1, 2))
-        print(json.dumps(found), file=sys.stderr, flush=True)
+        if not options.only_first:
+            found["server"], found["servers"] = (alone(bundle, count, options) for count in (1, 2))
+            print(json.dumps(found), file=sys.stderr, flush=True)
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
         try:
             port = free_port()
             start_serve(config_of(bundle, 1, port))
-            for replicas in (1, 2):
+            for replicas in () if options.only_first else (1, 2):
                 found[f"ray_{replicas}"] = with_ray(bundle, replicas, port, options)
                 print(json.dumps(found), file=sys.stderr, flush=True)
+            found["first_token"] = side_by_side(Path(folder), port, options)
             serve.shutdown()
         finally:
             ray.shutdown()
-    one, two = found["ray_1"], found["ray_2"]
-    found["two_over_one"] = round(two["tokens_per_second"] / one["tokens_per_second"], 3)
-    found["two_servers_over_one"] = round(
-        found["servers"]["tokens_per_second"] / found["server"]["tokens_per_second"], 3
-    )
-    found["added_first_token_ms"] = round(one["p50_first_token_ms"] - found["server"]["p50_first_token_ms"], 2)
+    if not options.only_first:
+        one, two = found["ray_1"], found["ray_2"]
+        found["two_over_one"] = round(two["tokens_per_second"] / one["tokens_per_second"], 3)
+        found["two_servers_over_one"] = round(
+            found["servers"]["tokens_per_second"] / found["server"]["tokens_per_second"], 3
+        )
     print(json.dumps(found))
 
 

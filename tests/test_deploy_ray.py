@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from families import make_family
 from polymoe import LLM, SamplingParams
+from polymoe.bundle.manifest import read_manifest
 from polymoe.deploy.build import build_app
 from polymoe.deploy.config import Autoscaling, DeployConfig, Pool
 from polymoe.deploy.installed import VARIABLES
 from polymoe.deploy.run import start_serve, why_not
 from polymoe.offline.api import make_plan
+from polymoe.offline.plan.options import PlanOptions
+from polymoe.protocol.info import EngineStats
 from polymoe.server.keys import Key, add_key
 from polymoe.server.settings import ServerSettings
 from servers import CONTEXT, LIMIT, events, free_port, wait_for
@@ -48,11 +55,12 @@ class Deployment:
     def config(self, bundle: Path, ingresses: int = 1, keys: Path | None = None, **pool: Any) -> DeployConfig:
         options = {"num_threads": 1, "kv_cache_bytes": 1 << 24, "device": "cpu", "max_variants": 4}
         admin: dict[str, Any] = {"admin_key": "admin-key", "variants_root": self.checkpoints}
+        pool = {"name": "two", "replicas": 2, "engine": options, **pool}
         return DeployConfig(
             server=ServerSettings(
                 port=self.port, grace=60.0, api_key="client-key", keys=keys, **(admin if ingresses == 1 else {})
             ),
-            pools=(Pool(name="two", sources=[str(bundle)], cpus=0.5, **{"replicas": 2, "engine": options, **pool}),),
+            pools=(Pool(sources=[str(bundle)], cpus=0.5, **pool),),
             ingresses=ingresses,
         )
 
@@ -92,7 +100,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deployment(bundle: Path) -> Iterator[Deployment]:
     # For Ray's processes; this one has imported it without, as handles are used here outside of an event loop.
-    os.environ.update({**VARIABLES, "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"})
+    os.environ.update(VARIABLES)
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
              namespace="polymoe")  # fmt: skip
     try:
@@ -308,6 +316,84 @@ def test_variants_come_and_go_on_all_replicas(deployment: Deployment, bundle: Pa
     assert deployment.complete("math").status_code == 404
 
 
+def close_to(checkpoint: Path, folder: Path) -> None:
+    """Every value of its weights a little different."""
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    noise = torch.Generator().manual_seed(7)
+    for name, weight in weights.items():
+        weights[name] = weight + 0.02 * weight.std() * torch.randn(weight.shape, generator=noise)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_variants_of_several_pools(deployment: Deployment, tmp_path: Path) -> None:
+    """A new variant goes to the pool that it is nearest to, or where its base is. What a name of two pools means
+    changes in both in one step, or in none: `v1` has two versions, as `right` merges its experts with those of `v2`."""
+    paths = {name: deployment.checkpoints / name for name in ("base", "v1", "v2")}
+    close_to(paths["v2"], deployment.checkpoints / "near-v2")
+    left = make_plan({name: paths[name] for name in ("base", "v1")}, "separate", None, tmp_path / "left")
+    options = PlanOptions(accept_unrelated=True)
+    right = make_plan({name: paths[name] for name in ("v1", "v2")}, "mean", None, tmp_path / "right", options=options)
+    config = deployment.config(left.path, name="left", replicas=1)
+    pool = config.pools[0]
+    other = msgspec.structs.replace(pool, name="right", sources=[str(right.path)])
+    config = msgspec.structs.replace(config, pools=(pool, other))
+    serve.run(build_app(config), name=APPLICATION, route_prefix=None)
+
+    def admin(method: str, path: str = "", **body: Any) -> httpx.Response:
+        url = deployment.url + "/v1/variants" + path
+        return httpx.request(method, url, json=body or None, headers=ADMIN, timeout=LIMIT)
+
+    def tokens_served(pool: str) -> int:
+        answers = serve.get_deployment_handle(pool, APPLICATION).broadcast("stats").results(timeout_s=LIMIT)
+        return sum(sum(msgspec.msgpack.decode(answer, type=EngineStats).tokens_served) for answer in answers)
+
+    def texts(variant: str) -> set[str]:
+        """Of as many requests at once as surely go to every pool that has it."""
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: deployment.complete(variant), range(24)))
+        assert {answer.status_code for answer in answers} == {200}, answers[0].text
+        return {answer.json()["choices"][0]["text"] for answer in answers}
+
+    def alone(source: str) -> str:
+        found = LLM(make_plan({"x": deployment.checkpoints / source}, "separate", None, tmp_path / source).path,
+                    device="cpu", kv_cache_bytes=1 << 24)  # fmt: skip
+        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        return found.generate(["One two three"], sampling, variants=["x"])[0].outputs[0].text
+
+    expected = {source: alone(source) for source in ("base", "v2", "near-v2")}
+    before = {pool: tokens_served(pool) for pool in ("left", "right")}
+    texts("v1")
+    assert all(tokens_served(pool) > count for pool, count in before.items())
+
+    added = admin("POST", name="math", source="near-v2", wait=True)
+    assert added.status_code == 200, added.text
+    assert any(note.startswith("pool right;") for note in added.json()["notes"]), added.json()
+    assert [Path(a.source_path).name for a in read_manifest(right.path).live_state.additions] == ["near-v2"]
+    assert read_manifest(left.path).live is None
+    assert texts("math") == {expected["near-v2"]}
+    assert admin("POST", name="again", source="base", wait=True).status_code == 200
+    assert set(read_manifest(left.path).live_state.names) == {"base", "v1", "again"}
+
+    replaced = admin("PUT", "/v1", source="v2", wait=True)
+    assert replaced.status_code == 200, replaced.text
+    assert texts("v1") == {expected["v2"]}
+    meant = [read_manifest(bundle.path).live_state.names["v1"] for bundle in (left, right)]
+    refused = admin("PUT", "/v1", source="base", wait=True)  # `right` is full by now, `left` has room
+    assert refused.status_code == 422, refused.text
+    assert [read_manifest(bundle.path).live_state.names["v1"] for bundle in (left, right)] == meant
+    assert texts("v1") == {expected["v2"]}
+    elsewhere = admin("POST", "/v1/alias", to="base")
+    assert elsewhere.status_code == 409
+    assert "pool right" in elsewhere.json()["error"]["message"]
+    assert admin("POST", "/v1/rollback").status_code == 200
+    assert expected["v2"] not in texts("v1")
+    assert admin("DELETE", "/v1?wait=true").status_code == 200
+    assert deployment.complete("v1").status_code == 404
+    assert all("v1" not in read_manifest(bundle.path).live_state.names for bundle in (left, right))
+    assert texts("base") == {expected["base"]}
+
+
 def test_two_ingresses(deployment: Deployment, tmp_path: Path) -> None:
     """Limits of keys are counted together. Where one is killed, clients that try again as OpenAI's do lose nothing, and
     the port is never without a listener."""
@@ -364,11 +450,10 @@ def test_a_device_that_cannot_hold_its_plan(deployment: Deployment) -> None:
     assert deployment.complete("base").status_code == 200
 
 
-@pytest.mark.xfail(
-    reason="no second replica came within two minutes on a local Ray; the cause is not known", strict=True
-)
-def test_more_work_brings_more_replicas(deployment: Deployment) -> None:
-    scaling = Autoscaling(max_replicas=2, ongoing_requests=2.0, upscale_delay=1.0)
+def test_replicas_come_and_go_with_the_work(deployment: Deployment) -> None:
+    """Also where the pool ran without autoscaling before: Ray's replicas report nothing unless they were started for
+    it, so that the one of two that was left was asked for its work in vain, for ever."""
+    scaling = Autoscaling(max_replicas=2, ongoing_requests=2.0, upscale_delay=1.0, downscale_delay=2.0)
     deployment.deploy(deployment.bundle, replicas=1, autoscaling=scaling)
     wait_for(lambda: len(deployment.replicas_or_none()) == 1)
     stop = threading.Event()
@@ -385,3 +470,5 @@ def test_more_work_brings_more_replicas(deployment: Deployment) -> None:
             stop.set()
         for each in asked:
             each.result(LIMIT)
+    wait_for(lambda: len(deployment.replicas_or_none()) == 1)
+    assert deployment.complete("base").status_code == 200

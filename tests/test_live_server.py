@@ -221,7 +221,7 @@ def test_what_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("polymoe.server.variant_set.rewrite_manifest", full)
+        patch.setattr("polymoe.server.variant_set.rewrite_manifests", full)
         assert "No space left" in admin.refused(507, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     # the engine refuses it: what the planner wrote was damaged on the way
@@ -235,7 +235,7 @@ def test_what_fails_leaves_nothing(
         rename(folder, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polymoe.server.variants.rename_addition", damage)
+        patch.setattr("polymoe.server.arrival.rename_addition", damage)
         assert "layer-000" in admin.refused(422, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     # its tokenizer cannot be read any more when the engine has it
@@ -442,7 +442,7 @@ def random_changes(admin: Admin, paths: dict[str, Path], seconds: float) -> None
         stop.set()
         thread.join()
     assert not wrong
-    admin.server.wait_for(lambda: not admin.server.state.variants.set.draining)
+    admin.server.wait_for(lambda: not admin.server.state.variants.draining)
     held = admin.ok("GET")["data"]
     assert len(held) <= 4
     assert {card["state"] for card in held} <= {"serving", "held"}

@@ -1,9 +1,10 @@
 """A bundle's manifest, changed in one step: who reads the folder finds the old state or the new one."""
 
+import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from polymoe.bundle.live import ADDITIONS
@@ -32,6 +33,25 @@ def rewrite_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Ma
     finally:
         os.close(lock)
     return manifest
+
+
+def rewrite_manifests(changes: Sequence[tuple[Path, Callable[[Manifest], Manifest]]]) -> None:
+    """`rewrite_manifest` of several folders, one after the other: all of them, or none. Whoever kills the process
+    between two leaves the first ones new.
+
+    Raises as `rewrite_manifest` does; what was written is then taken back.
+    """
+    written: list[tuple[Path, Manifest]] = []
+    try:
+        for folder, change in changes:
+            before = read_manifest(folder)
+            rewrite_manifest(folder, change)
+            written.append((folder, before))
+    except BaseException:
+        for folder, before in reversed(written):
+            with contextlib.suppress(OSError):
+                rewrite_manifest(folder, lambda _, before=before: before)  # type: ignore[misc]
+        raise
 
 
 def remove_unlisted(folder: Path, manifest: Manifest) -> None:

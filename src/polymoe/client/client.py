@@ -10,10 +10,11 @@ import msgspec
 
 from polymoe.bundle.live import Addition
 from polymoe.client.connection import Connection, Engine, EngineProcess
-from polymoe.client.interface import Prompt
+from polymoe.client.interface import LiveClient, Prompt
 from polymoe.client.output import OutputProcessor, StepOutput
 from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
+from polymoe.client.versions import Versions
 from polymoe.config import EngineConfig
 from polymoe.errors import BundleError, ChangeRefusedError, EngineDeadError, PolymoeError, RequestError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
@@ -96,6 +97,15 @@ class AsyncEngineClient:
         if self._processor is None:
             raise self._death or EngineDeadError("The engine has not started.")
         return self._processor
+
+    @property
+    def versions(self) -> Versions:
+        """Which versions are held, and what names mean. Raises as `processor`."""
+        return self.processor.versions
+
+    @property
+    def parts(self) -> Mapping[str, LiveClient]:
+        return {"": self}
 
     @property
     def pid(self) -> int | None:

@@ -21,6 +21,8 @@ from polymoe.errors import ConfigError
 
 _ROUTING_STATS_PERIOD = 1.0  # seconds between two reports of what is in a replica's slots
 _HEALTH_PERIOD = 2.0  # seconds
+_WORK_PERIOD = 2.0  # seconds between two reports of what autoscaling goes by
+_WORK_MEAN_OF = 10.0  # seconds
 
 
 def build_app(config: DeployConfig | Mapping[str, str], bundles: Mapping[str, str] | None = None) -> Any:
@@ -91,6 +93,9 @@ def _pool(pool: Pool, bundle: str, grace: float) -> Any:
                 },
                 "upscale_delay_s": auto.upscale_delay,
                 "downscale_delay_s": auto.downscale_delay,
+                # The variable that Ray names in place of this option has no effect in 2.60.
+                "metrics_interval_s": _WORK_PERIOD,
+                "look_back_period_s": _WORK_MEAN_OF,
             }
         }
     deployment = serve.deployment(
@@ -111,10 +116,14 @@ def _pool(pool: Pool, bundle: str, grace: float) -> Any:
 
 
 def _pool_version(pool: Pool, bundle: str, grace: float) -> str:
-    """Changes with whatever replicas are to be replaced for; what was added while serving is not that."""
+    """Changes with whatever replicas are to be replaced for; what was added while serving is not that.
+
+    Autoscaling is: a replica of Ray's reports what a policy goes by only if its deployment had one when it started.
+    """
     manifest = read_manifest(Path(bundle).expanduser())
     planned = [record for record in manifest.files if not record.path.startswith(f"{ADDITIONS}/")]
-    return _digest(pool.engine_config(bundle), pool.cpus, pool.gpus, grace, planned)
+    reports = pool.autoscaling is not None
+    return _digest(pool.engine_config(bundle), pool.cpus, pool.gpus, grace, planned, reports)
 
 
 def _digest(*content: Any) -> str:

@@ -111,12 +111,12 @@ class RetriedStream(RequestStream):
         self._attempt: _Attempt | None = None
         self._lost, self._closed = lost, closed
 
-    async def submit_to(self, link: ReplicaLink) -> None:
-        """Raises as `AsyncEngineClient.submit`."""
-        asked = self.asked
+    async def submit_to(self, link: ReplicaLink, variant: VariantInfo | None = None) -> None:
+        """variant: what that replica's pool has for what was asked for. Raises as `AsyncEngineClient.submit`."""
+        asked, variant = self.asked, variant or self.asked.variant
         versions = link.processor.versions
         # A replica with another bundle has another version of the name, and is right to use it.
-        model = asked.variant.key if versions.find(asked.variant.key) is not None else asked.variant.name
+        model = variant.key if versions.find(variant.key) is not None else variant.name
         attempt = self._attempt = _Attempt(self, link)
         try:
             await link.submit(

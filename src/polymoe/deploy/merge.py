@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -28,12 +28,9 @@ def renumbered(info: EngineInfo, places: dict[str, int]) -> EngineInfo:
 def merged_info(infos: Mapping[str, EngineInfo]) -> EngineInfo:
     """Pool -> what it says of itself, renumbered. A version of several pools is described as the first one has it."""
     held: dict[str, VariantInfo] = {}
-    names: dict[str, int] = {}
     for info in infos.values():
         for variant in info.variants:
             held.setdefault(variant.version, variant)
-        for name, place in info.names.items():
-            names.setdefault(name, place)
     first = next(iter(infos.values()))
     totals = {
         name: sum(getattr(info, name) for info in infos.values())
@@ -43,17 +40,26 @@ def merged_info(infos: Mapping[str, EngineInfo]) -> EngineInfo:
     for info in infos.values():
         for kind, count in info.resident_bytes.items():
             resident[kind] = resident.get(kind, 0) + count
-    alone = len(infos) == 1
+    headrooms = [info.headroom for info in infos.values() if info.headroom is not None]
     return msgspec.structs.replace(
         first,
         variants=list(held.values()),
-        names=names,
+        names=merged_names(infos.values()),
         slots=sum(info.slots for info in infos.values()),
         resident_bytes=resident,
-        max_variants=first.max_variants if alone else 0,  # who adds one must know the pool
-        headroom=first.headroom if alone else None,
+        max_variants=sum(info.max_variants for info in infos.values()),
+        headroom=sum(headrooms) if len(headrooms) == len(infos) else None,
         **totals,
     )
+
+
+def merged_names(infos: Iterable[EngineInfo]) -> dict[str, int]:
+    """What a name means: in the first pool that has it, where several do."""
+    names: dict[str, int] = {}
+    for info in infos:
+        for name, place in info.names.items():
+            names.setdefault(name, place)
+    return names
 
 
 def merged_stats(parts: Sequence[EngineStats]) -> EngineStats:

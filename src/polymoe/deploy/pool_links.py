@@ -18,6 +18,7 @@ import msgspec
 from polymoe.bundle.live import Addition
 from polymoe.bundle.manifest import read_manifest
 from polymoe.client.output import OutputProcessor
+from polymoe.client.versions import Versions
 from polymoe.config import EngineConfig
 from polymoe.deploy.link import ReplicaLink
 from polymoe.deploy.merge import renumbered
@@ -68,6 +69,11 @@ class PoolLinks:
         assert self._info is not None
         return self._info
 
+    @property
+    def versions(self) -> Versions:
+        """Which versions the pool holds, and what names mean there."""
+        return Versions(self.info.variants, self.info.names)
+
     async def start(self) -> None:
         """Wait for a replica."""
         self._info = renumbered(msgspec.msgpack.decode(await self.handle.info.remote(), type=EngineInfo), self._places)
@@ -81,6 +87,11 @@ class PoolLinks:
         """Of every replica that answers."""
         answers = await self._ask_all("stats")
         return [msgspec.msgpack.decode(answer, type=EngineStats) for answer in answers if isinstance(answer, bytes)]
+
+    @property
+    def work(self) -> dict[str, int]:
+        """Replica -> sequences of this ingress that it works on."""
+        return {name: link.num_sequences for name, link in self.links.items()}
 
     async def _ask_all(self, method: str) -> list[Any]:
         answers = self.handle.broadcast(method).results_async(timeout_s=_ANSWER_WITHIN, return_exceptions=True)
@@ -185,18 +196,23 @@ class PoolLinks:
         self._info = msgspec.structs.replace(self.info, variants=[*self.info.variants, info])
         return info
 
-    async def drop_variant(self, version: str) -> None:
-        """Every replica frees a version that no name means any more, when its last request has ended."""
+    def drop_variant(self, version: str) -> Awaitable[None]:
+        """From now on nobody can ask for a version that no name means; every replica frees it when its last request has
+        ended, which is awaited."""
         self._additions.pop(version, None)
         kept = [variant for variant in self.info.variants if variant.version != version]
         self._info = msgspec.structs.replace(self.info, variants=kept)
+        return self._drop(version)
+
+    async def _drop(self, version: str) -> None:
         drops = (link.drop_variant(held) for link in list(self.links.values()) if (held := _held(link, version)))
         for error in await asyncio.gather(*drops, return_exceptions=True):
             if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
                 raise error
 
     def point(self, names: Mapping[str, VariantInfo]) -> None:
-        """Tell every replica what names mean, for ingresses that come later; requests name versions."""
+        """What names mean here. Every replica is told, for ingresses that come later; requests name versions."""
+        self._info = msgspec.structs.replace(self.info, names={name: info.place for name, info in names.items()})
         for link in list(self.links.values()):
             with contextlib.suppress(EngineDeadError):  # who takes its place starts with them
                 self._point_there(link, names)
@@ -210,7 +226,7 @@ class PoolLinks:
         """What was added while the replica started is loaded, what was removed goes."""
         if not link.info.max_variants:
             return
-        versions = self._processor().versions
+        versions = self.versions
         wanted = {held.version for held in versions.held.values()} | self._additions.keys()
         folder = Path(self.config.bundle).expanduser().resolve()
         manifest = await asyncio.to_thread(read_manifest, folder)

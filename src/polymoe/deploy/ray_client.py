@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from polymoe.bundle.live import Addition
 from polymoe.client.interface import Prompt
 from polymoe.client.output import OutputProcessor
 from polymoe.client.request_stream import RequestStream
 from polymoe.config import EngineConfig
 from polymoe.deploy.adapter import pick
 from polymoe.deploy.link import Asked, RetriedStream
-from polymoe.deploy.merge import merged_info, merged_stats
+from polymoe.deploy.merge import merged_info, merged_names, merged_stats
+from polymoe.deploy.pool_client import PoolClient
 from polymoe.deploy.pool_links import PoolLinks
-from polymoe.errors import BundleError, ChangeRefusedError, EngineDeadError, OverloadedError, PolymoeError
+from polymoe.errors import EngineDeadError, OverloadedError, PolymoeError, UnknownVariantError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import QoS, SamplingParams
 
@@ -66,6 +66,7 @@ class RayClient:
             name: PoolLinks(handle, configs[name], node, self._places, lambda: self.processor, self._learn)
             for name, handle in pools.items()
         }
+        self.parts = {name: PoolClient(self, links) for name, links in self._pools.items()}
         self._info: EngineInfo | None = None
         self._processor: OutputProcessor | None = None
         self._handles: dict[tuple[str, str], Any] = {}  # (pool, variant) -> the handle with options
@@ -128,10 +129,11 @@ class RayClient:
     async def stats(self, routing: bool = False) -> EngineStats:
         """Of all replicas together, without the routing of tokens. Raises `EngineDeadError` when none answers."""
         del routing
-        parts = [part for pool in self._pools.values() for part in await pool.stats()]
-        if not parts:
+        pools = [parts for pool in self._pools.values() if (parts := await pool.stats())]
+        if not pools:
             raise EngineDeadError("No replica answers.")
-        return merged_stats(parts)
+        added = sum(max(part.added_bytes for part in parts) for parts in pools)  # every replica of a pool holds all
+        return msgspec.structs.replace(merged_stats([part for parts in pools for part in parts]), added_bytes=added)
 
     # --- requests
 
@@ -185,12 +187,12 @@ class RayClient:
         deadline, pause = time.monotonic() + _TRIED_FOR, 0.05
         full: set[str] = set()
         while not stream.is_closed:
-            pool = self._pool_of(stream.asked.variant)
+            pool, variant = self._home_of(stream.asked.variant)
             name = ""
             try:
                 chosen = await self._choose(pool, stream.asked, full)
                 name = chosen.replica_id
-                await stream.submit_to(await self._pools[pool].connect(chosen))
+                await stream.submit_to(await self._pools[pool].connect(chosen), variant)
                 return
             except OverloadedError:
                 if name in full:  # all are
@@ -209,56 +211,52 @@ class RayClient:
         key, links = (pool, asked.variant.name), self._pools[pool]
         if key not in self._handles:
             self._handles[key] = links.handle.options(multiplexed_model_id=asked.variant.name)
-        work = {name: link.num_sequences for name, link in links.links.items()}
+        prefix, work = _prefix(asked), links.work
         try:
-            async with pick(self._handles[key], prefix=_prefix(asked), work=work, avoid=full | links.avoided) as chosen:
+            async with pick(self._handles[key], prefix=prefix, work=work, avoid=full | links.avoided) as chosen:
                 return chosen
         except Exception as error:  # of Ray's, of many kinds: a deployment that is being replaced or has failed
             raise EngineDeadError(f"Ray names no replica of pool {pool}: {error}") from error
 
-    def _pool_of(self, variant: VariantInfo) -> str:
-        homes = [
-            name
-            for name, pool in self._pools.items()
-            if any(held.version == variant.version for held in pool.info.variants)
-        ]
-        if len(homes) > 1:
-            parts = [self._shares.get(pool, {}).get(variant.name, 1.0) for pool in homes]
-            return random.choices(homes, parts)[0]
-        return homes[0]
+    def _home_of(self, variant: VariantInfo) -> tuple[str, VariantInfo]:
+        """(pool, what is asked for there), by the pools' shares.
 
-    # --- variants that come and go, of a deployment with one pool; `max_variants` is 0 with more
+        A name that is in several pools means a version in each, since the bundles differ: one stands for the others as
+        long as it is what the name means.
+        """
+        homes: dict[str, VariantInfo] = {}
+        for name in self.processor.versions.names_of(variant):
+            for pool, links in self._pools.items():
+                if pool not in homes and (found := links.versions.find(name)) is not None:
+                    homes[pool] = links.versions.held[found.place]
+        homes = homes or dict.fromkeys(self._homes_of(variant.version), variant)
+        if not homes:
+            raise UnknownVariantError(variant.key, [known.name for known in self.processor.served])
+        parts = [self._shares.get(pool, {}).get(variant.name, 1.0) for pool in homes]
+        return random.choices(list(homes.items()), parts)[0]
 
-    @property
-    def _pool(self) -> PoolLinks:
-        (pool,) = self._pools.values()
-        return pool
+    def _homes_of(self, version: str) -> list[str]:
+        return [name for name, pool in self._pools.items() if any(v.version == version for v in pool.info.variants)]
 
-    async def add_variant(self, folder: str, addition: Addition) -> VariantInfo:
-        """Every replica loads it, or none holds it. Raises as `AsyncEngineClient.add_variant`."""
-        info = await self._pool.add_variant(folder, addition)
+    # --- variants that come and go, for `PoolClient`
+
+    async def hold(self, info: VariantInfo) -> None:
+        """A pool holds a version that no name means yet. Raises as `OutputProcessor.add_version`."""
         self._last_used[info.version] = time.monotonic()
-        try:
+        if info.place not in self.processor.versions.held:
             await self.processor.add_version(info)
-        except BaseException as error:  # a cancellation too
-            await asyncio.shield(self._pool.drop_variant(info.version))
-            if isinstance(error, BundleError):
-                raise ChangeRefusedError(str(error)) from error
-            raise
-        return info
 
-    async def drop_variant(self, info: VariantInfo) -> None:
-        """Every replica frees a version that no name means any more, when its last request has ended."""
-        self.processor.drop_version(info)
-        self._last_used.pop(info.version, None)
-        await self._pool.drop_variant(info.version)
+    def let_go(self, info: VariantInfo) -> None:
+        """A pool does not hold a version any more; others may."""
+        if not self._homes_of(info.version) and info.place in self.processor.versions.held:
+            self.processor.drop_version(info)
+            self._last_used.pop(info.version, None)
 
-    def point(self, names: Mapping[str, VariantInfo]) -> None:
-        """What `model` in requests means from now on, in one step for all replicas: requests name versions."""
+    def rename(self) -> None:
+        """Names mean something else in a pool."""
         versions = self.processor.versions
-        versions.names = {name: info.place for name, info in names.items()}
+        versions.names = merged_names(pool.info for pool in self._pools.values())
         self._info = msgspec.structs.replace(self.info, variants=versions.named())
-        self._pool.point(names)
 
     def requests_of(self, info: VariantInfo) -> list[str]:
         """Ids of the requests that run on a version."""

@@ -18,6 +18,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     max_kl: float | None = None  # nats a token that may be lost, as predicted: the fewest bits that keep it
 
 
+class RankJob(msgspec.Struct, frozen=True, kw_only=True, tag="rank"):
+    """How far is checkpoint `spec` from what each of these bundles could share with it?"""
+
+    bundles: list[str]
+    name: str
+    spec: str
+
+
 class PlanJob(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """Plan checkpoints, name -> spec, as a new bundle `out`, which may be replaced."""
 
@@ -29,7 +37,7 @@ class PlanJob(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far a job is; the last one is `done`, with the addition if it made one, or has an error. `deliberate`: one
-    whose message is for users."""
+    whose message is for users. distances: bundle -> relative distance; refusals: bundle -> why it does not fit."""
 
     stage: str
     fraction: float
@@ -37,5 +45,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     addition: Addition | None = None
     files: list[FileRecord] = []
     notes: list[str] = []
+    distances: dict[str, float] = {}
+    refusals: dict[str, str] = {}
     error: str | None = None
     deliberate: bool = True

@@ -11,7 +11,7 @@ import msgspec
 from polymoe.bundle.live import Addition
 from polymoe.bundle.manifest import FileRecord
 from polymoe.errors import ChangeRefusedError, PolymoeError
-from polymoe.protocol.planning import Answer, Job, PlanJob
+from polymoe.protocol.planning import Answer, Job, PlanJob, RankJob
 
 # The planner makes and drops hundreds of megabytes for every layer. glibc would give them back to the system each time,
 # and to get pages takes longer than all that is computed: it keeps them until the job is done, in large pages.
@@ -50,7 +50,11 @@ class Planner:
         """Raises as `plan` does."""
         await self._run(job, "the bundle", progress)
 
-    async def _run(self, job: Job | PlanJob, name: str, progress: Callable[[str, float], None]) -> Answer:
+    async def rank(self, job: RankJob, progress: Callable[[str, float], None]) -> Answer:
+        """With distances and refusals. Raises as `plan` does."""
+        return await self._run(job, job.name, progress)
+
+    async def _run(self, job: Job | PlanJob | RankJob, name: str, progress: Callable[[str, float], None]) -> Answer:
         async with self._turn:
             await self.start()
             process = self._process

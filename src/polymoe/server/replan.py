@@ -8,7 +8,7 @@ Until the folders are exchanged, in one step, nothing has changed: whatever fail
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from polymoe.protocol.info import VariantInfo
 from polymoe.protocol.planning import PlanJob
 from polymoe.server.planner import Planner
 from polymoe.server.variant_change import Change
+from polymoe.server.variant_set import VariantSet
 from polymoe.server.variant_sources import source_of
 
 REPLAN = "-"  # in place of a name, which begins with a letter or a digit
@@ -113,6 +114,44 @@ def exchange_folders(job: PlanJob, folder: Path) -> None:
             f"the file system of {folder.name} cannot exchange two folders in one step, so the bundle cannot be "
             "replaced while it is served; plan beside the server and restart it."
         )
+
+
+async def plan_and_switch(
+    change: Change,
+    wanted: NextBundle,
+    vset: VariantSet,
+    served: AsyncEngineClient,
+    on_switch: Callable[[AsyncEngineClient], None],
+    threads: int | None,
+) -> None:
+    """`on_switch` is told the second engine when requests are to go there. Raises what planning and starting raise, and
+    `ChangeRefusedError` where the set has changed meanwhile; all is as before then."""
+    folder, meant = vset.folder, vset.meant
+    arrived: AsyncEngineClient | None = None
+    switched = False
+    try:
+        arrived = await prepared(wanted, change, served, threads)
+        manifest = await asyncio.to_thread(read_manifest, Path(wanted.job.out))
+        async with vset.writing:
+            if vset.changes.open_beside(change) or meant != vset.meant:
+                raise ChangeRefusedError(
+                    "variants were changed while the bundle was planned again; start it again when no change is "
+                    "going on.",
+                    status=409, code="change_in_progress",
+                )  # fmt: skip
+            change.state = change.stage = "writing"
+            exchange_folders(wanted.job, folder)
+            arrived.config = served.config
+            vset.client, switched = arrived, True
+            on_switch(arrived)
+            vset.take(manifest)
+    finally:
+        if not switched:
+            if arrived is not None:
+                await asyncio.shield(arrived.shutdown(0.0))
+            await asyncio.shield(asyncio.to_thread(remove_next, folder))
+    change.state = change.stage = "draining"
+    await retire(served, folder)
 
 
 async def retire(client: AsyncEngineClient, folder: Path) -> None:

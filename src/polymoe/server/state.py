@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import cast
 
 from polymoe.client.client import AsyncEngineClient
 from polymoe.client.interface import EngineClient
@@ -32,14 +31,13 @@ class ServerState:
     variants: Variants = field(init=False)
 
     def __post_init__(self) -> None:
-        # Other clients' engines hold what was planned (`max_variants` is 0), and nothing more is asked of them.
-        self.variants = Variants(cast(AsyncEngineClient, self.client), self.settings, self._switch)
+        self.variants = Variants(self.client, self.settings, self._switch)
         self.snapshots = Snapshots(self)
 
     @property
     def revision(self) -> int:
         """Of the set of variants: it grows with each change."""
-        return self.variants.set.revision
+        return self.variants.revision
 
     def _switch(self, client: AsyncEngineClient) -> None:
         """From now on requests go to another engine."""

@@ -87,8 +87,8 @@ async def bundle(request: Request) -> Response:
     state.require_ready()
     info = state.client.info
     described: dict[str, Any] = await asyncio.to_thread(describe_bundle, state.client.config.bundle)
-    planned = [v["version"] for v in described["variants"]]  # of a set that changes, what it began with
-    if not info.max_variants and planned != [variant.version for variant in info.variants]:
+    planned = {v["version"] for v in described["variants"]}  # of a set that changes, what it began with
+    if not info.max_variants and not planned <= {variant.version for variant in info.variants}:
         raise UnavailableError("The bundle's folder has been replaced since it was loaded.", code="bundle_replaced")
     faults = state.client.processor.faults
     chat = {variant.name: _chats(state, variant.name) for variant in info.variants}

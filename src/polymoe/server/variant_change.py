@@ -30,6 +30,11 @@ class Change:
     version: str | None = None
     error: RequestError | None = None
     notes: list[str] = field(default_factory=list)
+    arriving: set[str] = field(default_factory=set)  # versions, in each pool its own
+
+    def arrives(self, version: str) -> None:
+        self.arriving.add(version)
+        self.version = self.version or version
 
     @property
     def is_open(self) -> bool:
@@ -67,7 +72,7 @@ class Changes:
 
     def is_arriving(self, version: str) -> bool:
         """Whether a version is being added."""
-        return any(change.is_open and change.version == version for change in self.last.values())
+        return any(change.is_open and version in change.arriving for change in self.last.values())
 
     def check_none(self, name: str) -> None:
         """Raises `ChangeRefusedError` where one of `name` goes on."""

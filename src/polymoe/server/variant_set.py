@@ -9,8 +9,8 @@ from pathlib import Path
 
 from polymoe.bundle.live import Addition, LiveState, added_folder
 from polymoe.bundle.manifest import FileRecord, Manifest
-from polymoe.bundle.rewrite import rewrite_manifest
-from polymoe.client.client import AsyncEngineClient
+from polymoe.bundle.rewrite import rewrite_manifests
+from polymoe.client.interface import LiveClient
 from polymoe.errors import ChangeRefusedError, EngineDeadError
 from polymoe.protocol.info import VariantInfo
 from polymoe.server.variant_change import Changes, Evict, with_state
@@ -32,16 +32,17 @@ class Meaning:
 
 
 class VariantSet:
-    """All methods belong to the server's event loop. `client`: the engine of now; `changes`: those that go on."""
+    """All methods belong to the server's event loop. `client`: the engine of now, or the replicas of a pool; `changes`:
+    those that go on; `pool`: its name, "" where there is one engine."""
 
-    def __init__(self, client: AsyncEngineClient, changes: Changes) -> None:
-        self.client, self.changes = client, changes
+    def __init__(self, client: LiveClient, changes: Changes, pool: str = "") -> None:
+        self.client, self.changes, self.pool = client, changes, pool
         self.writing = asyncio.Lock()  # held while the folder changes
         self.revision = 0  # grows with each change of what names mean
         self.previous: dict[str, VariantInfo] = {}
         self.pinned: set[int] = set()
         self.draining: dict[int, VariantInfo] = {}  # place -> what goes when its last request has ended
-        self.num_planned = 0  # places below are those of variants that were planned with the bundle
+        self.planned: frozenset[str] = frozenset()  # versions that were planned with the bundle
 
     @property
     def folder(self) -> Path:
@@ -50,7 +51,7 @@ class VariantSet:
     @property
     def names(self) -> dict[str, VariantInfo]:
         """What each name means now, as it is held."""
-        versions = self.client.processor.versions
+        versions = self.client.versions
         return {name: versions.held[place] for name, place in versions.names.items()}
 
     @property
@@ -60,13 +61,22 @@ class VariantSet:
 
     @property
     def held(self) -> list[VariantInfo]:
-        return list(self.client.processor.versions.held.values())
+        return list(self.client.versions.held.values())
+
+    @property
+    def can_change(self) -> bool:
+        return self.client.info.max_variants > 0
+
+    async def free_bytes(self) -> int | None:
+        """For what is added; None: what the machine has."""
+        headroom = self.client.info.headroom
+        return None if headroom is None else headroom - (await self.client.stats()).added_bytes
 
     def take(self, manifest: Manifest) -> None:
         """Begin with what the manifest of the served bundle says."""
         live = manifest.live_state
         by_version = {info.version: info for info in self.held}
-        self.num_planned = len(manifest.variants)
+        self.planned = frozenset(variant.version for variant in manifest.variants)
         self.previous = {n: by_version[v] for n, v in live.previous.items() if v in by_version}
         self.pinned = {by_version[v].place for v in live.pinned if v in by_version}
         self.draining = {}
@@ -81,51 +91,40 @@ class VariantSet:
             )  # fmt: skip
         return self.names[name]
 
-    def find(self, model: str) -> VariantInfo:
-        """A name's or NAME@VERSION's. Raises `ChangeRefusedError`."""
-        found = self.client.processor.versions.find(model)
-        if found is None or found.place in self.draining:
-            held = ", ".join(sorted(f"{i.name}@{i.version[:8]}" for i in self.held))
-            raise ChangeRefusedError(
-                f"There is no version {model[:100]}; held are {held}.", status=404, param="name",
-                code="version_not_found",
-            )  # fmt: skip
-        return self.client.processor.versions.held[found.place]
+    def find(self, model: str) -> VariantInfo | None:
+        """A name's or NAME@VERSION's."""
+        found = self.client.versions.find(model)
+        return None if found is None or found.place in self.draining else self.client.versions.held[found.place]
 
-    async def commit(
-        self,
-        edit: Callable[[Meaning], None],
-        addition: Addition | None = None,
-        files: Sequence[FileRecord] = (),
-    ) -> None:
-        """Write what `edit` makes of the state to the bundle, then let it hold. Raises `ChangeRefusedError` where it
-        cannot be written, and what `edit` raises; all is as before then."""
-        async with self.writing:
-            meaning = Meaning(self.names, dict(self.previous), set(self.pinned))
-            edit(meaning)
-            held = {info.place: info for info in self.held}
-            meaning.previous = {
-                n: info for n, info in meaning.previous.items() if n in meaning.names and info.place in held
-            }
-            meaning.pinned &= held.keys()
-            state = LiveState(
-                names={name: info.version for name, info in meaning.names.items()},
-                previous={name: info.version for name, info in meaning.previous.items()},
-                pinned=sorted(held[place].version for place in meaning.pinned),
-            )
-            try:
-                await asyncio.to_thread(
-                    rewrite_manifest, self.folder, lambda manifest: with_state(manifest, state, addition, list(files))
-                )
-            except OSError as error:
-                raise ChangeRefusedError(
-                    f"the bundle cannot be written ({error.strerror or error}); all is as before. Free some space, or "
-                    "make it writable.",
-                    status=507 if error.errno == 28 else 422,
-                ) from error
-            self.client.point(meaning.names)
-            self.revision += 1
-            self.previous, self.pinned = meaning.previous, meaning.pinned
+    async def commit(self, edit: Callable[[Meaning], None]) -> None:
+        """`commit` of this set alone."""
+        await commit([Edit(self, edit)])
+
+    def edited(self, edit: Callable[[Meaning], None]) -> Meaning:
+        """Raises what `edit` raises."""
+        meaning = Meaning(self.names, dict(self.previous), set(self.pinned))
+        edit(meaning)
+        held = {info.place for info in self.held}
+        meaning.previous = {
+            n: info for n, info in meaning.previous.items() if n in meaning.names and info.place in held
+        }
+        meaning.pinned &= held
+        return meaning
+
+    def state(self, meaning: Meaning) -> LiveState:
+        """As the manifest says it."""
+        held = {info.place: info for info in self.held}
+        return LiveState(
+            names={name: info.version for name, info in meaning.names.items()},
+            previous={name: info.version for name, info in meaning.previous.items()},
+            pinned=sorted(held[place].version for place in meaning.pinned),
+        )
+
+    def let_hold(self, meaning: Meaning) -> None:
+        """From now on, for all requests."""
+        self.client.point(meaning.names)
+        self.revision += 1
+        self.previous, self.pinned = meaning.previous, meaning.pinned
 
     # --- what goes
 
@@ -140,7 +139,7 @@ class VariantSet:
             kept = self.pinned | self.draining.keys() | found.keys()
             if name in self.names:
                 kept |= {self.names[name].place}
-            added = [info for info in self.held if info.place >= self.num_planned and info.place not in kept]
+            added = [info for info in self.held if info.version not in self.planned and info.place not in kept]
             found |= {info.place: info for info in sorted(added, key=self.client.last_used)}
         return list(found.values())
 
@@ -180,5 +179,43 @@ class VariantSet:
                 await self.client.drop_variant(info)
         finally:
             draining.pop(info.place, None)
-        if info.place >= self.num_planned:
+        if info.version not in self.planned:
             await asyncio.to_thread(shutil.rmtree, folder, True)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is to become of one set's state; addition, files: what a name then means for the first time."""
+
+    set: VariantSet
+    edit: Callable[[Meaning], None]
+    addition: Addition | None = None
+    files: Sequence[FileRecord] = ()
+
+
+async def commit(edits: Sequence[Edit]) -> None:
+    """Write what the edits make of the sets to their bundles, then let it hold, in one step for all of them.
+
+    edits: of each set one, in the order in which the server has the sets. Raises `ChangeRefusedError` where it cannot
+    be written, and what an `edit` raises; all is as before then.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        for each in edits:
+            await stack.enter_async_context(each.set.writing)
+        meanings = [each.set.edited(each.edit) for each in edits]
+        changes = [(each.set.folder, _change(each, meaning)) for each, meaning in zip(edits, meanings, strict=True)]
+        try:
+            await asyncio.to_thread(rewrite_manifests, changes)
+        except OSError as error:
+            raise ChangeRefusedError(
+                f"the bundle cannot be written ({error.strerror or error}); all is as before. Free some space, or "
+                "make it writable.",
+                status=507 if error.errno == 28 else 422,
+            ) from error
+        for each, meaning in zip(edits, meanings, strict=True):
+            each.set.let_hold(meaning)
+
+
+def _change(edit: Edit, meaning: Meaning) -> Callable[[Manifest], Manifest]:
+    state, files = edit.set.state(meaning), list(edit.files)
+    return lambda manifest: with_state(manifest, state, edit.addition, files)

@@ -78,7 +78,7 @@ async def list_variants(request: Request) -> Response:
     state: ServerState = request.app.state.server
     stats = await state.client.stats()
     info = state.client.info
-    held = [*state.client.processor.versions.held.values(), *variants.set.draining.values()]
+    held = [*state.client.processor.versions.held.values(), *variants.draining.values()]
     cards = [_card(variants, version, stats.in_flight.get(version.version, 0)) for version in held]
     changes = [_change(change) for change in variants.changes.last.values()]
     room = {"max_variants": info.max_variants, "headroom": info.headroom, "added_bytes": stats.added_bytes}
@@ -164,17 +164,16 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _card(variants: Variants, info: VariantInfo, in_flight: int | None = None) -> dict[str, Any]:
-    names = [name for name, meant in variants.set.names.items() if meant.place == info.place]
-    before = [name for name, version in variants.set.previous.items() if version.place == info.place]
-    state = "draining" if info.place in variants.set.draining else "serving" if names else "held"
+    names = variants.names_of(info)
+    state = "draining" if info.place in variants.draining else "serving" if names else "held"
     return {
         "object": "variant",
         "name": info.name,
         "version": info.version,
         "names": names,
         "state": state,
-        "pinned": info.place in variants.set.pinned,
-        "previous_of": before,
+        "pinned": variants.is_pinned(info),
+        "previous_of": variants.previous_of(info),
         "source": info.root,
         "bytes": info.device_bytes,
         "in_flight": in_flight,

@@ -22,20 +22,23 @@ from polymoe.native import quiet_torch  # noqa: F401  (first: it loads torch)
 import torch
 
 from polymoe.bundle.reader import Bundle
-from polymoe.errors import PolymoeError, explain
+from polymoe.errors import BundleError, FamilyError, PolymoeError, explain
 from polymoe.offline.addition.bits import write_fitting
+from polymoe.offline.addition.nearness import distance
 from polymoe.offline.addition.new_variant import open_new
 from polymoe.offline.api import make_plan
 from polymoe.offline.plan.options import PlanOptions
 from polymoe.progress import Listener
-from polymoe.protocol.planning import Answer, Job, PlanJob
+from polymoe.protocol.planning import Answer, Job, PlanJob, RankJob
 
 _NICE = 15
 _PR_SET_PDEATHSIG = 1
 
 
-def run(job: Job | PlanJob, answer: Callable[[Answer], None]) -> Answer:
+def run(job: Job | PlanJob | RankJob, answer: Callable[[Answer], None]) -> Answer:
     """Raises what planning raises."""
+    if isinstance(job, RankJob):
+        return rank(job, answer)
     if isinstance(job, PlanJob):
         listener = Listener(lambda stage, fraction: answer(Answer(stage=stage, fraction=fraction)))
         options = PlanOptions(accept_unrelated=True)  # they are served together already
@@ -49,6 +52,19 @@ def run(job: Job | PlanJob, answer: Callable[[Answer], None]) -> Answer:
         lambda stage, fraction: answer(Answer(stage=stage, fraction=fraction)),
     )  # fmt: skip
     return Answer(stage="planned", fraction=1.0, done=True, addition=addition, files=files, notes=new.notes)
+
+
+def rank(job: RankJob, answer: Callable[[Answer], None]) -> Answer:
+    """Raises `CheckpointError` for what cannot be read; of bundles that it does not fit the reason is told."""
+    distances: dict[str, float] = {}
+    refusals: dict[str, str] = {}
+    for number, path in enumerate(job.bundles):
+        answer(Answer(stage="comparing", fraction=number / len(job.bundles)))
+        try:
+            distances[path] = distance(Bundle.open(path), job.name, job.spec)
+        except (FamilyError, BundleError) as error:
+            refusals[path] = str(error)
+    return Answer(stage="compared", fraction=1.0, done=True, distances=distances, refusals=refusals)
 
 
 def _end_with_parent() -> None:
@@ -86,7 +102,7 @@ def main() -> int:
     answer(Answer(stage="ready", fraction=0.0))
     for line in sys.stdin.buffer:
         try:
-            answer(run(msgspec.json.decode(line, type=Job | PlanJob), answer))
+            answer(run(msgspec.json.decode(line, type=Job | PlanJob | RankJob), answer))
         except BrokenPipeError:
             return 0
         except (PolymoeError, OSError) as error:
