@@ -1,10 +1,13 @@
 """Shared by all tests: one thread (tiny models are slower with more), quiet transformers, and a family of three."""
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+gc.disable()  # while modules are imported and tests collected: of what then stays nothing is garbage
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,7 +20,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
+from file_times import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
 from polymoe.client import connection
+from polymoe.native import library
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from polymoe.server import planner
@@ -25,6 +30,8 @@ from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest
 from zygote import ForkedPlanner, engine_starter, zygote
 
 torch.set_num_threads(1)
+if kernel_threads := os.environ.get("TEST_KERNEL_THREADS"):  # tools/sanitize.py
+    library._own.threads = int(kernel_threads)
 
 # Files of ten seconds or more, the longest first: a file is one piece of work (`--dist loadfile`), and none of them may
 # be what one worker still has when the others are done. `make tests` keeps the order with --no-loadscope-reorder.
@@ -40,6 +47,17 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imported modules are not looked through again; each time takes a third of a second."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that the end finds what refers to itself, about which nanobind would complain
 
 
 @pytest.hookimpl(tryfirst=True)
