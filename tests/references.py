@@ -91,8 +91,8 @@ class ReferenceFamily:
         return cases
 
     def _requests(self) -> Iterator[tuple[str, list[int], int]]:
-        """(variant, prompt, tokens to generate). The last two are of one variant and length, which a step may compute in
-        one call where others are calls of their own."""
+        """(variant, prompt, tokens to generate). The last two are of one variant and length, which a step may
+        compute in one call where others are calls of their own."""
         rng = random.Random(self.arch)
         names = list(self.paths)
         vocab = next(iter(self.models.values())).config.vocab_size
