@@ -109,7 +109,8 @@ HARNESS_MINUTES ?= 10
 test-harness: dev vllm
 	PYTHONPATH=tests $(BIN)/python tests/clients/harness/run.py --minutes $(HARNESS_MINUTES) $(TORCH_OPTION) $(HARNESS)
 
-# The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
+# The compiled kernels' tests at every level that this processor can run, under AddressSanitizer (some 7 minutes on two
+# cores for three levels) and ThreadSanitizer (some 18); options in SANITIZE, for example "thread --levels avx2".
 sanitize: dev
 	$(BIN)/python tools/sanitize.py $(SANITIZE)
 
@@ -125,8 +126,8 @@ emulate-arm: dev
 test-levels: dev
 	$(BIN)/python tools/try_levels.py $(PYTEST)
 
-# Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found; options
-# in WHEEL, for example make wheel-test WHEEL=--build-only.
+# Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found, some
+# four minutes each with PyPI's torch; options in WHEEL, for example make wheel-test WHEEL=--build-only.
 wheel-test:
 	$(PYTHON) tools/try_wheels.py $(WHEEL) $(TORCH_OPTION)
 
