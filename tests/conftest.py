@@ -36,13 +36,15 @@ torch.set_num_threads(1)
 if kernel_threads := os.environ.get("TEST_KERNEL_THREADS"):  # tools/sanitize.py
     library._own.threads = int(kernel_threads)
 
-# Files of ten seconds or more, the longest first: a file is one piece of work (`--dist loadfile`), and none of them may
-# be what one worker still has when the others are done. `make tests` keeps the order with --no-loadscope-reorder.
+# Files of ten seconds or more, the longest first, as the suite prints them at its end: a file is one piece of work
+# (`--dist loadfile`), and none of them may be what one worker still has when the others are done. `make tests` keeps
+# the order with --no-loadscope-reorder.
 LONGEST = (
-    "exactness", "live_server", "device_path", "compressed", "install", "benchmark_merging", "server_life",
-    "benchmark_quality", "gpu_experts", "bench", "readme", "offline_bundle", "bundle_damage", "demo", "packed_linear",
-    "eval", "resident_memory", "switch_offline", "server", "switch_calibrate", "allocate", "printing", "python_api",
-    "bench_decoder", "cpu_kernels", "family_configs",
+    "exactness", "live_server", "server_life", "install", "server_limits", "bundle_damage", "device_path",
+    "benchmark_merging", "benchmark_quality", "compressed", "gpu_experts", "bench", "every_policy", "resident_memory",
+    "python_api", "server", "readme", "offline_bundle", "demo", "structured_outputs", "deploy_ranking", "eval",
+    "switch_calibrate", "dashboard", "packed_linear", "switch_offline", "allocate", "printing", "bench_decoder",
+    "family_configs",
 )  # fmt: skip
 
 
