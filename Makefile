@@ -11,7 +11,8 @@ PORT ?= 8000
 REMEMBERED_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 TORCH_INDEX ?= $(REMEMBERED_INDEX)
 TORCH_OPTION = $(and $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
-PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported: of torch's and transformers' thousands few ever are.
+PIP_INSTALL := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: install dev demo test soak test-bounds test-clients test-drills test-harness test-levels test-ray test-schema \
 	test-slow sanitize emulate-amx emulate-arm wheel-test ui test-ui \
@@ -58,11 +59,14 @@ lint: dev
 	$(BIN)/lint-imports
 
 types: dev
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 	$(BIN)/mypy benchmarks/compare/*.py
 
+# Three for two cores, since a quarter of the time a test waits for a server, a clock or the network.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(3 * (os.cpu_count() or 2) // 2)')
+
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not soak and not drill"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not soak and not drill"
 
 # Simulations of the scheduler's policies over long traces.
 test-slow: dev
@@ -105,7 +109,8 @@ HARNESS_MINUTES ?= 10
 test-harness: dev vllm
 	PYTHONPATH=tests $(BIN)/python tests/clients/harness/run.py --minutes $(HARNESS_MINUTES) $(TORCH_OPTION) $(HARNESS)
 
-# The compiled kernels' tests under AddressSanitizer and ThreadSanitizer; options in SANITIZE, for example "thread".
+# The compiled kernels' tests at every level that this processor can run, under AddressSanitizer (some 7 minutes on two
+# cores for three levels) and ThreadSanitizer (some 18); options in SANITIZE, for example "thread --levels avx2".
 sanitize: dev
 	$(BIN)/python tools/sanitize.py $(SANITIZE)
 
@@ -121,8 +126,8 @@ emulate-arm: dev
 test-levels: dev
 	$(BIN)/python tools/try_levels.py $(PYTEST)
 
-# Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found; options
-# in WHEEL, for example make wheel-test WHEEL=--build-only.
+# Wheels built from the sdist with and without a compiler, each used in clean environments of every Python found, some
+# four minutes each with PyPI's torch; options in WHEEL, for example make wheel-test WHEEL=--build-only.
 wheel-test:
 	$(PYTHON) tools/try_wheels.py $(WHEEL) $(TORCH_OPTION)
 

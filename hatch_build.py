@@ -42,7 +42,10 @@ _FLAGS_OF = {level: flags for levels in LEVELS.values() for level, flags in leve
 _TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the processor has these too
 MORE_FLAGS = dict.fromkeys(("amx.cpp", "tiled_experts.cpp", "tiled_linear.cpp"), _TILES)
 # All other sources of a level are in csrc/ or in csrc/portable/.
-SHARED = ("changes.cpp", "gated_delta.cpp", "make_tiles.cpp", "sources.cpp", "threads.cpp")
+SHARED = (
+    "attention_layer.cpp", "changes.cpp", "gated_delta.cpp", "make_tiles.cpp", "routed_experts.cpp", "router.cpp",
+    "sources.cpp", "threads.cpp",
+)  # fmt: skip
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]  # mypy does not look into hatchling

@@ -122,13 +122,18 @@ def route(router: Router, arrivals: Iterable[Arrival], num_replicas: int, num_va
     }
 
 
+ROUTERS: dict[str, Callable[[int], Router]] = {
+    "random": random_router, "least_loaded": least_loaded, "residency": residency,
+}  # fmt: skip
+
+
 def compare_routers(
-    seconds: float = 200.0, rate: float = 12.0, seed: int = 0, load: float = 0.3
+    seconds: float = 200.0, rate: float = 12.0, seed: int = 0, load: float = 0.3, names: Iterable[str] = ROUTERS
 ) -> dict[str, dict[str, float]]:
     """The same trace with each router: 8 variants on 4 replicas with 2 slots each."""
     found = {}
-    for name, make in (("random", random_router), ("least_loaded", least_loaded), ("residency", residency)):
-        trace = zipf(rate, seconds, 8, seed)
+    for name in names:
+        make, trace = ROUTERS[name], zipf(rate, seconds, 8, seed)
         found[name] = route(make(seed), trace, num_replicas=4, num_variants=8, slots=2, load=load)
     return found
 

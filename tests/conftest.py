@@ -1,10 +1,14 @@
 """Shared by all tests: one thread (tiny models are slower with more), quiet transformers, and a family of three."""
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+gc.disable()  # while modules are imported and tests collected: of what then stays nothing is garbage
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -12,27 +16,35 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import httpx._transports.default as httpx_transports
 import pytest
 import torch
+from fastapi import FastAPI
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is imported, below
 
 from families import make_family
+from file_times import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
 from polymoe.client import connection
+from polymoe.native import library
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
-from polymoe.server import planner
+from polymoe.server import app as server_app
+from polymoe.server import openapi, planner
 from strict import pytest_make_collect_report, pytest_runtest_makereport, pytest_sessionstart  # noqa: F401
 from zygote import ForkedPlanner, engine_starter, zygote
 
 torch.set_num_threads(1)
+if kernel_threads := os.environ.get("TEST_KERNEL_THREADS"):  # tools/sanitize.py
+    library._own.threads = int(kernel_threads)
 
-# Files of ten seconds or more, the longest first: a file is one piece of work (`--dist loadfile`), and none of them may
-# be what one worker still has when the others are done. `make tests` keeps the order with --no-loadscope-reorder.
+# Files of ten seconds or more, the longest first, as the suite prints them at its end: a file is one piece of work
+# (`--dist loadfile`), and none of them may be what one worker still has when the others are done. `make tests` keeps
+# the order with --no-loadscope-reorder.
 LONGEST = (
-    "exactness", "live_server", "device_path", "compressed", "install", "benchmark_merging", "server_life",
-    "benchmark_quality", "gpu_experts", "bench", "readme", "offline_bundle", "bundle_damage", "demo", "packed_linear",
-    "eval", "resident_memory", "switch_offline", "server", "switch_calibrate", "allocate", "printing", "python_api",
-    "bench_decoder", "cpu_kernels", "family_configs",
+    "exactness", "live_server", "server_life", "install", "server_limits", "bundle_damage", "device_path",
+    "benchmark_merging", "benchmark_quality", "compressed", "gpu_experts", "bench", "every_policy", "resident_memory",
+    "python_api", "server", "readme", "offline_bundle", "demo", "structured_outputs", "deploy_ranking", "eval",
+    "switch_calibrate", "dashboard", "packed_linear", "switch_offline", "allocate", "printing", "bench_decoder",
+    "family_configs",
 )  # fmt: skip
 
 
@@ -40,6 +52,17 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of the imported modules are not looked through again; each time takes a third of a second."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that the end finds what refers to itself, about which nanobind would complain
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,8 +85,18 @@ def _forked_engines() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _cheaper_calls() -> Iterator[None]:
     """Each `httpx.get` reads all of the system's certificates, 30 ms, though no server here speaks TLS; each bundle is
-    written down to the disk, though no power fails between two tests."""
+    written down to the disk, though no power fails between two tests; each server makes the same /openapi.json, 0.3 s.
+    """
+    documents: dict[tuple[Any, ...], Any] = {}
+
+    def document(app: FastAPI, needs_key: bool, root_path: str) -> Any:
+        key = needs_key, root_path, *(getattr(route, "path", "") for route in app.routes)
+        if key not in documents:
+            documents[key] = openapi.document(app, needs_key, root_path)
+        return documents[key]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_app, "document", document)
         patch.setattr(httpx_transports, "create_ssl_context", functools.cache(httpx_transports.create_ssl_context))
         patch.setattr(os, "fsync", lambda _: None)
         yield

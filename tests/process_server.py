@@ -23,8 +23,8 @@ class ProcessServer:
         self, bundle: Path, folder: Path, grace: float, *flags: str, kv_cache: str = "16MB", fresh: bool = True,
         **popen: Any,
     ) -> None:  # fmt: skip
-        """flags: of `polymoe serve`. popen: of the process, its environment for example. Not fresh: it and its engine
-        are forked from a process that has imported what they need, see zygote.py."""
+        """flags: of `polymoe serve`. popen: of the process, where its output goes for example. Not fresh: it and its
+        engine are forked from a process that has imported what they need, see zygote.py."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -38,7 +38,10 @@ class ProcessServer:
                     **{"stdout": log, "stderr": subprocess.STDOUT, **popen},
                 )
             else:
-                self.process = zygote.fork(RUN_COMMAND, *command, out=log.fileno(), error=log.fileno(), engines=2)
+                out, error = (popen.get(name, log.fileno()) for name in ("stdout", "stderr"))
+                self.process = zygote.fork(
+                    RUN_COMMAND, *command, out=out, error=error, read=popen.get("stdin", 0), engines=2
+                )
 
     def wait_until_ready(self) -> None:
         def ready() -> bool:

@@ -15,9 +15,30 @@ from torch.utils._pytree import tree_leaves
 from polymoe.model.backends.base import Backend
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "bincount")
-_KERNELS = ("_linear", "_attention", "_experts", "_rms_norm")
+_KERNELS = ("_linear", "_packed_linear", "_attention", "_experts", "_rms_norm")
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[torch.Tensor]]
+
+
+def addresses(*roots: Any) -> set[int]:
+    """Of all memory that tensors have which can be reached from `roots`."""
+    found, seen, left = set[int](), set[int](), [*roots]
+    while left:
+        thing = left.pop()
+        if id(thing) in seen or isinstance(thing, str | int | float | bytes | type | None):
+            continue
+        seen.add(id(thing))
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            found.add(thing.untyped_storage().data_ptr())
+        elif isinstance(thing, dict):
+            left += thing.values()
+        elif isinstance(thing, list | tuple | set | frozenset):
+            left += thing
+        elif isinstance(thing, RecordedGraph):
+            continue  # it keeps what a real one would not
+        else:
+            left.append(getattr(thing, "__dict__", {}))
+    return found - {0}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -44,6 +65,8 @@ class RecordedGraph(NoWaiting):
         super().__init__()
         self._backend = backend
         self._calls: list[Call] = []
+        self._made: set[int] = set()
+        self.read: set[int] = set()  # addresses of what a replay reads and does not make itself
         self._inside = False  # a kernel's own operations are part of its launch
         self._own = {name: getattr(backend, name) for name in _KERNELS}
 
@@ -78,6 +101,8 @@ class RecordedGraph(NoWaiting):
     def _record(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.read |= addresses((args, kwargs)) - self._made
+        self._made |= addresses(outputs) - given
         views = bool(outputs) and all(t.untyped_storage().data_ptr() in given for t in outputs)
         mutates = isinstance(function, torch._ops.OpOverload) and function._schema.is_mutable
         if not views or mutates:  # a view needs no work: it looks at what is there

@@ -91,16 +91,22 @@ class ReferenceFamily:
         return cases
 
     def _requests(self) -> Iterator[tuple[str, list[int], int]]:
-        """(variant, prompt, tokens to generate)"""
+        """(variant, prompt, tokens to generate). The last two are of one variant and length, which a step may
+        compute in one call where others are calls of their own."""
         rng = random.Random(self.arch)
         names = list(self.paths)
         vocab = next(iter(self.models.values())).config.vocab_size
         shared = [rng.randrange(vocab) for _ in range(13)]
+        variant, prompt, count = names[0], shared, 1
         for i in range(self.num_requests):
+            if i == self.num_requests - 1:
+                yield variant, [rng.randrange(vocab) for _ in prompt], count
+                return
             prompt = [rng.randrange(vocab) for _ in range(rng.randrange(1, 25))]
             if i % 2 == 0:
                 prompt = shared + prompt[:5]
-            yield names[i % 3] if i < 6 else rng.choice(names), prompt, rng.randrange(1, 14)
+            variant, count = names[i % 3] if i < 6 else rng.choice(names), rng.randrange(1, 14)
+            yield variant, prompt, count
 
     def case(self, variant: str, prompt: list[int], max_tokens: int) -> Case:
         with torch.no_grad():

@@ -304,7 +304,9 @@ def test_throughput_of_three_systems(cache: Path, tmp_path: Path) -> None:
     assert answer["systems"]["paper"]["reconfigurations"] >= 3  # one slot, four variants
     assert 0 < answer["ceiling"]["systems"]["mixed"]["share_reached"] < 1
     assert 0 < answer["ceiling"]["systems"]["mixed"]["bandwidth_share"] < 1
+    assert answer["ceiling"]["systems"]["single"]["ttft_over_matmul"] > 0
     assert answer["ceiling"]["memory_bandwidth_bytes_per_s"] > 1e9
+    assert answer["ceiling"]["matmul_products_per_s"] > 1e9
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "throughput.json").read_text()) == answer
     assert "| mixed |" in (tmp_path / "throughput.md").read_text()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks.baselines.deltas import even_levels, nested, num_vectors, sign_and_rank
 from benchmarks.baselines.methods import GROUPS, methods
 from benchmarks.baselines.weights import make_baseline, rounded_to_nearest
 from benchmarks.quality.__main__ import app as quality_app
@@ -113,6 +114,29 @@ def test_baselines_count_their_bytes_and_change_what_they_say(family: Family, sc
     assert copies.expert_bytes == 3 * one_model * (4 + 16 / 64) / 16
     assert {n for n, _ in copies.weights(0)} == set(experts)
     assert copies.nonexpert_bytes == scan.nonexpert_bytes_total
+
+
+def test_other_ways_to_write_a_delta(family: Family, scan: FamilyScan) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(32, 128, generator=generator)
+    weight = mean + 0.05 * torch.randn(32, 128, generator=generator)
+    base, scales = even_levels(mean, 6)
+    for bits in (1, 2, 3):
+        found = nested(weight, base, scales, bits)
+        steps = ((found - base) / scales.view(32, 1)).abs()  # odd multiples of half a power of two, row by row
+        halves = steps / steps.amin(dim=1, keepdim=True)
+        assert torch.allclose(halves, halves.round(), atol=1e-3)
+        assert set(halves.round().unique().tolist()) <= set(range(1, 2**bits, 2))
+        assert torch.allclose(steps.amin(dim=1).log2(), steps.amin(dim=1).log2().round(), atol=1e-3)
+    assert num_vectors(32, 128, 2) == 32 * 128 // (8 * (32 + 128 + 4))
+    low = mean + torch.outer(torch.randn(32, generator=generator), torch.randn(128, generator=generator))
+    error = (sign_and_rank(low, mean, scales, 2) - low).norm() / (low - mean).norm()
+    assert error < 0.02, "a difference of rank one"
+    plain = make_baseline("nested-8-2", family, scan)
+    assert dict(plain.weights(0)).keys() == dict(make_baseline("rank-8-2", family, scan).weights(0)).keys()
+    positions, matrices = scan.expert_same_as[0].size, 3
+    # a base in 8 bits and three deltas in 2, each with a 16-bit scale a row
+    assert plain.expert_bytes == positions * matrices * 64 * (64 * (8 + 3 * 2) // 8 + 4 * 2)
 
 
 # --- the table

@@ -56,10 +56,12 @@ def use(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["packed", "tiers"])
 def test_every_damage_to_every_file_is_named(kind: str, whole: Path, tmp_path: Path) -> None:
-    """Of 343 damages 74 were served in silence and 52 gave tracebacks."""
+    """Of 343 damages 74 were served in silence and 52 gave tracebacks. Of the second kind tensor files only: the other
+    files are those of the first."""
     folder = Path(shutil.copytree(whole / kind, tmp_path / "b"))
     use(folder)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    ending = "*" if kind == "packed" else "*.safetensors"
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob(ending) if path.is_file())
     count = 0
     for number, file in enumerate(files):
         other = folder / files[number - 1]
@@ -75,7 +77,7 @@ def test_every_damage_to_every_file_is_named(kind: str, whole: Path, tmp_path: P
                 assert file in message, (file, name, message)
             restore(folder, whole / kind, file)
             count += 1
-    assert count > 20 * 15
+    assert count > (20 * 15 if kind == "packed" else 7 * 15)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "sub/tokenizer.json", "added_tokens.json"])

@@ -19,6 +19,7 @@ import polymoe
 from polymoe.bundle.describe import describe_bundle
 from polymoe.bundle.reader import Bundle
 from polymoe.offline.api import make_plan
+from polymoe.server.snapshots import Snapshot, in_order
 from servers import ThreadServer, engine_config, make_bundle
 
 BUILT = Path(polymoe.__file__).parent / "server" / "ui"
@@ -95,6 +96,20 @@ def test_bundle_says_who_shares_what(server: ThreadServer, bundle: Path) -> None
     assert found["added_bytes"] == found["separate_bytes"]
     weights = sum(count for kind, count in opened.resident_bytes.by_kind.items() if kind != "tables")
     assert sum(found["added_bytes"]) == weights
+
+
+def test_what_is_kept_has_the_order_of_the_variants_now() -> None:
+    """Charts index by name: a list from before a change would be somebody else's."""
+    before = Snapshot(
+        time=1.0, status="ready", variants=["a", "b"], running=[1, 2], tokens=[3.0, 4.0], ttft=[None, (1.0, 2.0, 3.0)],
+    )  # fmt: skip
+    now = in_order(before, ["b", "new", "a"])
+    assert now.variants == ["b", "new", "a"]
+    assert (now.running, now.tokens, now.waiting) == ([2, 0, 1], [4.0, 0, 3.0], [])
+    assert now.ttft == [(1.0, 2.0, 3.0), None, None]
+    assert in_order(now, now.variants) is now
+    loading = Snapshot(time=0.0, status="loading")
+    assert in_order(loading, ["b"]) is loading
 
 
 def test_snapshots_follow_a_request(server: ThreadServer) -> None:

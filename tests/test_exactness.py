@@ -4,8 +4,9 @@ Each architecture is a tiny random family, some stored in few bits; the referenc
 transformers' `generate`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -80,8 +81,27 @@ def test_preemption(family: ReferenceFamily, device: str) -> None:
     assert sum(llm.engine.stats().preemptions) > 0
 
 
-@pytest.mark.parametrize(("slots", "prefetch"), [(1, False), (1, True), (2, False)])
-def test_fewer_slots_than_variants(family: ReferenceFamily, device: str, slots: int, prefetch: bool) -> None:
+# Families that differ in how a step is prepared take all of the ways below, each other family the next one of each
+# kind; with `make test-slow` all take all.
+IN_ALL_WAYS = ("mixtral", "gpt_oss", "qwen3_5_moe_text", "deepseek_v32", "switch_transformers")
+SLOTS = ((1, False), (1, True), (2, False))  # (slots, prefetch)
+AHEAD: tuple[dict[str, int], ...] = (
+    {}, {"max_num_batched_tokens": 5}, {"num_kv_blocks": 16}, {"slots": 1, "num_kv_blocks": 20},
+)  # fmt: skip
+CACHES = (0, 20_000, 1 << 24)  # bytes
+Way = TypeVar("Way")
+
+
+def ways_of(family: ReferenceFamily, ways: Sequence[Way]) -> Sequence[Way]:
+    return ways if family.arch in IN_ALL_WAYS else [ways[FAMILIES.index(family.arch) % len(ways)]]
+
+
+def test_fewer_slots_than_variants(family: ReferenceFamily, device: str) -> None:
+    for slots, prefetch in ways_of(family, SLOTS):
+        check_slots(family, device, slots, prefetch)
+
+
+def check_slots(family: ReferenceFamily, device: str, slots: int, prefetch: bool) -> None:
     llm = load(family.bundle, device=device, slots=slots, prefetch=prefetch, num_kv_blocks=20, max_model_len=48)
     check(llm, family)
     stats = llm.engine.stats()
@@ -89,25 +109,25 @@ def test_fewer_slots_than_variants(family: ReferenceFamily, device: str, slots: 
     assert stats.reconfiguration_bytes > 0
 
 
-AHEAD: tuple[dict[str, int], ...] = (
-    {}, {"max_num_batched_tokens": 5}, {"num_kv_blocks": 16}, {"slots": 1, "num_kv_blocks": 20},
-)  # fmt: skip
-# Families that differ in how a step is prepared take all of these ways, each other family the next one.
-IN_ALL_WAYS = ("mixtral", "gpt_oss", "qwen3_5_moe_text", "deepseek_v32", "switch_transformers")
-
-
 def test_a_step_launched_before_the_last_ones_tokens_are_known(family: ReferenceFamily) -> None:
     """On a GPU all steps are, so the other tests see to it there."""
-    number = FAMILIES.index(family.arch)
-    for options in AHEAD if family.arch in IN_ALL_WAYS else AHEAD[number % len(AHEAD) :][:1]:
-        llm = load(family.bundle, max_model_len=48, async_scheduling=True, **options)
-        check(llm, family, repeat=2)
-        assert sum(llm.engine.stats().preemptions) > 0 or options.get("num_kv_blocks") != 16
+    for options in ways_of(family, AHEAD):
+        check_ahead(family, options)
 
 
-@pytest.mark.parametrize("cache", [0, 20_000, 1 << 24])
-def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path, cache: int) -> None:
+def check_ahead(family: ReferenceFamily, options: dict[str, int]) -> None:
+    llm = load(family.bundle, max_model_len=48, async_scheduling=True, **options)
+    check(llm, family, repeat=2)
+    assert sum(llm.engine.stats().preemptions) > 0 or options.get("num_kv_blocks") != 16
+
+
+def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path) -> None:
     bundle = family.write(tmp_path / "bundle", capacity=3)
+    for cache in ways_of(family, CACHES):
+        check_absent(family, device, bundle, cache)
+
+
+def check_absent(family: ReferenceFamily, device: str, bundle: Path, cache: int) -> None:
     llm = load(bundle, device=device, expert_cache_bytes=cache)
     check(llm, family)
     stats = llm.engine.stats()
@@ -119,3 +139,14 @@ def test_absent_experts(family: ReferenceFamily, device: str, tmp_path: Path, ca
         # A cache that holds everything fetches each expert once; where decode reads over the bus, experts move later.
         assert stats.expert_hits > stats.expert_misses
     assert stats.resident_bytes["expert_cache"] <= cache
+
+
+@pytest.mark.slow
+def test_all_ways(family: ReferenceFamily, tmp_path: Path) -> None:
+    bundle = family.write(tmp_path / "bundle", capacity=3)
+    for slots, prefetch in SLOTS:
+        check_slots(family, "cpu", slots, prefetch)
+    for options in AHEAD:
+        check_ahead(family, options)
+    for cache in CACHES:
+        check_absent(family, "cpu", bundle, cache)

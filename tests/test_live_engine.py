@@ -18,6 +18,7 @@ from polymoe.bundle.reader import Bundle
 from polymoe.config import EngineConfig
 from polymoe.engine.core import EngineCore
 from polymoe.errors import ConfigError, FamilyError, PlanError
+from polymoe.model.backends.base import Backend
 from polymoe.offline.addition.bits import BITS, fewest_bits, predicted_kl, write_fitting
 from polymoe.offline.addition.new_variant import open_new
 from polymoe.offline.addition.write_addition import write_addition
@@ -89,8 +90,9 @@ class Live:
 
 
 def make_live(
-    arch: str, folder: Path, policy: str = "separate", engine: dict[str, Any] | None = None, **options: Any
-) -> Live:
+    arch: str, folder: Path, policy: str = "separate", engine: dict[str, Any] | None = None,
+    backend: Backend | None = None, **options: Any,
+) -> Live:  # fmt: skip
     family = ReferenceFamily(arch, folder, **options)
     planned = {name: family.paths[name] for name in ("base", "v1")}
     bundle = make_plan(planned, policy, None, folder / "live").path
@@ -98,7 +100,7 @@ def make_live(
         bundle=str(bundle), device="cpu", dtype="float32", num_threads=1, kv_cache_bytes=1 << 23, block_size=4,
         max_variants=4, **(engine or {}),
     )  # fmt: skip
-    return Live(family, bundle, folder, EngineCore(config), {"base": 0, "v1": 1})
+    return Live(family, bundle, folder, EngineCore(config, backend=backend), {"base": 0, "v1": 1})
 
 
 def make_patch(base: Path, out: Path, share: float, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from families import make_family
-from polymoe.bundle.live import ADDITIONS
+from polymoe.bundle.live import ADDED_VARIANT, ADDITIONS
 from polymoe.bundle.manifest import read_manifest
 from polymoe.bundle.reader import Bundle
 from polymoe.cli.main import app
@@ -237,6 +237,16 @@ def test_what_fails_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr("polymoe.server.arrival.rename_addition", damage)
         assert "layer-000" in admin.refused(422, "POST", body={"name": "x", "source": "v2", "wait": True})
+    unchanged()
+    # its tokenizer cannot be read any more when the engine has it
+
+    def spoil(folder: Path, final: Path) -> None:
+        (folder / ADDED_VARIANT / "tokenizer.json").write_text("{")
+        rename(folder, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("polymoe.server.variants.rename_addition", spoil)
+        assert "tokenizer" in admin.refused(422, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     admin.ok("POST", body={"name": "x", "source": "v2", "wait": True})
     assert admin.tokens("x", PROMPT) == expected["v2"]

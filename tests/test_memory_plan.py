@@ -37,6 +37,14 @@ def test_kv_cache_as_asked_and_never_more_than_is_of_use() -> None:
     assert plan_memory(WEIGHTS, replace(REQUEST, kv_maximum=6 * GIB)).kv_cache == 6 * GIB
 
 
+def test_what_comes_later_has_its_headroom() -> None:
+    plan = plan_memory(WEIGHTS, replace(REQUEST, headroom_bytes=4 * GIB))
+    assert plan.kv_cache == plan_memory(WEIGHTS, REQUEST).kv_cache - 4 * GIB
+    assert "headroom 4.0 GiB" in str(plan)
+    with pytest.raises(ConfigError, match=r"a smaller --headroom \(now 30\.0 GiB\)"):
+        plan_memory(WEIGHTS, replace(REQUEST, headroom_bytes=30 * GIB))
+
+
 def test_too_old() -> None:
     old = replace(H100, name="Tesla V100", capability=(7, 0))
     with pytest.raises(ConfigError, match=r"Tesla V100 has compute capability 7\.0 .* --device cpu"):

@@ -66,7 +66,7 @@ def test_products_are_those_with_the_whole_matrices(
     weight, versions = rows_of(way, len(counts), shape)
     segments = segments_from_variants(list(range(len(counts))), counts)
     groups = segments.row_groups(RowMap(list(range(len(counts)))))
-    given = groups.on_one_base if weight.has_one_base else groups.on_own_bases
+    given = groups.packed(weight.versions)
     x = torch.randn(sum(counts), shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = torch.cat([x[start:end].float() @ versions[v].T for v, start, end in segments.spans])
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -82,11 +82,11 @@ def test_products_of_tiles(way: tuple[str, str], counts: list[int], whole: bool)
     weight, versions = rows_of(way, len(counts), (96, 320))
     tiled = tiled_rows(weight, whole)
     if tiled is weight:
-        assert not can_multiply_tiles() or not (whole or weight.has_one_base)
+        assert not can_multiply_tiles() or not (whole or weight.deltas)
         return
     segments = segments_from_variants(list(range(len(counts))), counts)
     groups = segments.row_groups(RowMap(list(range(len(counts)))))
-    given = groups.on_one_base if weight.has_one_base else groups.on_own_bases
+    given = groups.packed(weight.versions)
     x = torch.randn(sum(counts), 320, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = torch.cat([x[start:end].float() @ versions[v].T for v, start, end in segments.spans])
     for bits, tolerance in (((16, 16), 0.01), ((16, 8), 0.01), ((8, 8), 0.02)):

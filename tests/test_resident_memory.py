@@ -5,8 +5,6 @@ that it ever held is more than a layer beyond that.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from families import make_family
 from polymoe.offline.api import make_plan
 from polymoe.offline.plan.options import PlanOptions
+from zygote import run_python
 
 SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 3, "head_dim": 64,
@@ -67,10 +66,7 @@ def test_a_process_holds_what_the_manifest_promises(
     bundle = make_plan(checkpoints, policy, None, tmp_path / "bundle", options=PlanOptions(**options))
     promised = bundle.resident_bytes.total
     assert (promised > 250 << 20) == (policy == "separate")
-    done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(small), str(bundle.path), str(KV_BYTES)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    done = run_python(SERVE, str(small), str(bundle.path), str(KV_BYTES))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     held = found["after"]["VmRSS"] - found["before"]["VmRSS"]

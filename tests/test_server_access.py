@@ -1,10 +1,12 @@
 """Who gets in and how: the key, web pages of other origins, methods, and URLs that are nearly right. No engine."""
 
 import asyncio
+import functools
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from polymoe.client.client import AsyncEngineClient
 from polymoe.config import EngineConfig
@@ -15,12 +17,16 @@ from polymoe.server.settings import ServerSettings, check_origin
 PAGE = "https://app.example.org"
 
 
+@functools.cache  # a third of a second each
+def app_of(**settings: Any) -> FastAPI:
+    return create_app(AsyncEngineClient(EngineConfig(bundle="none")), ServerSettings(**settings))
+
+
 def ask(method: str, path: str, headers: Any = (), **settings: Any) -> httpx.Response:
     """The answer of a server with these settings whose engine has not started."""
-    app = create_app(AsyncEngineClient(EngineConfig(bundle="none")), ServerSettings(**settings))
 
     async def run() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(**settings)), base_url="http://test") as http:
             return await http.request(method, path, headers=headers)
 
     return asyncio.run(run())

@@ -56,6 +56,12 @@ def test_where_the_tokens_are() -> None:
     assert tokens_first.token_axes["model.norm.weight"] == {3: 1}
 
 
+def test_a_part_that_can_run_in_no_way_is_refused() -> None:
+    """An index head smaller than its rotated part: stock transformers cannot run it either; it was tried for ever."""
+    with pytest.raises(UnsupportedModelError, match="cannot be served"):
+        trace(make_config("deepseek_v32", index_head_dim=4))
+
+
 def test_a_full_sized_model_takes_seconds_and_no_memory() -> None:
     started = time.perf_counter()
     assert len(trace(AutoConfig.for_model("deepseek_v3")).attention_layers) == 61

@@ -8,6 +8,8 @@ be. That a fresh Python can start a server and its engine is tested in test_serv
 
 import asyncio
 import contextlib
+import fcntl
+import gc
 import json
 import os
 import select
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -77,8 +80,8 @@ class Zygote:
         self, source: str, *arguments: str, out: int = 1, error: int = 2, fd: int | None = None,
         environment: Mapping[str, str] | None = None, folder: Path | None = None, engines: int = 0, read: int = 0,
     ) -> Forked:  # fmt: skip
-        """Run a Python program. out, error, read: descriptors of its standard output, error and input; fd: what is 3
-        there; engines: how often it may start one."""
+        """Run a Python program. out, error, read: descriptors of its standard output, error and input, of which a
+        terminal becomes that of a session of its own; fd: what is 3 there; engines: how often it may start one."""
         asked = dict(os.environ if environment is None else environment)
         report, theirs = os.pipe()
         given = {1: out, 2: error} | ({} if read == 0 else {0: read}) | ({} if fd is None else {3: fd})
@@ -228,6 +231,7 @@ def _fork_engines(count: int) -> None:
 
 def serve(control: socket.socket) -> None:
     """Fork a process for every message of the control socket, until it is closed."""
+    gc.disable()
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401  (what most tests serve)
 
     import polymoe.cli.main
@@ -237,6 +241,8 @@ def serve(control: socket.socket) -> None:
     import polymoe.offline.api
     import polymoe.server.serve  # noqa: F401
 
+    gc.freeze()  # what was imported: a forked process neither looks through it nor copies it for that
+    gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
     running: dict[int, tuple[int, int]] = {}  # a descriptor that says when it has ended -> (id, where that is reported)
     while True:
@@ -274,6 +280,9 @@ def _become(message: list[Any], fds: list[int]) -> None:
         os.dup2(fd, target)
     for fd in {*fds} - {*targets}:
         os.close(fd)
+    if 0 in targets and os.isatty(0):
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

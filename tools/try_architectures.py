@@ -3,7 +3,7 @@
 For each one, three tiny random checkpoints go the way a user's go (plan, bundle, engine) and a batch that mixes them,
 with chunked prefill and small KV blocks, is compared with each model alone in stock transformers, in float32:
 
-- exact     the same greedy tokens and all logits within 1e-4
+- exact     the same greedy tokens and all logits within 1e-4, or no further from float64's than twice stock's float32
 - refused   polymoe says, before anything is served, that it cannot and why
 - differs   it serves something else: a bug of polymoe
 - fails     anything else: a bug of polymoe, of transformers or of the tiny config made here
@@ -15,6 +15,7 @@ with chunked prefill and small KV blocks, is compared with each model alone in s
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -32,6 +33,7 @@ import torch
 import transformers
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -232,15 +234,18 @@ def make_checkpoints(config: Any, folder: Path) -> dict[str, Path]:
 
 
 def make_requests(vocab_size: int) -> list[EngineRequest]:
+    """Two of one length for each variant, which a step computes together, then some of any length."""
     rng = random.Random(0)
+    pairs = [(i // 2, 5, 8) for i in range(2 * NUM_VARIANTS)]
+    others = [(rng.randrange(NUM_VARIANTS), rng.choice((1, 2, 5, 12, 19, 30)), rng.randrange(1, 14)) for _ in range(8)]
     return [
         EngineRequest(
             request_id=SequenceId(str(i)),
-            variant=rng.randrange(NUM_VARIANTS),
-            prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(rng.choice((1, 2, 5, 12, 19, 30)))],
-            sampling=SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14)),
+            variant=variant,
+            prompt_token_ids=[rng.randrange(3, vocab_size) for _ in range(length)],
+            sampling=SamplingParams(temperature=0, max_tokens=max_tokens),
         )
-        for i in range(12)
+        for i, (variant, length, max_tokens) in enumerate(pairs + others)
     ]
 
 
@@ -289,6 +294,29 @@ def reference(paths: dict[str, Path], requests: list[EngineRequest]) -> Answers:
     return tokens, logits
 
 
+@torch.no_grad()
+def beyond_rounding(
+    paths: dict[str, Path], requests: list[EngineRequest], tokens: Mapping[SequenceId, list[int]],
+    stock: list[torch.Tensor], served: list[list[torch.Tensor]],
+) -> list[SequenceId]:  # fmt: skip
+    """Of requests whose logits differ by more than the tolerance, those that are further from float64 than twice what
+    stock transformers is in float32: some definitions multiply rounding errors."""
+    found: list[SequenceId] = []
+    for variant, path in enumerate(paths.values()):
+        model = kind_of(AutoConfig.from_pretrained(path)).auto.from_pretrained(
+            path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        ).eval()  # fmt: skip
+        for i, request in enumerate(requests):
+            worst = max(float((logits[i] - stock[i]).abs().max()) for logits in served)
+            if request.variant == variant and not worst <= TOLERANCE:
+                ids = torch.tensor([request.prompt_token_ids + tokens[request.request_id]])
+                exact = model(input_ids=ids, use_cache=False).logits[0]
+                allowed = 2 * float((stock[i] - exact).abs().max())
+                if not all(float((logits[i] - exact).abs().max()) <= allowed for logits in served):
+                    found.append(request.request_id)
+    return found
+
+
 def try_one(name: str, model_type: str) -> Outcome:
     """Raises what the way through polymoe raises, except refusals."""
     torch.set_num_threads(1)
@@ -315,13 +343,18 @@ def try_one(name: str, model_type: str) -> Outcome:
         want_tokens, want_logits = reference(paths, requests)
         worst = 0.0
         wrong = 0
+        served: list[list[torch.Tensor]] = []
         for slots in (NUM_VARIANTS, 1):
             tokens, logits = serve(root / "bundle", slots, requests)
+            served.append(logits)
             wrong += sum(tokens[r.request_id] != want_tokens[r.request_id] for r in requests)
             for request, got, want in zip(requests, logits, want_logits, strict=True):
                 if tokens[request.request_id] == want_tokens[request.request_id]:
                     worst = max(worst, float((got - want).abs().max()))
-    if wrong or not worst <= TOLERANCE:
+        beyond = (
+            [] if wrong or worst <= TOLERANCE else beyond_rounding(paths, requests, want_tokens, want_logits, served)
+        )
+    if wrong or beyond or not math.isfinite(worst):
         note = f"{wrong} of {2 * len(requests)} sequences have other tokens, logits differ by {worst:.1e}"
         return Outcome(name, model_type, "differs", note, worst)
     return Outcome(name, model_type, "exact", "", worst)
@@ -374,7 +407,7 @@ def show(outcomes: list[Outcome], markdown: bool) -> None:
         "architecture", "model_type", "result", "note", title=f"transformers {transformers.__version__}: {summary}"
     )
     for o in outcomes:
-        table.add_row(o.name, o.model_type, f"[{COLOURS[o.result]}]{o.result}[/]", short_note(o))
+        table.add_row(o.name, o.model_type, Text(o.result, style=COLOURS[o.result]), short_note(o))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 

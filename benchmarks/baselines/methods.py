@@ -11,6 +11,7 @@ GROUPS = {
     "paper": "round-robin owners",
     "copies": "every variant whole, quantised",
     "delta": "one base and a delta of the same width everywhere",
+    "residuals": "one base and a delta of the same bytes everywhere, written in other ways",
     "auto": "formats chosen position by position",
 }
 BUDGETS = ("0.55x", "0.75x", "1.0x", "1.05x", "1.1x", "1.15x", "1.25x", "1.5x")
@@ -56,6 +57,16 @@ def methods(num_variants: int, groups: Sequence[str], budgets: Sequence[str], wi
             Method(f"{base} + {bits} bit", "delta", policy="delta", base=base, delta_bits=bits)
             for base in ("stored", "int8", "int4")
             for bits in (1, 2, 3, 4)
+        ),
+        *(
+            Method(f"int{base} + {bits} bit, nested", "residuals", baseline=f"nested-{base}-{bits}")
+            for base in (8, 4)
+            for bits in (1, 2, 3)
+        ),
+        *(
+            Method(f"int{base} + 1 bit + rank, as {bits} bit", "residuals", baseline=f"rank-{base}-{bits}")
+            for base in (8, 4)
+            for bits in (2, 3)
         ),
         *(Method(f"auto {budget}", "auto", policy="auto", memory=budget) for budget in budgets),
     ]

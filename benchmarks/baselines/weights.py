@@ -1,4 +1,5 @@
-"""What one could do without polymoe, as weights for stock transformers: averages, and quantised copies."""
+"""What one could do without polymoe, as weights for stock transformers: averages, quantised copies, and deltas
+written in other ways."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.deltas import coded_bytes, even_levels, nested, sign_and_rank
 from polymoe.errors import PolymoeError
 from polymoe.model.stock.switch_experts import stacked_name
 from polymoe.offline.checkpoint.family import Family
@@ -118,6 +120,37 @@ def _copies(bits: int, family: Family, scan: FamilyScan) -> Baseline:
     return Baseline(expert * scan.expert_same_as.size, scan.nonexpert_bytes_total, weights)
 
 
+def _deltas(
+    write: Callable[[Tensor, Tensor, Tensor, int], Tensor], base_bits: int, bits: int, family: Family, scan: FamilyScan
+) -> Baseline:
+    """The mean of each position's variants in even levels of `base_bits`, and every variant's difference to it as
+    `write` (weight, base, the base's scales, bits) has it in the bytes of `bits` a value."""
+    transposed, info = is_transposed(family), family.architecture
+
+    def weights(variant: int) -> Weights:
+        for _, name in _expert_names(family):
+            stacks = [checkpoint.tensor(name) for checkpoint in family.checkpoints]
+            if stacks[0].ndim == 2:
+                yield name, stacks[variant]
+                continue
+            written = []
+            for experts in zip(*stacks, strict=True):
+                own = [as_matrix(expert, transposed).float() for expert in experts]
+                base, scales = even_levels(torch.stack(own).mean(dim=0), base_bits)
+                written.append(as_matrix(write(own[variant].contiguous(), base, scales, bits), transposed))
+            yield name, torch.stack(written).to(stacks[0].dtype)
+
+    shapes = [tuple(shape)[::-1] if transposed else tuple(shape) for shape in info.expert_shapes.values()]
+    variants = len(family.checkpoints)
+    expert = sum(
+        coded_bytes(*shape, base_bits) + variants * coded_bytes(*shape, bits)
+        if len(shape) == 2
+        else 2 * variants * shape[0]
+        for shape in shapes
+    )
+    return Baseline(expert * scan.expert_same_as[0].size, scan.nonexpert_bytes_total, weights)
+
+
 def _copy_bytes(shape: tuple[int, ...], bits: int, transposed: bool) -> int:
     if len(shape) == 1:
         return 2 * shape[0]  # a bias stays as it is
@@ -147,4 +180,6 @@ BASELINES: dict[str, Callable[[Family, FamilyScan], Baseline]] = {
     "average": _average,
     "one-nonexperts": _one_nonexperts,
     **{f"int{bits}-copies": partial(_copies, bits) for bits in (8, 4, 3)},
+    **{f"nested-{base}-{bits}": partial(_deltas, nested, base, bits) for base in (8, 4) for bits in (1, 2, 3)},
+    **{f"rank-{base}-{bits}": partial(_deltas, sign_and_rank, base, bits) for base in (8, 4) for bits in (2, 3)},
 }

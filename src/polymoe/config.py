@@ -226,7 +226,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     headroom: Annotated[
         int | None,
         Option(
-            "memory for variants that are added, like 4GiB; free: what the machine has free then",
+            "memory for variants that are added, like 4GiB; free: what the machine has free then (not on a GPU)",
             shown="free", at_least=0, read=_size_or("free"),
         ),
     ] = None  # fmt: skip

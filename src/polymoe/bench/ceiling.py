@@ -1,10 +1,12 @@
-"""The physical ceiling of decoding: the bytes a step must read over the bandwidth of the memory they are in.
+"""The physical ceilings: of decoding, the bytes a step must read over the bandwidth of the memory they are in; of
+prompts, the multiplications of their tokens over what torch's own matmul does a second.
 
 A decode step of R sequences reads every expert that one of them is routed to, the non-experts of every variant that is
 present, and the keys and values of R contexts. Compute, prefill and overhead come on top, so no system reaches it.
 Routing is taken as uniform, which random weights are near to; a trained router touches fewer experts.
 """
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,8 @@ from polymoe.quant.formats import get_format
 
 _BUFFER_BYTES = 512 << 20  # far beyond any cache
 _ROUNDS = 6
+_MATMUL = 2048  # rows, columns and inputs
+_TABLES = re.compile(r"(embed_tokens|lm_head)\.weight$")
 _ENCODER, _ENCODED = "encoder.", re.compile(r"\.EncDecAttention\.[kv]\.")
 
 
@@ -50,6 +54,36 @@ def measure_bandwidth(device: torch.device, threads: int | None) -> float:
         return _BUFFER_BYTES / best
     finally:
         torch.set_num_threads(before)
+
+
+def measure_matmul(device: torch.device, threads: int | None, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Multiplications a second of torch's product of two large matrices, the best of several rounds."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        left, right = (torch.ones(_MATMUL, _MATMUL, device=device, dtype=dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            (left @ right)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - started)
+        return _MATMUL**3 / best
+    finally:
+        torch.set_num_threads(before)
+
+
+def prompt_products(bundle: Bundle) -> float:
+    """Multiplications of one token of a prompt by all matrices that it meets but embeddings and head: a prompt's last
+    token alone reads the head. Attention's own products are not counted."""
+    text_config, num_experts = bundle.config.get_text_config(), bundle.manifest.num_experts
+    kind = kind_of(text_config)
+    expert = sum(math.prod(shape) for shape in bundle.packed_shapes.values() if len(shape) == 2)
+    experts = expert * kind.experts_per_token(text_config, num_experts) * len(bundle.expert_modules)
+    met = (name for name in bundle.nonexpert_names if not _TABLES.search(name))
+    packed = ((name, bundle.packed_nonexpert(name)) for name in met)
+    shapes = [tuple(p.shape if p is not None else bundle.nonexpert(0, name).shape) for name, p in packed]
+    return experts + float(sum(math.prod(shape) for shape in shapes if len(shape) == 2))
 
 
 def step_bytes(bundle: Bundle, rows: Mapping[int, int], context: float, kv_bytes_per_token: float) -> StepBytes:
@@ -136,6 +170,19 @@ def _nonexpert_bytes(bundle: Bundle, variants: list[int]) -> int:
     return total
 
 
+class Prompts(msgspec.Struct, frozen=True):
+    """Prompts of `tokens` tokens together that came at once. matmul: multiplications a second of torch's own; ttft:
+    system -> median seconds to the first token."""
+
+    tokens: int
+    matmul: float
+    ttft: Mapping[str, float | None]
+
+    def ttft_over_matmul(self, name: str, bundle: Bundle) -> float | None:
+        seconds = self.ttft.get(name)
+        return None if seconds is None else seconds * self.matmul / (self.tokens * prompt_products(bundle))
+
+
 def ceiling_of(
     bundles: Mapping[str, Bundle],
     bandwidth: float,
@@ -144,6 +191,7 @@ def ceiling_of(
     kv_bytes_per_token: float,
     reached: Mapping[str, float],
     step_seconds: Mapping[str, float | None],
+    prompts: Prompts | None = None,
 ) -> dict[str, Any]:
     """The ceiling of systems that serve one bundle (`mixed`: rows spread over all variants; `single`: all of the first
     one), and the share of it that they reached.
@@ -154,9 +202,11 @@ def ceiling_of(
         context: tokens of a sequence, on average over its decode steps.
         reached: system -> measured output tokens a second, prompts and all.
         step_seconds: system -> measured median between two tokens of a sequence: what a step without prompts takes.
+        prompts: what the prompts of all `in_flight` sequences at once took; None: not measured.
 
-    Returns: of each system `share_reached`, of the ceiling, and `bandwidth_share`: the bytes that a step must read over
-        what it took, as a share of the bandwidth. None where it was not measured.
+    Returns: of each system `share_reached`, of the ceiling; `bandwidth_share`: the bytes that a step must read over
+        what it took, as a share of the bandwidth; and `ttft_over_matmul`: the median time to the first token over what
+        torch's matmul needs for the arithmetic of all prompts. None where it was not measured.
     """
     systems: dict[str, Any] = {}
     for name, bundle in bundles.items():
@@ -171,5 +221,12 @@ def ceiling_of(
             "output_tokens_per_s": speed,
             "share_reached": reached[name] / speed if name in reached else None,
             "bandwidth_share": bytes_read.total / step / bandwidth if step else None,
+            "ttft_over_matmul": prompts.ttft_over_matmul(name, bundle) if prompts is not None else None,
         }
-    return {"memory_bandwidth_bytes_per_s": bandwidth, "rows": in_flight, "routing": "uniform", "systems": systems}
+    return {
+        "memory_bandwidth_bytes_per_s": bandwidth,
+        "matmul_products_per_s": prompts.matmul if prompts is not None else None,
+        "rows": in_flight,
+        "routing": "uniform",
+        "systems": systems,
+    }

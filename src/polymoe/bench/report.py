@@ -216,16 +216,25 @@ def _point_name(point: Result) -> str:
 
 
 def _say_ceiling(document: Document, ceiling: dict[str, Any]) -> None:
-    document.say(f"Memory bandwidth, measured: {ceiling['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s.")
+    matmul = ceiling["matmul_products_per_s"]
+    also = "" if matmul is None else f" torch's bfloat16 matmul: {matmul / 1e9:.0f} G multiplications a second."
+    document.say(f"Memory bandwidth, measured: {ceiling['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s.{also}")
     rows = []
     for name, c in ceiling["systems"].items():
         read = c["bytes_per_step"]
         shares = ["–" if c[kind] is None else f"{100 * c[kind]:.0f} %" for kind in ("share_reached", "bandwidth_share")]
         parts = " + ".join(format_bytes(read[kind]) for kind in ("experts", "nonexperts", "kv"))
-        rows.append([name, parts, f"{c['output_tokens_per_s']:.0f}", *shares])
+        rows.append([name, parts, f"{c['output_tokens_per_s']:.0f}", *shares, _ratio(c["ttft_over_matmul"])])
     document.rows(
-        f"Physical ceiling of decoding, {ceiling['rows']} sequences a step",
-        ["system", "read a step: experts + non-experts + KV", "ceiling tok/s", "reached", "bandwidth in a decode step"],
+        f"Physical ceiling of decoding, {ceiling['rows']} sequences a step; of prompts, torch's own matmul",
+        [
+            "system",
+            "read a step: experts + non-experts + KV",
+            "ceiling tok/s",
+            "reached",
+            "bandwidth in a decode step",
+            "TTFT p50 ÷ matmul of the prompts",
+        ],
         rows,
     )
 

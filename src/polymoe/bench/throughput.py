@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from polymoe.bench.build import Builder, build_systems
-from polymoe.bench.ceiling import ceiling_of, measure_bandwidth
+from polymoe.bench.ceiling import Prompts, ceiling_of, measure_bandwidth, measure_matmul
 from polymoe.bench.load import run_closed
 from polymoe.bench.metrics import DEFAULT_SLO, SLO, Summary, spread_of
 from polymoe.bench.session import Session, interleaved, ratios_to, run_progress, started
@@ -49,8 +49,10 @@ async def run_throughput(plan: ThroughputPlan, builder: Builder, console: Consol
     arrivals = saturating_arrivals(builder.variants, plan.total, plan.lengths)
     check_context(arrivals, min(v.max_model_len for v in bundle.variants))
     systems = build_systems(builder, plan.systems, console)
-    with console.status("measuring the bandwidth of the memory"):
-        bandwidth = measure_bandwidth(choose_device(builder.device), builder.threads)
+    with console.status("measuring the memory's bandwidth and torch's matmul"):
+        device = choose_device(builder.device)
+        bandwidth = measure_bandwidth(device, builder.threads)
+        matmul = measure_matmul(device, builder.threads)
     vocab_size = min(v.vocab_size for v in bundle.variants)
     session = Session(systems, builder.variants, vocab_size, plan.slo, console)
     summaries: dict[str, list[Summary]] = {name: [] for name in systems}
@@ -89,6 +91,7 @@ async def run_throughput(plan: ThroughputPlan, builder: Builder, console: Consol
             kv_bytes or 0.0,
             speeds,
             {name: result["itl_s"]["p50"] for name, result in results.items()},
+            Prompts(rows * plan.lengths.input_tokens, matmul, {n: r["ttft_s"]["p50"] for n, r in results.items()}),
         ),
         "settings": {
             "variants": len(builder.variants),

@@ -53,8 +53,22 @@ class AddedFiles:
         return [name for name, source in self.addition.nonexperts.items() if source == OWN]
 
     def nonexpert(self, name: str) -> Tensor:
-        """One of `own_nonexperts`."""
+        """One of `own_nonexperts` that is stored as it is."""
         return self._tensor(ADDED_NONEXPERTS, name)
+
+    def num_bytes(self, name: str) -> int:
+        """Of what one of `own_nonexperts` has stored."""
+        tensors = self.packed_nonexpert(name).values() if name in self.addition.packed else [self.nonexpert(name)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def packed_nonexpert(self, name: str) -> dict[str, Tensor]:
+        """Part -> tensor of the delta that one of `addition.packed` is."""
+        delta, shape = self.addition.packed[name].delta, tuple(self.manifest.packed_nonexperts[name].shape)
+        wanted = get_format(delta, self.manifest.levels).parts(shape, torch.float32)
+        found = {part: self._tensor(ADDED_NONEXPERTS, packed_name(delta, name, part)) for part in wanted}
+        if any((found[part].dtype, tuple(found[part].shape)) != like for part, like in wanted.items()):
+            raise BundleError(f"{self.folder / ADDED_NONEXPERTS} has a {delta} delta of {name} that is not {shape}.")
+        return found
 
     def own_experts(self, layer: int) -> dict[str, Tensor]:
         """Tensor name -> `[n, *shape]` as stored; empty without own ones."""

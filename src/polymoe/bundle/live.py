@@ -5,7 +5,8 @@ additions/VERSION/tables.safetensors       `table` int32 [L, E]: p < P the plann
                                            likewise, −1 for none
 additions/VERSION/layer-000.safetensors    own experts of expert layer 0, a stack a tensor name, and own deltas,
                                            `{format}.{name}.{part}`, as in deltas/layer-000.safetensors
-additions/VERSION/nonexperts.safetensors   own tensors; the others are those of a planned variant
+additions/VERSION/nonexperts.safetensors   own tensors, of some a delta on a packed matrix: `{format}.{name}.{part}`;
+                                           the others are those of a planned variant
 additions/VERSION/variant/                 config, generation config, tokenizer and chat template
 
 An addition builds on what was planned and on no other addition, so that each can go whenever it likes. It is there once
@@ -30,6 +31,13 @@ def added_folder(version: str) -> str:
     return f"{ADDITIONS}/{version[:16]}"
 
 
+class AddedDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A matrix that is the base of a planned variant's packed one, `base`, and a delta in the format `delta`."""
+
+    base: int
+    delta: str
+
+
 class Addition(msgspec.Struct, frozen=True, kw_only=True):
     """One added version. L expert layers; sizes are bytes on the device, in the dtypes as stored."""
 
@@ -48,6 +56,7 @@ class Addition(msgspec.Struct, frozen=True, kw_only=True):
     delta_bytes: int
     nonexpert_bytes: int
     lossless: bool
+    packed: dict[str, AddedDelta] = {}  # those of the own `nonexperts` that are not stored as they are
     shared_experts: int = 0  # of L · E, those that a planned variant is served with too
 
     @property

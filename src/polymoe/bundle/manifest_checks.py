@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from polymoe.bundle.live import OWN
 from polymoe.bundle.manifest import (
     SHARED,
     TABLES,
@@ -113,6 +114,10 @@ def _check_live(m: Manifest, check: Callable[[bool, str, str], None]) -> None:
         check(len(a.own_experts) == len(a.deltas) == layers, "live", f"has other layers in {a.folder}")
         check(a.nonexperts.keys() == m.nonexperts.keys(), "live", f"has other non-experts in {a.folder}")
         check(all(-1 <= v < len(m.variants) for v in a.nonexperts.values()), "live", "names no planned variant")
+        coded = {fmt.name for fmt in DELTA_FORMATS if fmt.is_coded}
+        for name, delta in a.packed.items():
+            fits = name in m.packed_nonexperts and delta.delta in coded and 0 <= delta.base < len(m.variants)
+            check(fits and a.nonexperts.get(name) == OWN, "live", f"has no such delta of {name} in {a.folder}")
         check(all(_are_pools(d, DELTA_FORMATS) for d in a.deltas), "live", f"has no such deltas in {a.folder}")
         check(all(0 <= n < 1 << 31 for n in a.own_experts), "live", "has a number below 0")
         check(0 < a.max_model_len < _MOST and 0 < a.vocab_size < _MOST, "live", f"has sizes below 1 in {a.folder}")

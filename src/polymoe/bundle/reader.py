@@ -245,6 +245,13 @@ class Bundle:
         parts = get_format(fmt).parts(tuple(packed.shape), torch.float32)
         return {part: self._tensor(file, packed_name(fmt, name, part)) for part in parts}
 
+    def own_parts(self, variant: int, name: str) -> dict[str, Tensor]:
+        """The same of what a variant has of its own: its delta, or its version."""
+        packed = self.packed_nonexpert(name)
+        assert packed is not None
+        alone = packed.delta is None and not any(self.manifest.nonexperts[name])
+        return self.nonexpert_parts(None if alone else self.manifest.nonexperts[name][variant], name)
+
     def _nonexpert_source(self, variant: int, name: str) -> int | None:
         """The variant whose file has it; None: the file of all together."""
         sources = self.manifest.nonexperts[name]

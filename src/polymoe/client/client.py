@@ -16,7 +16,7 @@ from polymoe.client.output_sequence import CompletionChunk
 from polymoe.client.request_stream import RequestStream
 from polymoe.client.versions import Versions
 from polymoe.config import EngineConfig
-from polymoe.errors import ChangeRefusedError, EngineDeadError, PolymoeError, RequestError
+from polymoe.errors import BundleError, ChangeRefusedError, EngineDeadError, PolymoeError, RequestError
 from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 from polymoe.protocol.request import QoS, SamplingParams, TokenOutput
 
@@ -234,11 +234,12 @@ class AsyncEngineClient:
         info = await self._alive().add_variant(folder, addition)
         self._last_used[info.place] = time.monotonic()
         try:
-            self.processor.add_version(info)
-        except PolymoeError as error:
-            self.processor.versions.drop(info)
-            await self.drop_variant(info)
-            raise ChangeRefusedError(str(error)) from error
+            await self.processor.add_version(info)
+        except BaseException as error:  # a cancellation too: nobody else knows that the engine has it
+            await asyncio.shield(self._alive().drop_variant(info.place))
+            if isinstance(error, BundleError):
+                raise ChangeRefusedError(str(error)) from error
+            raise
         return info
 
     async def drop_variant(self, info: VariantInfo) -> None:

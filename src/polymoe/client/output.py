@@ -1,8 +1,9 @@
 """From a client's request to engine requests, and from the engine's tokens back to text.
 
-Synchronous, so that the offline `LLM` class and the server's asyncio client share it.
+Synchronous but for what takes long, so that the offline `LLM` class and the server's asyncio client share it.
 """
 
+import asyncio
 import contextlib
 from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from polymoe.client.grammars import GrammarChecks, GrammarSource
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
 from polymoe.client.request_tokens import check_tokens, fitted, token_sampling
+from polymoe.client.tokenizers import Tokenizers
 from polymoe.client.versions import Versions
 from polymoe.errors import (
     BundleError,
@@ -65,8 +67,7 @@ class OutputProcessor:
             if variant.fault is not None
         }
         self.grammars: GrammarChecks = GrammarChecks() if beside is None else beside.grammars
-        # Directory -> tokenizer; variants often share one.
-        self._tokenizers: dict[str, VariantTokenizer] = {} if beside is None else beside._tokenizers
+        self._tokenizers: Tokenizers = Tokenizers() if beside is None else beside._tokenizers
         self._requests: dict[str, dict[int, ClientRequest]] = {}  # request id -> index of a prompt -> its part
         self._sequences: dict[SequenceId, OutputSequence] = {}
 
@@ -83,7 +84,7 @@ class OutputProcessor:
     @property
     def tokenizers(self) -> list[VariantTokenizer]:
         """Those that are loaded, each once."""
-        return list(self._tokenizers.values())
+        return self._tokenizers.loaded
 
     @property
     def variants(self) -> dict[str, "VariantInfo"]:
@@ -105,11 +106,13 @@ class OutputProcessor:
             raise VariantUnusableError(found.name, fault.reason) from BundleError(fault.details)
         return found
 
-    def add_version(self, info: "VariantInfo") -> None:
-        """A version is there that no name means yet. Raises `VariantUnusableError` where its tokenizer cannot be
-        loaded."""
+    async def add_version(self, info: "VariantInfo") -> None:
+        """A version is there that no name means yet. Its tokenizer is loaded in a thread, while streams go on. Raises
+        `BundleError` where it cannot be; the version is not there then."""
+        folder = info.tokenizer_dir
+        if folder is not None and self._tokenizers.get(folder) is None:
+            self._tokenizers.hold(folder, *await asyncio.to_thread(self._tokenizers.load, folder))
         self.versions.hold(info)
-        self.tokenizer(info.key)
 
     def drop_version(self, info: "VariantInfo") -> None:
         """Nobody can ask for it any more; what is in flight goes on."""
@@ -118,7 +121,7 @@ class OutputProcessor:
         if info.tokenizer_dir is not None and all(
             held.tokenizer_dir != info.tokenizer_dir for held in self.versions.held.values()
         ):
-            self._tokenizers.pop(info.tokenizer_dir, None)
+            self._tokenizers.drop(info.tokenizer_dir)
 
     def load_tokenizers(self) -> None:
         """Now rather than during the first requests. A tokenizer that cannot be loaded makes its variants unusable;
@@ -138,13 +141,14 @@ class OutputProcessor:
         directory = info.tokenizer_dir
         if directory is None:
             return None
-        if directory not in self._tokenizers:
-            try:
-                self._tokenizers[directory] = VariantTokenizer(directory)
-            except BundleError as error:
-                self.faults[info.key] = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
-                self.variant(variant)
-        return self._tokenizers[directory]
+        if (found := self._tokenizers.get(directory)) is not None:
+            return found
+        try:
+            return self._tokenizers.hold(directory, *self._tokenizers.load(directory))
+        except BundleError as error:
+            fault = Fault("its tokenizer cannot be loaded", f"{directory}: {error}")
+            self.faults[info.key] = fault
+            raise VariantUnusableError(info.name, fault.reason) from error
 
     def end_token_ids(self, variant: str) -> list[int]:
         """What ends an answer, as `VariantTokenizer.end_token_ids`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from polymoe.protocol.info import EngineInfo, EngineStats, VariantInfo
 class Whole(Protocol):
     """The deployment, whose other pools may hold the same versions: `RayClient`."""
 
-    def hold(self, info: VariantInfo) -> None: ...
+    async def hold(self, info: VariantInfo) -> None: ...
 
     def let_go(self, info: VariantInfo) -> None: ...
 
@@ -58,10 +59,12 @@ class PoolClient:
         """Every replica loads it, or none holds it. Raises as `AsyncEngineClient.add_variant`."""
         info = await self._links.add_variant(folder, addition)
         try:
-            self._whole.hold(info)
-        except PolymoeError as error:
-            await self.drop_variant(info)
-            raise ChangeRefusedError(str(error)) from error
+            await self._whole.hold(info)
+        except BaseException as error:  # a cancellation too: nobody else knows that the replicas have it
+            await asyncio.shield(self.drop_variant(info))
+            if isinstance(error, PolymoeError):
+                raise ChangeRefusedError(str(error)) from error
+            raise
         return info
 
     async def drop_variant(self, info: VariantInfo) -> None:

@@ -240,11 +240,11 @@ class RayClient:
 
     # --- variants that come and go, for `PoolClient`
 
-    def hold(self, info: VariantInfo) -> None:
+    async def hold(self, info: VariantInfo) -> None:
         """A pool holds a version that no name means yet. Raises as `OutputProcessor.add_version`."""
         self._last_used[info.version] = time.monotonic()
         if info.place not in self.processor.versions.held:
-            self.processor.add_version(info)
+            await self.processor.add_version(info)
 
     def let_go(self, info: VariantInfo) -> None:
         """A pool does not hold a version any more; others may."""

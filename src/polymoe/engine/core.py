@@ -98,7 +98,7 @@ class EngineCore:
         self.memory_plan: MemoryPlan | None = None  # of a GPU
         if facts is not None:
             num_rows = sum(slot_rows(slots, len(bundle.variants), config.prefetch))
-            weights = weight_bytes(bundle, stock.shapes, num_rows, dtype.itemsize)
+            weights = weight_bytes(bundle, stock.shapes, num_rows, dtype.itemsize, self.max_variants)
             request = memory_request(config, bundle, stock, dtype, facts, max(lengths))
             self.memory_plan = plan_memory(weights, request)
         room = DEFAULT_KV_BYTES if config.kv_cache_bytes is None else config.kv_cache_bytes
@@ -144,19 +144,23 @@ class EngineCore:
         sizes = [v.vocab_size for v in bundle.variants]
         self.vocab_size = max(sizes)
         sizes += [self.vocab_size] * self.max_variants
-        graphs = self._decode_graphs(max(lengths), num_blocks, progress)
+        graphs = self._decode_graphs(max(lengths), num_blocks)
         self.runner = kind.runner(self.model, config.block_size, sizes, config.seed, graphs)
         self._in_flight: tuple[LaunchedStep, StepInFlight] | None = None
-        # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
-        automatic = graphs is not None and graphs.num_captured > 0
-        self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
         # By place: planned variants have theirs in the bundle's order, those that came later the places behind.
         self.variants = {v: variant_info(bundle, v, lengths[v]) for v in range(len(bundle.variants))}
         self.counters = Counters(self.scheduler, self.model, self.variants)
         self.grammars = GrammarCompiler(self.variants, self.vocab_size)
-        self.live = LiveVariants(self, LiveWeights(self.model)) if self.max_variants else None
+        ahead = config.headroom if backend.keeps_tables_on_device else None
+        self.live = LiveVariants(self, LiveWeights(self.model, ahead)) if self.max_variants else None
         if self.live is not None:
             self.live.restore()
+        if graphs is not None and self.device.type == "cuda":
+            report = progress or (lambda _stage, _fraction: None)
+            graphs.capture(lambda fraction: report("CUDA graphs", fraction))
+        # Without graphs a step keeps the host busy, or waits for the device, until it is nearly done.
+        automatic = graphs is not None and graphs.num_captured > 0
+        self.asynchronous = automatic if config.async_scheduling is None else config.async_scheduling
         table = bundle.table
         self.info = EngineInfo(
             variants=list(self.variants.values()),
@@ -185,18 +189,12 @@ class EngineCore:
             return True
         return self._in_flight is not None and any(s.variant == place for s, _ in self._in_flight[0].sequences)
 
-    def _decode_graphs(
-        self, longest: int, num_blocks: int, progress: Callable[[str, float], None] | None
-    ) -> DecodeGraphs | None:
-        """Captured where there is CUDA; None for a model that they do not suit."""
+    def _decode_graphs(self, longest: int, num_blocks: int) -> DecodeGraphs | None:
+        """Not captured yet; None for a model that they do not suit."""
         if not suits_graphs(self.model):
             return None
         size = self.config.block_size
-        graphs = DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
-        if self.device.type == "cuda":
-            report = progress or (lambda _stage, _fraction: None)
-            graphs.capture(lambda fraction: report("CUDA graphs", fraction))
-        return graphs
+        return DecodeGraphs(self.model, self.config.max_num_seqs, min((longest + size - 1) // size, num_blocks))
 
     def warm_up(self, progress: Callable[[float], None]) -> None:
         """On a GPU: compile what prompts need (decode is compiled by now), so that the first requests do not wait."""

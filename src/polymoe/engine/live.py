@@ -22,6 +22,7 @@ from polymoe.device_memory import cpu_memory
 from polymoe.engine.variant_info import added_info
 from polymoe.errors import ConfigError, PolymoeError
 from polymoe.machine import available_memory, drop_mapped_pages
+from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.live_weights import Arriving, LiveWeights
 from polymoe.model.stock.skeleton import context_limit
 from polymoe.protocol.info import VariantInfo
@@ -69,15 +70,18 @@ def check_live(config: EngineConfig, bundle: Bundle, device: torch.device) -> No
                 f"--max-variants {held} or more, as before."
             )
         return
-    if device.type != "cpu":
-        raise ConfigError("--max-variants: variants come and go on a CPU only; leave it out, or use --device cpu.")
+    if device.type != "cpu" and config.headroom is None:
+        raise ConfigError(
+            "--max-variants on a GPU needs --headroom, since its memory is divided at the start; give the bytes for "
+            "what is added, like 4GiB."
+        )
+    if device.type != "cpu" and any(bundle.manifest.host_experts):
+        raise ConfigError(
+            f"--max-variants on a GPU: {bundle.path} has experts that are not on the device; plan it with more "
+            "--memory, or leave --max-variants out."
+        )
     if config.slots is not None and config.slots < planned:
         raise ConfigError("--max-variants needs a slot for every variant; leave --slots out.")
-    if any(bundle.packed_nonexpert(name) for name in bundle.nonexpert_names):
-        raise ConfigError(
-            f"--max-variants: {bundle.path} has tensors outside the experts in few bits, and those of a new variant "
-            "could not lie beside them; leave it out, or plan the bundle without."
-        )
     if config.max_variants < held:
         raise ConfigError(f"--max-variants {config.max_variants} is less than the {held} versions of {bundle.path}.")
 
@@ -94,7 +98,8 @@ class LiveVariants:
     @property
     def is_busy(self) -> bool:
         """Whether `poll` has something to look after."""
-        return self._loading is not None or bool(self._waiting or self._leaving)
+        behind = self._graphs is not None and self._graphs.is_behind
+        return self._loading is not None or bool(self._waiting or self._leaving) or behind
 
     def add(self, change: int, folder: str, addition: Addition) -> None:
         """Load a version; one at a time."""
@@ -112,6 +117,7 @@ class LiveVariants:
     def poll(self) -> list[Message]:
         """Between two steps."""
         events: list[Message] = []
+        self._catch_up()
         events += self._drop_idle()
         if self._loading is not None and self._loading.done.done():
             events.append(self._arrived(self._loading))
@@ -122,7 +128,19 @@ class LiveVariants:
                 self._loading = self._start(change, folder, addition)
             except (PolymoeError, RuntimeError, OSError) as error:  # RuntimeError: the allocator's
                 events.append(ChangeFailed(change, str(error)))
+        if self._weights.take_change() and self._graphs is not None:
+            self._graphs.drop()
         return events
+
+    @property
+    def _graphs(self) -> DecodeGraphs | None:
+        found: DecodeGraphs | None = self._core.runner.graphs
+        return found
+
+    def _catch_up(self) -> None:
+        """What has changed is captured again, a graph at a time."""
+        if self._graphs is not None and self._graphs.is_behind:
+            self._graphs.catch_up()
 
     def restore(self) -> None:
         """At the start: the set of versions that was served last. Raises `PolymoeError`."""
@@ -135,6 +153,7 @@ class LiveVariants:
             arriving = self._reserve(str(bundle.path / addition.folder), addition)
             self._weights.load(arriving)
             self._install(arriving)
+        self._weights.take_change()  # nothing is captured yet
 
     def names(self) -> dict[str, int]:
         """What names mean, as it was when the bundle was served last: name -> place."""
@@ -176,7 +195,8 @@ class LiveVariants:
                 f"{taken} versions are held ({held}), which is all that --max-variants {core.max_variants} allows; "
                 "remove one, unpin one, or restart with more."
             )
-        if (needed := addition.device_bytes) > (free := self.free_bytes):
+        needed, free = self._weights.demand(files) or (addition.device_bytes, self.free_bytes)
+        if needed > free:
             raise ConfigError(
                 f"{addition.name} needs {format_bytes(needed)} on the device, {format_bytes(max(0, free))} are free "
                 "for what is added; remove another one, give fewer bits, or restart with a larger --headroom."
@@ -196,8 +216,6 @@ class LiveVariants:
         headroom = self._core.config.headroom
         if headroom is not None:
             return headroom - self.added_bytes
-        if self._core.device.type != "cpu":
-            return 0
         return (available_memory() or cpu_memory()) - _RESERVE
 
     def _arrived(self, loading: _Loading) -> Message:

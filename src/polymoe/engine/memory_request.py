@@ -26,6 +26,7 @@ def memory_request(
         kv_bytes=asked,
         kv_minimum=needed * per_block + 2 * states,  # states get half of the room at most
         kv_maximum=config.max_num_seqs * (needed * per_block + states),
+        headroom_bytes=(config.headroom or 0) if config.max_variants else 0,
         expert_cache_bytes=config.expert_cache_bytes if any(manifest.host_experts) else 0,
         workspace_bytes=workspace_bytes(
             tokens=config.max_num_batched_tokens,

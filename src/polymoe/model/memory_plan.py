@@ -1,6 +1,6 @@
 """One plan for all of a GPU's memory, made before anything is allocated.
 
-|-- experts, deltas, tables --|-- non-experts --|-- expert cache --|-- workspace --|--- KV cache ---|-- reserve --|
+|-- experts, deltas, tables --|-- non-experts --|-- expert cache, headroom --|-- workspace --|- KV cache -|- reserve -|
 
 The weights follow from the manifest and the number of slots, the workspace from the largest step. The KV cache gets
 what was asked for, or what remains. What does not fit is an error that names what to change.
@@ -39,6 +39,7 @@ class MemoryRequest:
     kv_maximum: int  # more than this is of no use
     expert_cache_bytes: int
     workspace_bytes: int
+    headroom_bytes: int = 0  # for variants that come
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MemoryPlan:
     workspace: int
     kv_cache: int
     reserve: int
+    headroom: int = 0
 
     def __str__(self) -> str:
         parts: Mapping[str, int] = {
@@ -57,6 +59,7 @@ class MemoryPlan:
             "deltas": self.weights.deltas,
             "non-experts": self.weights.nonexperts_shared + self.weights.nonexperts_own,
             "expert cache": self.expert_cache,
+            "headroom": self.headroom,
             "workspace": self.workspace,
             "KV cache": self.kv_cache,
             "reserve": self.reserve,
@@ -64,13 +67,16 @@ class MemoryPlan:
         return ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
-def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: int, itemsize: int) -> WeightBytes:
+def weight_bytes(
+    bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: int, itemsize: int, max_variants: int = 0
+) -> WeightBytes:
     """What `ServedModel` will hold, from the manifest alone.
 
     Args:
         shapes: non-expert name -> shape in the stock model.
         num_rows: rows of slot-managed stacks.
         itemsize: bytes of the dtype that stored experts and non-experts are computed in.
+        max_variants: versions that may be held at once, each of which has a row in every stack.
     """
     manifest = bundle.manifest
     stored = sum(pools.get(STORED.name, 0) for pools in manifest.base_pools)
@@ -86,7 +92,7 @@ def weight_bytes(bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: i
         if distinct == 1:
             shared += size
         else:
-            own += min(distinct, num_rows) * size
+            own += (min(distinct, num_rows) if found is not None else max(min(distinct, num_rows), max_variants)) * size
     return msgspec.structs.replace(
         manifest.resident_bytes,
         resident_experts=packed + stored * manifest.expert_parameters * itemsize,
@@ -119,7 +125,7 @@ def plan_memory(weights: WeightBytes, request: MemoryRequest) -> MemoryPlan:
     facts = request.facts
     check_capability(facts)
     reserve = _RESERVE_BYTES + int(_RESERVE_SHARE * facts.total_bytes)
-    beside_kv = weights.total + request.expert_cache_bytes + request.workspace_bytes + reserve
+    beside_kv = weights.total + request.expert_cache_bytes + request.headroom_bytes + request.workspace_bytes + reserve
     if weights.total + reserve > facts.total_bytes:
         raise BundleError(
             f"the bundle was planned for a larger device: its weights take {format_bytes(weights.total)} and "
@@ -132,7 +138,7 @@ def plan_memory(weights: WeightBytes, request: MemoryRequest) -> MemoryPlan:
     if wanted > room:
         raise ConfigError(_shortage(weights, request, beside_kv, wanted))
     kv = min(room, request.kv_maximum) if request.kv_bytes is None else request.kv_bytes
-    return MemoryPlan(weights, request.expert_cache_bytes, request.workspace_bytes, kv, reserve)
+    return MemoryPlan(weights, request.expert_cache_bytes, request.workspace_bytes, kv, reserve, request.headroom_bytes)
 
 
 def _shortage(weights: WeightBytes, request: MemoryRequest, beside_kv: int, wanted: int) -> str:
@@ -152,6 +158,8 @@ def _shortage(weights: WeightBytes, request: MemoryRequest, beside_kv: int, want
             advice.append(f"a smaller --kv-cache (up to {format_bytes(most)})")
     else:
         advice.append("a smaller --max-model-len")
+    if request.headroom_bytes:
+        advice.append(f"a smaller --headroom (now {format_bytes(request.headroom_bytes)})")
     if request.expert_cache_bytes:
         advice.append(f"a smaller --expert-cache (now {format_bytes(request.expert_cache_bytes)})")
     if weights.nonexperts_own:

@@ -19,12 +19,14 @@ from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
 from polymoe.model.per_variant.module import install
 from polymoe.model.per_variant.sequence_states import SequenceStates
+from polymoe.model.stock.fused_attention import fuse_attention
 from polymoe.model.stock.fused_norm import fuse_norms
+from polymoe.model.stock.fused_router import fuse_routers
 from polymoe.model.stock.skeleton import (
     accepts_logits_to_keep,
     expert_modules,
     expert_tensor_names,
-    keeps_float32,
+    float32_weights,
     retie,
     set_weight,
 )
@@ -33,7 +35,7 @@ from polymoe.model.stock.stock_model import StockModel
 from polymoe.model.transfer.copies import ThreadCopier
 from polymoe.model.transfer.staging import Staging
 from polymoe.model.transfer.stream_copies import StreamCopier
-from polymoe.model.variants.packed_place import place_packed, reader_of
+from polymoe.model.variants.packed_place import by_place, place_packed, reader_of
 from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.row_group import RowGroup
 from polymoe.model.variants.slot_gates import gate_slots
@@ -86,6 +88,7 @@ class ServedModel:
         self._token_axes = stock.trial.token_axes
         self._per_variant = stock.trial.per_variant
         self.model = stock.skeleton
+        self._float32_weights = float32_weights(self.model, self.dtype)
         self._keeps_rows = accepts_logits_to_keep(self.model)
         experts = expert_modules(self.model)
         if [path for path, _ in experts] != list(bundle.expert_modules):
@@ -103,10 +106,13 @@ class ServedModel:
         self.occupied = [1] * num_variants + [-1] * max_variants
         self._groups: dict[tuple[int, ...], RowGroup] = {}
         self.plain: list[str] = []  # non-experts that are one tensor for all variants
+        self.packed: dict[str, PackedVariants] = {}
+        self.places = RowMap([*range(num_variants), *[-1] * max_variants])  # of packed ones that come and go
         self._slot_bytes = 0
-        self._bytes = {"nonexperts_shared": 0, "nonexperts_own": 0}  # of packed ones
+        self._shared_bytes = 0  # of packed ones
         if backend.keeps_tables_on_device:
             self.slots.row_map.keep_on(device)
+            self.places.keep_on(device)
         self._staging = Staging(device)
         names = bundle.nonexpert_names
         for done, name in enumerate(names):
@@ -138,6 +144,8 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, backend)
+        fuse_routers(self.model, backend)
+        fuse_attention(self.model, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
@@ -161,7 +169,7 @@ class ServedModel:
         return plain <= _SMALL_SHARE * sum(w.numel() for w in weights)
 
     def _weight_dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if keeps_float32(self.model, name, self.dtype) else self.dtype
+        return torch.float32 if name in self._float32_weights else self.dtype
 
     def _group_of(self, sources: Sequence[int]) -> RowGroup:
         """Where every version has a row. sources: per variant, the lowest with the identical tensor."""
@@ -218,13 +226,21 @@ class ServedModel:
 
     def _place_packed(self, name: str, sources: Sequence[int], dtype: torch.dtype) -> None:
         placed = place_packed(self.bundle, name, self.slots, self._staging, self.device)
-        self._bytes["nonexperts_shared"] += placed.shared_bytes
-        self._bytes["nonexperts_own"] += placed.rows.num_bytes - placed.shared_bytes
-        row_map = self.slots.row_map if placed.in_slots else self._group_of(sources).row_map
+        self._shared_bytes += placed.shared_bytes
         rows, module = placed.rows, self.model.get_submodule(name.rpartition(".")[0])
+        if self.max_variants:
+            rows, row_map = by_place(rows, sources, self.max_variants), self.places
+        else:
+            row_map = self.slots.row_map if placed.in_slots else self._group_of(sources).row_map
         if dtype == torch.bfloat16 and not isinstance(module, torch.nn.Embedding):
             rows = self.context.backend.laid_out_rows(rows, whole=not placed.in_slots)
-        set_weight(self.model, name, PackedVariants(rows, row_map, self.context, dtype))
+        self.packed[name] = PackedVariants(rows, row_map, self.context, dtype)
+        set_weight(self.model, name, self.packed[name])
+
+    @property
+    def some_variant(self) -> int:
+        """One whose weights are on the device."""
+        return min(self.slots.loaded, default=self.occupied.index(1))
 
     @property
     def groups(self) -> list[RowGroup]:
@@ -272,11 +288,13 @@ class ServedModel:
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held on the device, by kind; `expert_cache`: what it holds now; `host_pinned`: on the host."""
         mapped = self.pool.mapped
+        packed = sum(weight.packed.num_bytes for weight in self.packed.values())
         return {
             **self.pool.resident_bytes,
-            "nonexperts_shared": self._bytes["nonexperts_shared"]
+            "nonexperts_shared": self._shared_bytes
             + sum(w.numel() * w.element_size() for w in map(self.weight, self.plain)),
-            "nonexperts_own": self._bytes["nonexperts_own"]
+            "nonexperts_own": packed
+            - self._shared_bytes
             + self._slot_bytes
             + sum(group.num_bytes for group in self.groups),
             "expert_cache": self.pool.cache.used + (mapped.row_bytes if mapped else 0),

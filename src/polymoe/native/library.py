@@ -98,6 +98,12 @@ def cpu_kernels() -> ctypes.CDLL | None:
     norm = kernels.polymoe_rms_norm_bf16
     norm.argtypes = [*[_POINTER] * 3, *[_NUMBER] * 3, _FLOAT, _POINTER, _INT]
     norm.restype = None
+    layer, router = kernels.polymoe_attention_layer_bf16, kernels.polymoe_router_bf16
+    layer.argtypes, layer.restype = [*[_POINTER] * 5, _NUMBER, _POINTER, _INT], None
+    router.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 3, *[_NUMBER] * 2, *[_POINTER] * 3, _INT]
+    router.restype = None
+    routed = kernels.polymoe_routed_experts_bf16
+    routed.argtypes, routed.restype = [*[_POINTER] * 5, *[_NUMBER] * 2, _POINTER, _INT], _INT
     delta = kernels.polymoe_gated_delta_f32
     delta.argtypes = [*[_POINTER] * 6, *[_NUMBER] * 5, _INT, _POINTER, _INT]
     delta.restype = None

@@ -125,8 +125,13 @@ class Snapshots:
     async def _take(self, routing: bool) -> None:
         stats = await self._stats(routing)
         snapshot = self._snapshot(stats)
+        parts = []
+        names = snapshot.variants
+        if names and any(kept.variants not in ([], names) for kept in self._kept):  # the set of variants has changed
+            self._kept = deque((in_order(kept, names) for kept in self._kept), _KEPT)
+            parts.append(_event("history", [*self._kept]))
         self._kept.append(snapshot)
-        parts = [_event("snapshot", snapshot)]
+        parts.append(_event("snapshot", snapshot))
         changed = self._state.requests.since(self._revision)[-_MOST_RECORDS:]
         if changed:
             self._revision = self._state.requests.revision
@@ -194,6 +199,19 @@ class Snapshots:
             }
         found |= {"variants": names, "revision": self._state.revision}
         return Snapshot(time=now, status=status, stage="", fraction=1.0, **found)
+
+
+def in_order(snapshot: Snapshot, names: list[str]) -> Snapshot:
+    """The same with the values of these variants, in their order: who was not there yet did nothing."""
+    if snapshot.variants in ([], names):
+        return snapshot
+    places = [snapshot.variants.index(name) if name in snapshot.variants else None for name in names]
+    found: dict[str, Any] = {"variants": names}
+    for field in ("running", "waiting", "tokens", "prompt_tokens", "errors", "ttft", "itl"):
+        values, nothing = getattr(snapshot, field), None if field in ("ttft", "itl") else 0
+        if values:  # a snapshot without an engine's answer has none of some
+            found[field] = [nothing if place is None else values[place] for place in places]
+    return msgspec.structs.replace(snapshot, **found)
 
 
 def _of(names: list[str], counted: list[str], values: list[int]) -> list[int]:

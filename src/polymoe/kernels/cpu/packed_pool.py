@@ -168,3 +168,22 @@ class ExactPool:
             out[start:stop] = (x[start:stop] @ own.T).float()
             if f"{name}_bias" in self.tensors:
                 out[start:stop] += self.changed(f"{name}_bias", index, base_of(f"{name}_bias", g)).float()
+
+
+def join(pools: Sequence[ExactPool]) -> tuple[ExactPool, list[ExactPool]]:
+    """One pool with the deltas of all, in their order, and each as a part of it. Waits for no device."""
+    counts, whole = [len(pool) for pool in pools], dict[str, dict[str, Tensor]]()
+    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in pools]
+    for name in pools[0].tensors:
+        own = [pool.tensors[name] for pool in pools]
+        sizes = [len(tensors["values"]) for tensors in own]
+        before = [sum(sizes[:i]) for i in range(len(own))]
+        starts = [own[0]["starts"][:1], *(t["starts"][1:] + b for t, b in zip(own, before, strict=True))]
+        joined = {part: torch.cat([tensors[part] for tensors in own]) for part in ("bitmap", "values")}
+        whole[name] = {**joined, "starts": torch.cat(starts)}
+        first = 0
+        for part, tensors, count, size, begin in zip(parts, own, counts, sizes, before, strict=True):
+            bitmap, values = joined["bitmap"][first : first + count], joined["values"][begin : begin + size]
+            part[name] = {"bitmap": bitmap, "values": values, "starts": tensors["starts"]}
+            first += count
+    return ExactPool(whole), [ExactPool(part) for part in parts]

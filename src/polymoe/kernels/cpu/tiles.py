@@ -56,12 +56,12 @@ def tiled_rows(rows: PackedRows, whole: bool) -> PackedRows:
 
     whole: False where rows come and go (slots): what comes is as the bundle has it.
     """
-    if not can_multiply_tiles() or any(size % _UNIT for size in rows.shape) or not (whole or rows.has_one_base):
+    if not can_multiply_tiles() or any(size % _UNIT for size in rows.shape) or not (whole or rows.deltas):
         return rows
-    bases = _tiled(rows.bases)
-    if bases is rows.bases:  # the other kernel knows no tiles
+    bases = tuple(map(_tiled, rows.bases))
+    if not any(isinstance(pool, TiledPool) for pool in bases):  # the other kernel knows no tiles
         return rows
-    return replace(rows, bases=bases, deltas=_tiled(rows.deltas) if whole else rows.deltas)
+    return replace(rows, bases=bases, deltas=tuple(map(_tiled, rows.deltas)) if whole else rows.deltas)
 
 
 @functools.cache

@@ -163,7 +163,7 @@ def _experts(
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     inner = _gate_up(hidden, rows, *gate_up, multiply)
     out = hidden.new_empty(num_rows, down[0][0].outputs, dtype=torch.float32)
-    _passes(multiply, WEIGHTED.value, inner, rows, *down, out, top_k_weights.contiguous(), zero_absent=True)
+    passes(multiply, WEIGHTED.value, inner, rows, *down, out, top_k_weights.contiguous(), zero_absent=True)
     summed: Tensor = combine(out, top_k, hidden.dtype)
     return summed
 
@@ -175,20 +175,21 @@ def _gate_up(
     num_rows, outputs = len(rows.order), bases[0].outputs
     if len(deltas) <= 1:
         inner = hidden.new_empty(num_rows, outputs // 2)
-        _passes(multiply, GATED.value, hidden, rows, bases, deltas, inner)
+        passes(multiply, GATED.value, hidden, rows, bases, deltas, inner)
         return inner
     # The sum must be complete before the activation.
     both = hidden.new_empty(num_rows, outputs, dtype=torch.float32)
-    _passes(multiply, LINEAR.value, hidden, rows, bases, deltas, both)
+    passes(multiply, LINEAR.value, hidden, rows, bases, deltas, both)
     gate, up = both.chunk(2, dim=1)
     return (torch.nn.functional.silu(gate) * up).to(hidden.dtype)
 
 
-def _passes(
+def passes(
     multiply: Any, kind: int, x: Tensor, rows: SortedRows, bases: list[PoolMatrix], deltas: list[PoolMatrix],
     out: Tensor, routing_weight: Tensor | None = None, zero_absent: bool = False,
 ) -> None:  # fmt: skip
-    """Each pool of bases with the first of deltas in one kernel; further delta formats add to what is there."""
+    """Each pool of bases with the first of deltas in one kernel; further delta formats add to what is there. multiply:
+    `expert_gemm` or its reference, of `kind`."""
     first = deltas[0] if deltas else None
     for number, base in enumerate(bases):
         # Lossless deltas are of stored bases alone.

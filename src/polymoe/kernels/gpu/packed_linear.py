@@ -1,8 +1,8 @@
 """A packed non-expert matrix on a GPU: the experts' product (`expert_gemm.py`) with one expert a token.
 
-    y_r = (B_b(r) + Δ_d(r)) x_r        one base for all variants and a delta for each, or a base for each
+    y_r = (B_b(r) + Δ_d(r)) x_r        as planned, one base for all variants and a delta for each, or a base for each
 
-Letters: T rows, V variants, R packed versions, I inputs, O outputs. The base is read once for the rows of all variants.
+Letters: T rows, V variants, R packed versions, I inputs, O outputs. A base is read once for the rows of all variants.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.gpu.expert_gemm import LINEAR, block_m_for, expert_gemm, expert_gemm_torch
-from polymoe.kernels.gpu.experts import Pools, pools_of
+from polymoe.kernels.gpu.experts import Pools, passes, pools_of
 from polymoe.kernels.gpu.token_sort import sort_rows, sort_rows_torch
 
 Steps = tuple[Any, Any]  # sort, multiply
@@ -45,13 +45,14 @@ def _packed_linear(x: Tensor, weight: PackedRows, token_variant: Tensor, variant
     if not num_rows:
         return x.new_empty(0, weight.shape[0])
     bases, deltas = _made.setdefault(weight, {}).setdefault(x.dtype, pools_of(weight.pools, x.dtype))
-    own = variant_row[:, None]
-    base, delta = (torch.zeros_like(own), own) if weight.has_one_base else (own, None)
+    base, delta = (ids[variant_row.clamp_min(0)][:, None] for ids in weight.versions.on(x.device))
     first = torch.zeros(num_rows, 1, dtype=torch.int64, device=x.device)
-    num_bases = len(weight.bases)
-    rows = sort(first, token_variant, base, delta, None, block_m_for(num_rows, num_bases), num_bases)
+    num_bases = sum(map(len, weight.bases))
+    rows = sort(
+        first, token_variant, base, delta if deltas else None, None, block_m_for(num_rows, num_bases), num_bases
+    )
     out = torch.empty(num_rows, weight.shape[0], dtype=torch.float32, device=x.device)
-    multiply(LINEAR.value, x, rows, bases[0], deltas[0] if deltas else None, out)
+    passes(multiply, LINEAR.value, x, rows, bases, deltas, out)
     result = x.new_empty(out.shape)
     result[rows.order.long()] = out.to(x.dtype)
     return result

@@ -91,6 +91,13 @@ def check_attention_arguments(module: Any, attention_mask: Any, kwargs: dict[str
         raise UnsupportedModelError(f"{name} passes `{key}` to attention, which paged attention does not support.")
 
 
+def asks_for_nothing(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing among what a stock attention is given, beside its inputs, changes what it computes."""
+    return all(
+        key in _POSITIONS or value is None or (key in _FINE_IF_FALSY and not value) for key, value in kwargs.items()
+    )
+
+
 class PagedAttention:
     """What the registered function needs: the context and the cache of one model; attached to its attention modules."""
 

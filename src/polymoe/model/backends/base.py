@@ -13,7 +13,8 @@ import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
 from polymoe.kernels.cpu.packed_rows import PackedRows
-from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
+from polymoe.kernels.cpu.router import Choice
+from polymoe.model.batch.batch import AttentionBatch, ForwardBatch, RowMap, Segments
 from polymoe.protocol.fast_path import FastPath
 
 Cache = tuple[torch.Tensor, torch.Tensor]  # key and value of one layer, [blocks, block_size, Hk, D / Dv]
@@ -45,6 +46,14 @@ class TokenSpans:
     visible: torch.Tensor  # [T]
     start: torch.Tensor | None = None  # [T]
     bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """What one layer attends to: its cache, of which one sees the last `window` tokens (None: all)."""
+
+    cache: Cache
+    window: int | None
 
 
 class AbsentExperts(Protocol):
@@ -108,6 +117,41 @@ class PreparedExperts(Protocol):
         """`hidden [T, H]` -> `[T, H]` in its dtype."""
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionParts:
+    """A stock attention module whose forward is known to be: projections, perhaps a norm of each head, rotary embedding
+    of whole halves, attention of `window` and `scaling`, projection.
+
+    query, key, value, output: its linear maps. query_norm, key_norm: (norm, its epsilon).
+    """
+
+    query: torch.nn.Linear
+    key: torch.nn.Linear
+    value: torch.nn.Linear
+    output: torch.nn.Linear
+    query_norm: tuple[torch.nn.Module, float] | None
+    key_norm: tuple[torch.nn.Module, float] | None
+    head_dim: int
+    scaling: float
+
+    @property
+    def linears(self) -> tuple[torch.nn.Linear, ...]:
+        return self.query, self.key, self.value, self.output
+
+    @property
+    def norms(self) -> tuple[tuple[torch.nn.Module, float] | None, ...]:
+        return self.query_norm, self.key_norm
+
+
+class PreparedAttention(Protocol):
+    """One attention layer from hidden states to hidden states."""
+
+    def __call__(
+        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
+    ) -> torch.Tensor | None:
+        """`hidden [T, H]` with cosines and sines `[T, R]` -> `[T, H]`; None: not this step."""
+
+
 class Backend(ABC):
     """See the module docstring.
 
@@ -115,13 +159,15 @@ class Backend(ABC):
     none, so that a step can be captured; there is a KV block for what the padding writes. keeps_tables_on_device:
     whether operations read row maps, lengths and tables on the device, where they are changed in place, and nothing
     waits for it. holds_outputs_first: whether stored experts are turned over to `[out, in]` when they are loaded.
-    has_own_threads: whether large products run on threads that torch does not know of.
+    takes_one_exact_pool: whether a layer's lossless deltas have to be in one pool. has_own_threads: whether large
+    products run on threads that torch does not know of.
     """
 
     runs_on: ClassVar[str]
     pads_steps: ClassVar[bool] = False
     keeps_tables_on_device: ClassVar[bool] = False
     holds_outputs_first: ClassVar[bool] = True
+    takes_one_exact_pool: ClassVar[bool] = False
     has_own_threads: bool = False
 
     @property
@@ -155,6 +201,28 @@ class Backend(ABC):
     @abstractmethod
     def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
+
+    def prepare_attention(self, _parts: AttentionParts) -> PreparedAttention | None:
+        """A whole attention layer in one call; None: the stock module calls the operations above one by one."""
+        return None
+
+    def route(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        stacked: tuple[Segments, RowMap] | None,
+        top_k: int,
+        normalise: bool,
+    ) -> Choice:
+        """The experts of each row of `x [T, H]` by its row of `weights [R, E, H]`; stacked None: by the first.
+
+        Only where `why_not_route` has no reason against it.
+        """
+        raise NotImplementedError
+
+    def why_not_route(self, _dtype: torch.dtype, _width: int) -> str:
+        """Why the stock module routes tokens of this width; empty where it does not."""
+        return "the stock module's operations"
 
     def laid_out(self, _module: Any, weights: CompressedLayer, _dtype: torch.dtype) -> CompressedLayer:
         """`weights` of the stock experts `module` as this backend reads them, in place: asked once, when a layer is

@@ -13,8 +13,19 @@ from polymoe.kernels.cpu.packed_experts import why_not_fused, why_not_packed
 from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows_linear
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
+from polymoe.kernels.cpu.routed_layer import RoutedLayer, routed_layer
+from polymoe.kernels.cpu.router import Choice, fast_router, why_not_fast_router
 from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer, tiled_rows
-from polymoe.model.backends.base import Cache, ExpertLayer, PreparedExperts, ScoreOptions, TokenSpans
+from polymoe.model.backends.base import (
+    AttentionParts,
+    Cache,
+    ExpertLayer,
+    PreparedAttention,
+    PreparedExperts,
+    ScoreOptions,
+    TokenSpans,
+)
+from polymoe.model.backends.cpu_attention import CompiledAttention, StepViews
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -34,6 +45,8 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, dtype: torch.dtype, activations: Activations = ACTIVATIONS["int16"]) -> None:
         self.has_own_threads = dtype == torch.bfloat16
         self.activations = activations
+        self._steps = StepViews()
+        self._one_group = torch.zeros(1, dtype=torch.int64)
 
     @property
     def multiplies_on(self) -> str:
@@ -47,8 +60,7 @@ class CpuBackend(ReferenceBackend):
 
     def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call; a base is decoded once for all of them."""
-        groups = segments.row_groups(row_map)
-        given = groups.on_one_base if rows.has_one_base else groups.on_own_bases
+        given = segments.row_groups(row_map).packed(rows.versions)
         # Deltas are small, and what they add is as coarse as the coarser of both products of an expert.
         bits = max(self.activations), min(self.activations)
         return packed_rows_linear(x, rows, given, bits)
@@ -82,6 +94,30 @@ class CpuBackend(ReferenceBackend):
         tokens = spans.block_table, spans.sequence, spans.visible
         return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
 
+    def prepare_attention(self, parts: AttentionParts) -> PreparedAttention | None:
+        """In bfloat16."""
+        if not self.has_own_threads:
+            return None
+        return CompiledAttention(parts, self._steps, (max(self.activations), min(self.activations)))
+
+    def route(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        stacked: tuple[Segments, RowMap] | None,
+        top_k: int,
+        normalise: bool,
+    ) -> Choice:
+        """One call."""
+        if stacked is None:
+            return fast_router(x, weights, self._one_group, torch.tensor([0, len(x)]), top_k, normalise)
+        groups = stacked[0].row_groups(stacked[1])
+        return fast_router(x, weights, groups.ids, groups.starts, top_k, normalise)
+
+    def why_not_route(self, dtype: torch.dtype, width: int) -> str:
+        """See the base class."""
+        return why_not_fast_router(dtype, width)
+
     def laid_out(self, module: Any, weights: CompressedLayer, dtype: torch.dtype) -> CompressedLayer:
         """In tiles where one call computes the layer."""
         return tiled_layer(module, weights, dtype)
@@ -103,7 +139,7 @@ class CpuBackend(ReferenceBackend):
                 unit = f", {instruction_set()}" if instruction_set() else ""
                 path = experts_path(f"compiled packed ({self.activations}{unit})")
             product = partial(experts_compressed, activation_bits=self.activations)
-            return PackedExperts(path, module, layer, weights, product)
+            return PackedExperts(path, module, layer, weights, product, self._in_one_call(module, layer))
         prepared = super().prepare_experts(module, layer)
         path = experts_path(self.multiplies_on.replace("compiled", "compiled stored"))
         if why_not_grouped(layer.dtype, stored_inputs(layer)):
@@ -113,7 +149,15 @@ class CpuBackend(ReferenceBackend):
         if layer.num_absent and weights and layer.dtype == torch.bfloat16:
             stored = CompressedLayer(weights, (), (), layer.transposed)
             beside = PackedExperts(path, module, layer, stored, experts_compressed)
-        return StoredExperts(path, module, layer, None if layer.transposed else resident, beside)
+        direct = None if layer.transposed else self._in_one_call(module, layer)
+        return StoredExperts(path, module, layer, None if layer.transposed else resident, beside, direct)
+
+    def _in_one_call(self, module: Any, layer: ExpertLayer) -> RoutedLayer | None:
+        """The layer with its tables, where none of its experts is absent."""
+        if layer.num_absent:
+            return None
+        tables = layer.table, layer.delta, layer.sign
+        return routed_layer(module, layer.dtype, *tables, layer.weights, self.activations)
 
     def _reason(self, of_cpu: str) -> str:
         return of_cpu

@@ -34,6 +34,7 @@ class CudaBackend(ReferenceBackend):
     pads_steps = True
     keeps_tables_on_device = True
     holds_outputs_first = False
+    takes_one_exact_pool = True
 
     def __init__(self, reference: bool = False) -> None:
         # Here, since they import Triton, which not every torch brings.

@@ -35,8 +35,7 @@ class ReferenceBackend(Backend):
 
     def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """One version after the other."""
-        groups = segments.row_groups(row_map)
-        return packed_rows_linear_torch(x, rows, groups.on_one_base if rows.has_one_base else groups.on_own_bases)
+        return packed_rows_linear_torch(x, rows, segments.row_groups(row_map).packed(rows.versions))
 
     def rows_of_tokens(self, stack: torch.Tensor, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """One version for all is a view, no gather."""

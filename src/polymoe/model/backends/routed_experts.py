@@ -8,6 +8,7 @@ import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer
 from polymoe.kernels.cpu.grouped_experts import experts_by_loop
+from polymoe.kernels.cpu.routed_layer import RoutedLayer
 from polymoe.model.backends.base import ExpertLayer, Routed
 from polymoe.protocol.fast_path import FastPath
 
@@ -16,7 +17,7 @@ from polymoe.protocol.fast_path import FastPath
 class PackedExperts:
     """Packed pools, deltas, or stored experts beside absent ones.
 
-    product: `experts_compressed`, or its reference.
+    product: `experts_compressed`, or its reference. direct: the whole layer in one call, where there is one.
     """
 
     path: FastPath
@@ -24,9 +25,14 @@ class PackedExperts:
     layer: ExpertLayer
     weights: CompressedLayer
     product: Callable[..., torch.Tensor]
+    direct: RoutedLayer | None = None
     follows_tables: bool = False
 
     def __call__(self, hidden: torch.Tensor, routed: Routed) -> torch.Tensor:
+        if self.direct is not None:
+            out = self.direct(hidden, routed.token_variant, routed.experts, routed.gate)
+            if out is not None:
+                return out
         layer, entry = self.layer, (routed.token_variant[:, None], routed.experts)
         physical = layer.table[entry]
         if layer.num_absent:
@@ -44,6 +50,7 @@ class StoredExperts:
 
     resident: `(module, hidden, physical, gate, stacks)`, for steps without absent experts; None: expert by expert.
     beside_absent: for steps with some; None: expert by expert.
+    direct: the whole layer in one call, where there is one.
     """
 
     path: FastPath
@@ -51,9 +58,14 @@ class StoredExperts:
     layer: ExpertLayer
     resident: Callable[..., torch.Tensor] | None
     beside_absent: PackedExperts | None = None
+    direct: RoutedLayer | None = None
     follows_tables: bool = False
 
     def __call__(self, hidden: torch.Tensor, routed: Routed) -> torch.Tensor:
+        if self.direct is not None:
+            out = self.direct(hidden, routed.token_variant, routed.experts, routed.gate)
+            if out is not None:
+                return out
         layer = self.layer
         physical = layer.table[routed.token_variant[:, None], routed.experts]
         if self.resident is not None and (not layer.num_absent or bool((physical >= 0).all())):

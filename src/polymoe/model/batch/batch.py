@@ -1,13 +1,14 @@
 """Which rows of a forward pass belong to which variant, and where each sequence's keys and values are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 
 from polymoe.kernels.cpu.packed_linear import PackedSegments
+from polymoe.kernels.cpu.packed_rows import Versions
 from polymoe.model.transfer.upload import upload
 
 
@@ -42,16 +43,20 @@ class RowGroups:
 
     ids: torch.Tensor  # [G] int64, on the CPU
     starts: torch.Tensor  # [G + 1] int64, on the CPU
+    _packed: dict[int, PackedSegments] = field(default_factory=dict)
 
-    @cached_property
-    def on_one_base(self) -> PackedSegments:
-        """The groups where one packed base serves all rows, and row r of the deltas corrects it. Made once a pass."""
-        return self.starts, torch.zeros_like(self.ids), self.ids, torch.ones_like(self.ids)
-
-    @cached_property
-    def on_own_bases(self) -> PackedSegments:
-        """The groups where row r has a packed base of its own and no delta."""
-        return self.starts, self.ids, torch.full_like(self.ids, -1), torch.ones_like(self.ids)
+    def packed(self, versions: Versions) -> PackedSegments:
+        """The groups with the packed base and delta of each; neighbours that have both in common are joined. Made once
+        a pass for each `versions`."""
+        found = self._packed.get(id(versions))
+        if found is None:
+            base, delta, starts = versions.base[self.ids], versions.delta[self.ids], self.starts
+            if len(base) > 1:
+                differs = torch.ones(len(base), dtype=torch.bool)
+                differs[1:] = (base[1:] != base[:-1]) | (delta[1:] != delta[:-1])
+                base, delta, starts = base[differs], delta[differs], torch.cat((starts[:-1][differs], starts[-1:]))
+            found = self._packed[id(versions)] = starts, base, delta, torch.ones_like(base)
+        return found
 
 
 class Segments:

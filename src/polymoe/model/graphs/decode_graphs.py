@@ -3,7 +3,8 @@
 A graph is captured for each batch size of a ladder and reads its inputs from a `StaticBatch`. Nothing that changes from
 step to step is a Python number in it: which variant a row belongs to, which row of a stack serves a variant, which
 physical expert serves a position are device tensors that are changed in place. So a graph stays valid when a slot is
-loaded or a table changes.
+loaded, a table changes, or a variant comes or goes for whom there was room. Where pools of weights come or go with it
+the graphs are dropped, and captured again one at a time between steps, which run uncaptured until then.
 
 Without CUDA the same padded steps run uncaptured, which is how the tests compare them.
 """
@@ -11,12 +12,15 @@ Without CUDA the same padded steps run uncaptured, which is how the tests compar
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from polymoe.model.graphs.static_batch import DecodeInputs, StaticBatch
 from polymoe.model.served_model import ServedModel
+
+Captured = tuple[torch.cuda.CUDAGraph, torch.Tensor]  # and the logits that a replay writes
 
 _STEPS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _WARM_UPS = 2  # passes before a capture: kernels are compiled and their configurations chosen
@@ -48,11 +52,44 @@ class DecodeGraphs:
         cache = model.kv_cache
         null_slot = cache.num_blocks * cache.block_size
         self.batch = StaticBatch(self.sizes[-1], max_blocks, null_slot, model.device)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._captured: dict[int, Captured] = {}
+        self._pool: Any = None  # of memory, which all graphs use
+        self._dropped: list[int] = []  # sizes that are to be captured again, the next one last
+        self.record: Callable[[int], Captured] = self._record  # tests, which have no CUDA, record otherwise
 
     @property
     def num_captured(self) -> int:
         return len(self._captured)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether sizes wait to be captured again."""
+        return bool(self._dropped)
+
+    @torch.inference_mode()
+    def drop(self) -> None:
+        """What was captured is not valid any more, once the steps that are in flight are done."""
+        if on_gpu := bool(self._captured) and self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._dropped = sorted({*self._captured, *self._dropped})
+        self._captured.clear()
+        if on_gpu:  # a pool that all graphs have left cannot be captured into again
+            self._pool = None
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Between two steps: capture one of the sizes that were dropped, the largest first."""
+        if not self._dropped:
+            return
+        size = self._dropped.pop()
+        self.batch.fill(self._dummy(size), size)
+        try:
+            self._captured[size] = self.record(size)
+        except RuntimeError as error:
+            self._captured.clear()
+            self._dropped.clear()
+            warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {error}", stacklevel=2)
 
     def takes(self, count: int) -> bool:
         """Whether a decode step of `count` sequences is one of the ladder's."""
@@ -91,28 +128,27 @@ class DecodeGraphs:
         if (reason := self._waits_for_device()) is not None:
             warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {reason}", stacklevel=2)
             return
-        pool = torch.cuda.graph_pool_handle()
-        for done, size in enumerate(reversed(self.sizes)):
-            progress(done / len(self.sizes))
-            self.batch.fill(self._dummy(size), size)
-            try:
-                side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(_WARM_UPS):
-                        self._compute(size)
-                torch.cuda.current_stream().wait_stream(side)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                # Other threads (loading of experts) may use CUDA meanwhile.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    logits = self._compute(size)
-            except RuntimeError as error:
-                self._captured.clear()
-                warnings.warn(f"decode runs without CUDA graphs, which makes it slower: {error}", stacklevel=2)
-                break
-            self._captured[size] = graph, logits
+        self._dropped = list(self.sizes)
+        while self._dropped:
+            progress(1 - len(self._dropped) / len(self.sizes))
+            self.catch_up()
         progress(1.0)
+
+    def _record(self, size: int) -> Captured:
+        """Compute the batch of `size` rows that is filled in, as a graph."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._compute(size)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (loading of experts and variants) may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._compute(size)
+        return graph, logits
 
     def _waits_for_device(self) -> str | None:
         """What torch says about an operation that waits for the device, which must not happen during a capture."""
@@ -131,7 +167,7 @@ class DecodeGraphs:
 
     def _dummy(self, size: int) -> DecodeInputs:
         """Rows that read and write nothing but the null block, of a variant that is loaded."""
-        variant = min(self.model.slots.loaded, default=0)
+        variant = self.model.some_variant
         zeros = np.zeros(size, dtype=np.int64)
         cache = self.model.kv_cache
         return DecodeInputs(

@@ -23,7 +23,7 @@ def warm_up(model: ServedModel, lengths: list[int], progress: Callable[[float], 
     """One prompt of each length, all in the null block: needs device kernels, changes nothing that anyone reads."""
     cache, device = model.kv_cache, model.device
     assert model.context.backend.pads_steps, "only where steps are padded is there a null block"
-    variant = min(model.slots.loaded, default=0)
+    variant = model.some_variant
     for done, count in enumerate(lengths):
         progress(done / len(lengths))
         positions = torch.arange(count, device=device)

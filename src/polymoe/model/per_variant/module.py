@@ -8,7 +8,7 @@ computes, unmodified, behind transformers' own cache interface; what is here tak
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ def run_stock(module: Any, stock: Any, spec: PerVariantSpec, call: Call, cache: 
         sizes = cache.get_mask_sizes(length, _layer_of(module))
         like = next(leaves[leaf] for leaf in spec.inputs if leaves[leaf].is_floating_point())
         for leaf, function in spec.masks.items():
-            leaves[leaf] = _dense_mask(function, computed, length, sizes, like)
+            mask = _dense_mask(function, computed, length, sizes, like)
+            leaves[leaf] = mask.expand(_batch_of(leaves, spec), -1, -1, -1)
     arguments = pytree.tree_unflatten(leaves, tree)
     if spec.cache_argument is not None:
         arguments[spec.cache_argument] = cache
@@ -118,6 +119,12 @@ def _dense_mask(
     visible = torch.as_tensor(function(0, 0, queries[:, None], torch.arange(first, first + count, device=like.device)))
     mask = torch.zeros(1, 1, length, count, dtype=like.dtype, device=like.device)
     return mask.masked_fill(~visible.to(like.device), torch.finfo(like.dtype).min)
+
+
+def _batch_of(leaves: Sequence[Any], spec: PerVariantSpec) -> int:
+    """How many sequences a call is for: a stock module may join its mask to something of each of them."""
+    sizes = (leaves[leaf].shape[axes.batch] for leaf, axes in spec.inputs.items() if axes.batch is not None)
+    return next(sizes, 1)
 
 
 def _layer_of(module: Any) -> int:

@@ -133,9 +133,9 @@ def joined(parts: list[tuple[Any, int, int]]) -> Any:
     Args:
         parts: (cache, row, number of rows) for each row of the result.
     """
-    first, _, _ = parts[0]
+    first, _, rows = parts[0]
     if isinstance(first, torch.Tensor):
-        if not first.ndim or not first.numel():
+        if not first.ndim or (not first.numel() and first.shape[0] != rows):  # nothing is kept yet, of no sequence
             return first
         assert all(x.shape[0] == size for x, _, size in parts), "the first axis of a state runs over sequences"
         return torch.cat([x[row : row + 1] for x, row, _ in parts])

@@ -22,7 +22,8 @@ class Choice:
 
         Raises the error where there is none.
         """
-        if isinstance(error, NotPerVariantError):
+        if isinstance(error, NotPerVariantError):  # of the chosen module, however deep in it something failed
+            inside = next((p for p in self.paths if f"{inside}.".startswith(f"{p}.")), inside)
             self._impossible.add(type(model.get_submodule(inside)))
         elif self._first is None:
             self._first = error

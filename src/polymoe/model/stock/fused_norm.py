@@ -21,12 +21,21 @@ def fuse_norms(model: torch.nn.Module, backend: Backend) -> int:
     """Give every module that computes `rms_norm`, bit for bit, the backend's. Returns how many there are."""
     fused = 0
     for module in model.modules():
-        found = (getattr(module, name, None) for name in _EPSILONS)
-        eps = next((value for value in found if isinstance(value, float)), None)
+        eps = _epsilon(module)
         if eps is not None and _is_rms_norm(module, eps):
             module.forward = _FusedNorm(module, eps, backend)
             fused += 1
     return fused
+
+
+def _epsilon(module: torch.nn.Module) -> float | None:
+    found = (getattr(module, name, None) for name in _EPSILONS)
+    return next((value for value in found if isinstance(value, float)), None)
+
+
+def norm_epsilon(module: torch.nn.Module) -> float | None:
+    """Of a norm that `fuse_norms` took; None for any other module."""
+    return module.forward.eps if isinstance(module.forward, _FusedNorm) else None
 
 
 def is_fused(module: torch.nn.Module) -> bool:

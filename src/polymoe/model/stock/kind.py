@@ -70,12 +70,13 @@ class DecoderOnly:
     reads_pairs = False
     pads_left = True
 
-    def build(self, config: Any, attention: str) -> PreTrainedModel:
+    def build(self, config: Any, attention: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The stock model on the meta device, with polymoe's experts and the attention that is registered under the
-        name `attention`; `IMPLEMENTATION` is polymoe's."""
+        name `attention`; `IMPLEMENTATION` is polymoe's. `dtype`: None, the config's."""
         config._experts_implementation = IMPLEMENTATION
+        options = {} if dtype is None else {"dtype": dtype}
         with torch.device("meta"):
-            model = self.auto.from_config(config, attn_implementation=self.attention(config, attention))
+            model = self.auto.from_config(config, attn_implementation=self.attention(config, attention), **options)
         self.prepare(model)
         model.set_experts_implementation(IMPLEMENTATION)
         return model.eval()
@@ -172,11 +173,12 @@ class EncoderDecoder(DecoderOnly):
     reads_pairs = True
     pads_left = False
 
-    def build(self, config: Any, attention: str) -> PreTrainedModel:
+    def build(self, config: Any, attention: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         served = attention == IMPLEMENTATION
+        options = {} if dtype is None else {"dtype": dtype}
         with torch.device("meta"):
             name = _ENCODER_DECODER if served else attention
-            model: PreTrainedModel = self.auto.from_config(config, attn_implementation=name)
+            model: PreTrainedModel = self.auto.from_config(config, attn_implementation=name, **options)
             self.prepare(model)
             if served:
                 replace_relative_biases(model)

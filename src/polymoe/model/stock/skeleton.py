@@ -7,6 +7,7 @@ result can be served.
 
 import copy
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -81,16 +82,27 @@ def set_weight(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
         module.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
-def keeps_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers computes this weight in float32 although the model runs in `dtype`."""
-    if kind_of(model.config).keeps_float32(model, name):
-        return True
+def float32_weights(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """The weights of a stock model that transformers computes in float32 although the model runs in `dtype`.
+
+    Its lists hold regular expressions that are searched for in a name, `*` for anything (`mlp.gate.weight`, `conv1d`).
+    Others are made in float32 by the definition itself, whatever the model's dtype.
+    """
+    kind = kind_of(model.config)
     kept: set[str] = set()
+    made: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
         kept |= set(model._keep_in_fp32_modules_strict or ())
+        half = kind.build(copy.deepcopy(model.config), IMPLEMENTATION, dtype)
+        made = {name for name, tensor in half.state_dict().items() if tensor.dtype == torch.float32}
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
-    return any(part in kept for part in name.split("."))
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
+    return frozenset(
+        name
+        for name in model.state_dict()
+        if name in made or kind.keeps_float32(model, name) or any(pattern.search(name) for pattern in patterns)
+    )
 
 
 def accepts_logits_to_keep(model: PreTrainedModel) -> bool:

@@ -1,12 +1,12 @@
 """A bundle's packed non-experts into memory: all versions side by side, or a row for each slot."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows
+from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows, versions
 from polymoe.model.transfer.staging import Staging
 from polymoe.model.variants.slots import Slots
 from polymoe.quant.formats import get_format
@@ -40,7 +40,7 @@ def place_packed(bundle: "Bundle", name: str, slots: Slots, staging: Staging, de
         if in_slots:
             slots.stacks[name + _PART + part] = own[part]
     if not in_slots:
-        _fill(own, [own_parts(bundle, source, name) for source in distinct], staging)
+        _fill(own, [bundle.own_parts(source, name) for source in distinct], staging)
     if packed.delta is None:
         rows = packed_rows((own_format, own), None, shape)
         return PlacedRows(rows, in_slots, rows.num_bytes if len(distinct) == 1 else 0)
@@ -48,15 +48,15 @@ def place_packed(bundle: "Bundle", name: str, slots: Slots, staging: Staging, de
     base = {part: torch.empty(1, *t.shape, dtype=t.dtype, device=device) for part, t in given.items()}
     _fill(base, [given], staging)
     rows = packed_rows((get_format(packed.base, bundle.levels), base), (own_format, own), shape)
-    return PlacedRows(rows, in_slots, rows.bases.num_bytes)
+    return PlacedRows(rows, in_slots, sum(pool.num_bytes for pool in rows.bases))
 
 
-def own_parts(bundle: "Bundle", variant: int, name: str) -> Mapping[str, torch.Tensor]:
-    """Part -> tensor of what a variant has of its own: its delta, or its version."""
-    sources, packed = bundle.nonexpert_sources(name), bundle.packed_nonexpert(name)
-    assert packed is not None
-    alone = packed.delta is None and not any(sources)
-    return bundle.nonexpert_parts(None if alone else sources[variant], name)
+def by_place(rows: PackedRows, sources: Sequence[int], more: int) -> PackedRows:
+    """The same with a row for each planned variant, whose versions' `sources` are, and `more` for those that come."""
+    distinct = sorted(set(sources))
+    made = list(zip(rows.versions.base.tolist(), rows.versions.delta.tolist(), strict=True))
+    pairs = [*(made[distinct.index(source)] for source in sources), *[made[0]] * more]
+    return replace(rows, versions=versions(tuple(pairs)))
 
 
 def reader_of(bundle: "Bundle") -> Callable[[int, str], torch.Tensor]:
@@ -64,7 +64,7 @@ def reader_of(bundle: "Bundle") -> Callable[[int, str], torch.Tensor]:
 
     def read(variant: int, stack: str) -> torch.Tensor:
         name, _, part = stack.partition(_PART)
-        return own_parts(bundle, variant, name)[part] if part else bundle.nonexpert(variant, name)
+        return bundle.own_parts(variant, name)[part] if part else bundle.nonexpert(variant, name)
 
     return read
 

@@ -342,12 +342,14 @@ void tile_rows(const TileOf& tile, const Rounded& x, int64_t count, float* to, i
             POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
 #undef POLYMOE_ROWS
         }
-    switch (count) {
+    // Up to 8 rows need no buffer: storing a vector takes as long as multiplying it by two rows.
+    if (count <= (amx::chosen() & amx::INT8 ? 4 : 8)) switch (count) {
 #define POLYMOE_ROWS(R) \
     case R: return two ? fused_rows<BITS, R, true>(tile, x, to, stride) : fused_rows<BITS, R, false>(tile, x, to, stride);
-        POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4)
+            POLYMOE_ROWS(1) POLYMOE_ROWS(2) POLYMOE_ROWS(3) POLYMOE_ROWS(4) POLYMOE_ROWS(5) POLYMOE_ROWS(6)
+            POLYMOE_ROWS(7) POLYMOE_ROWS(8)
 #undef POLYMOE_ROWS
-    }
+        }
     two ? many_rows<BITS, true>(tile, x, count, to, stride) : many_rows<BITS, false>(tile, x, count, to, stride);
 }
 

@@ -11,7 +11,9 @@ from polymoe.bundle.manifest import FileRecord
 from polymoe.bundle.reader import Bundle
 from polymoe.offline.addition.layer_plan import LayerPlanner
 from polymoe.offline.addition.new_variant import NewVariant
+from polymoe.offline.addition.nonexpert_plan import NonexpertPlanner
 from polymoe.offline.addition.write_addition import NoRoomError, Progress, write_addition
+from polymoe.offline.plan.nonexperts import nats_by_place
 from polymoe.offline.plan.quantisation_error import CAUTION, NATS_PER_ERROR, RELEVANCE, layer_weights
 from polymoe.thread_pool import thread_pool
 
@@ -57,11 +59,16 @@ def fewest_bits(bundle: Bundle, new: NewVariant, max_kl: float) -> int | None:
 
 def predicted_kl(bundle: Bundle, new: NewVariant, bits: int) -> float:
     """Nats a token that corrections of so many bits cost, from the weights alone, as `QuantisationErrors.of_weights`
-    predicts it; the errors are those of a few layers, encoded."""
+    predicts it; experts' errors are those of a few layers, encoded, those of packed matrices beside them of all."""
     info = new.checkpoint.architecture
     planner = LayerPlanner(bundle, new.checkpoint, bits)
     sampled = np.unique(np.linspace(0, info.num_layers - 1, _SAMPLED_LAYERS).round().astype(int))
     with thread_pool() as pool:
         errors = dict(zip(sampled.tolist(), pool.map(planner.relative_error, sampled.tolist()), strict=True))
+        beside = NonexpertPlanner(bundle, new.checkpoint, bits)
+        packed = list(bundle.manifest.packed_nonexperts)
+        others = dict(zip(packed, pool.map(beside.relative_error, packed), strict=True))
     nearest = [errors[int(sampled[np.abs(sampled - layer).argmin()])] for layer in range(info.num_layers)]
-    return float(NATS_PER_ERROR * RELEVANCE * np.average(nearest, weights=layer_weights(info.num_layers)))
+    of_experts = NATS_PER_ERROR * np.average(nearest, weights=layer_weights(info.num_layers))
+    nats = nats_by_place(packed, new.checkpoint, tuple(info.expert_modules))
+    return float(RELEVANCE * (of_experts + sum(nats[name] * others[name] for name in packed)))

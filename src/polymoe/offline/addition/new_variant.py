@@ -66,7 +66,7 @@ def _check_tensors(bundle: Bundle, checkpoint: Checkpoint) -> None:
             "fine-tune of the same model?"
         )
     shapes: dict[str, tuple[Any, Any]] = {
-        name: (tuple(bundle.nonexpert(0, name).shape), checkpoint.shape(name)) for name in wanted
+        name: (_planned_shape(bundle, name), checkpoint.shape(name)) for name in wanted
     }
     experts = tuple(info.expert_modules), info.num_experts, {n: list(s) for n, s in info.expert_shapes.items()}
     planned = tuple(manifest.expert_modules), manifest.num_experts, manifest.expert_shapes
@@ -84,10 +84,15 @@ def _check_tensors(bundle: Bundle, checkpoint: Checkpoint) -> None:
             )
 
 
+def _planned_shape(bundle: Bundle, name: str) -> tuple[int, ...]:
+    packed = bundle.packed_nonexpert(name)
+    return tuple(bundle.nonexpert(0, name).shape if packed is None else packed.shape)
+
+
 def _casts(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, torch.dtype]:
     """What takes the dtypes of the bundle."""
     info = checkpoint.architecture
-    found = {name: bundle.nonexpert(0, name).dtype for name in info.nonexperts}
+    found = {name: bundle.nonexpert_dtype(0, name) for name in info.nonexperts}
     experts = getattr(torch, bundle.variants[0].dtype)
     found |= {info.expert_tensor(layer, t): experts for layer in range(info.num_layers) for t in info.expert_shapes}
     return {name: dtype for name, dtype in found.items() if checkpoint.dtype(name) != dtype}

@@ -2,7 +2,8 @@
 
 An expert that a planned variant has too, bit for bit, is shared. Of another one the changed values are stored where
 that is less than the expert; else the expert itself. Both are lossless. With `bits` a correction of so many bits is
-stored instead, against the base that is there.
+stored instead, against the base that is there. Tensors outside the experts are shared likewise, or stored; corrections
+are for those that the bundle has in few bits.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from polymoe.bundle.live import (
     ADDED_NONEXPERTS,
     ADDED_TABLES,
     ADDED_VARIANT,
-    OWN,
+    AddedDelta,
     Addition,
     added_folder,
     added_layer,
@@ -29,12 +30,12 @@ from polymoe.bundle.manifest import FileRecord
 from polymoe.bundle.reader import Bundle
 from polymoe.config import format_bytes
 from polymoe.errors import PlanError
-from polymoe.offline.addition.layer_plan import LayerPlan, LayerPlanner, check_finite
+from polymoe.offline.addition.layer_plan import LayerPlan, LayerPlanner
 from polymoe.offline.addition.new_variant import NewVariant
+from polymoe.offline.addition.nonexpert_plan import NonexpertChoice, NonexpertPlanner
 from polymoe.offline.checkpoint.configs import max_model_len
 from polymoe.offline.checkpoint.source import TOKENIZER_FILES, side_files
 from polymoe.offline.write.layer_writer import open_tensors
-from polymoe.quant.exact import same_bits
 from polymoe.thread_pool import thread_pool
 
 Progress = Callable[[str, float], None]
@@ -96,6 +97,7 @@ class _Writer:
         self.written.set_result(None)
         self.own_experts: list[int] = []
         self.deltas: list[dict[str, int]] = []
+        self.packed: dict[str, AddedDelta] = {}
         # What it builds on is a part of what it is.
         for record in bundle.manifest.files:
             if record.path.startswith(("experts/", "deltas/", "nonexperts/")):
@@ -132,6 +134,7 @@ class _Writer:
             delta_bytes=self.totals.deltas,
             nonexpert_bytes=self.totals.nonexperts,
             lossless=self.bits is None,
+            packed=self.packed,
             shared_experts=self.totals.shared,
         )
         self.progress("comparing and encoding", 1.0)
@@ -139,27 +142,22 @@ class _Writer:
 
     def _nonexperts(self, pool: ThreadPoolExecutor) -> dict[str, int]:
         """Name -> the planned variant with the same tensor, or `OWN`; own ones are written."""
-        found: dict[str, int] = {}
+        found: dict[str, NonexpertChoice] = {}
         own: dict[str, list[Tensor]] = {}
-
-        def compare(name: str) -> tuple[str, Tensor, int]:
-            weight = self.checkpoint.tensor(name)
-            sources = dict.fromkeys(self.bundle.nonexpert_sources(name))
-            source = next((v for v in sources if same_bits(weight, self.bundle.nonexpert(v, name))), OWN)
-            if source == OWN:
-                check_finite(self.checkpoint, name, weight)
-            return name, weight, source
-
-        for done, (name, weight, source) in enumerate(pool.map(compare, sorted(self.info.nonexperts))):
-            self.progress("comparing what is no expert", done / len(self.info.nonexperts))
-            found[name] = source
-            self.digest.update(f"{name}\0{source if source != OWN else 'own'}\0".encode())
-            if source == OWN:
-                own[name] = [weight]
-                self.totals.nonexperts += weight.nbytes
+        names = sorted(self.info.nonexperts)
+        planner = NonexpertPlanner(self.bundle, self.checkpoint, self.bits)
+        for done, (name, choice) in enumerate(zip(names, pool.map(planner.plan, names), strict=True)):
+            self.progress("comparing what is no expert", done / len(names))
+            found[name] = choice
+            self.digest.update(f"{name}\0{choice.source if not choice.tensors else 'own'}\0".encode())
+            own |= {stored_as: [tensor] for stored_as, tensor in choice.tensors.items()}
+            if choice.delta is not None:
+                self.packed[name] = choice.delta
+                self.digest.update(f"{choice.delta.base}\0".encode())
+            self.totals.nonexperts += choice.num_bytes
         self._check_room(0.0)
         self._tensors(ADDED_NONEXPERTS, own)
-        return {name: found[name] for name in self.bundle.manifest.nonexperts}
+        return {name: found[name].source for name in self.bundle.manifest.nonexperts}
 
     def _add(self, layer: int, found: LayerPlan) -> None:
         """Put a layer into the tables, and what is stored for it into its file."""

@@ -10,7 +10,7 @@ import torch
 from polymoe.bundle.manifest import VARIANT_NAME
 from polymoe.errors import FamilyError, named
 from polymoe.model.stock.probe import trace
-from polymoe.model.stock.skeleton import keeps_float32
+from polymoe.model.stock.skeleton import float32_weights
 from polymoe.offline.checkpoint.architecture import ArchitectureInfo
 from polymoe.offline.checkpoint.cast import short
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
@@ -202,9 +202,10 @@ def _casts(first: Checkpoint, other: Checkpoint) -> dict[str, torch.dtype]:
         dtype = Counter(first.dtype(name) for name in names).most_common(1)[0][0]
         found |= {name: dtype for name in names if other.dtype(name) != dtype}
     if found and other is not first:
+        kept = {dtype: float32_weights(first.model, dtype) for dtype in {first.dtype(name) for name in info.nonexperts}}
         for name in info.nonexperts:
             own, dtype = other.dtype(name), first.dtype(name)
-            if own.is_floating_point and own != dtype and not keeps_float32(first.model, name, dtype):
+            if own.is_floating_point and own != dtype and name not in kept[dtype]:
                 found[name] = dtype
     return found
 

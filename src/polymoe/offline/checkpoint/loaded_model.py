@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from polymoe.model.stock.kind import LanguagePart, kind_of
-from polymoe.model.stock.skeleton import keeps_float32
+from polymoe.model.stock.skeleton import float32_weights
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 _SWITCH = {"up_proj": "wi.weight", "down_proj": "wo.weight"}  # stacked here, a module an expert in transformers
@@ -19,11 +19,11 @@ def loaded_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     model = kind.auto.from_config(checkpoint.config, dtype=dtype)
     if isinstance(kind, LanguagePart):
         kind.prepare(model)
-    state = model.state_dict()
+    state, in_float32 = model.state_dict(), float32_weights(model, dtype)
     for target in checkpoint.target_names:
         tensor = checkpoint.tensor(target)
         if target in state:
-            if keeps_float32(model, target, dtype):
+            if target in in_float32:
                 parent, _, leaf = target.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(tensor.float(), requires_grad=False))
             else:

@@ -6,7 +6,7 @@ error is that of experts (`quantisation_error.py`) with what a matrix counts in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from polymoe.offline.plan.quantisation_error import (
 from polymoe.quant.formats import get_format
 
 if TYPE_CHECKING:
+    from polymoe.offline.checkpoint.checkpoint import Checkpoint
     from polymoe.offline.checkpoint.family import Family
     from polymoe.offline.similarity.scan import FamilyScan
 
@@ -95,17 +96,21 @@ def with_nonexperts(uniform: Mapping[str, IntArray], others: NonexpertOptions) -
 
 def nats_from_weights(family: Family, scan: FamilyScan) -> dict[str, FloatArray]:
     """name -> float [V]: nats a token for each unit of relative error of a packable matrix, by where it is."""
-    layers = scan.expert_modules
+    nats = nats_by_place(family.packable, family.checkpoints[0], scan.expert_modules)
+    return {name: np.full(len(scan.variant_names), nats[name]) for name in family.packable}
+
+
+def nats_by_place(names: Iterable[str], checkpoint: Checkpoint, layers: tuple[str, ...]) -> dict[str, float]:
+    """name -> the same of one variant. layers: paths of the experts."""
     by_layer = layer_weights(len(layers))
     by_layer = by_layer / by_layer.sum()
-    tied = set(family.checkpoints[0].tied.values())
+    tied = set(checkpoint.tied.values())
     found = {}
-    for name in family.packable:
-        if name in family.architecture.vocab_tensors:
-            nats = _NATS_OF_VOCABULARY * (1 + (name in tied))
+    for name in names:
+        if name in checkpoint.architecture.vocab_tensors:
+            found[name] = _NATS_OF_VOCABULARY * (1 + (name in tied))
         else:
-            nats = _NATS_OF_PROJECTION * by_layer[layer_of(name, layers)]
-        found[name] = np.full(len(scan.variant_names), nats)
+            found[name] = float(_NATS_OF_PROJECTION * by_layer[layer_of(name, layers)])
     return found
 
 

@@ -1,0 +1,123 @@
+"""One attention layer from hidden states to hidden states in one call of the compiled kernels (attention_layer.cpp).
+
+    q, k, v = rotated(norm(x W_q)), rotated(norm(x W_k)), x W_v      k, v to the cache      y = attention(q) W_o
+
+Where few tokens run, what torch and Python do between the kernels takes longer than the kernels. Letters: T tokens, R
+versions of a weight, G groups of tokens that use one version, B sequences.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymoe.native.library import cpu_kernels, kernel_threads
+
+_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Grouping(ctypes.Structure):
+    """`Grouping` of attention_layer.cpp; the same of those below."""
+
+    _fields_ = (
+        ("count", _NUMBER), ("ids", _POINTER), ("starts", _POINTER), ("zeros", _POINTER), ("none", _POINTER),
+        ("of_token", _POINTER),
+    )  # fmt: skip
+
+
+class Projection(ctypes.Structure):
+    """Addresses and sizes of one linear map."""
+
+    _fields_ = (
+        ("rows", _POINTER), ("bias", _POINTER), ("inputs", _NUMBER), ("outputs", _NUMBER), ("grouping", _NUMBER),
+        ("bases", _POINTER), ("deltas", _POINTER), ("one_base", _NUMBER), ("bits", _NUMBER), ("coarse", _NUMBER),
+    )  # fmt: skip
+
+
+class HeadNorm(ctypes.Structure):
+    """A norm of each head, or none."""
+
+    _fields_ = (("weights", _POINTER), ("grouping", _NUMBER), ("eps", ctypes.c_float))
+
+
+class LayerView(ctypes.Structure):
+    """What the kernel is told of a layer."""
+
+    _fields_ = (
+        ("query", Projection), ("key", Projection), ("value", Projection), ("output", Projection),
+        ("query_norm", HeadNorm), ("key_norm", HeadNorm), ("keys", _POINTER), ("values", _POINTER),
+        ("block_size", _NUMBER), ("q_heads", _NUMBER), ("kv_heads", _NUMBER), ("key_dim", _NUMBER),
+        ("value_dim", _NUMBER), ("window", _NUMBER), ("scaling", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("tokens", _NUMBER), ("groupings", ctypes.POINTER(_Grouping)), ("slots", _POINTER), ("block_table", _POINTER),
+        ("table_width", _NUMBER), ("sequence", _POINTER), ("visible", _POINTER),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Versions:
+    """A step's tokens by the version of a weight: group g is rows `starts[g] : starts[g + 1]`, and has `ids[g]`."""
+
+    ids: Tensor  # [G] int64
+    starts: Tensor  # [G + 1] int64
+    of_token: Tensor  # [T] int64
+
+
+class StepView:
+    """What the kernel is told of a step, made once for all its layers.
+
+    Args:
+        versions: for each grouping that layers refer to.
+        slots: `[T]`, where new keys and values go. block_table: `[B, M]`. sequence, visible: `[T]`; all int64.
+    """
+
+    def __init__(
+        self, versions: list[Versions], slots: Tensor, block_table: Tensor, sequence: Tensor, visible: Tensor
+    ) -> None:
+        assert block_table.is_contiguous()
+        longest = max((len(v.ids) for v in versions), default=0)
+        zeros = torch.zeros(longest, dtype=torch.int64)
+        none = torch.full((longest,), -1)
+        self._kept: Any = (versions, slots, block_table, sequence, visible, zeros, none)
+        groupings = (_Grouping * len(versions))(
+            *(
+                (len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), zeros.data_ptr(), none.data_ptr(),
+                 v.of_token.data_ptr())
+                for v in versions
+            )
+        )  # fmt: skip
+        self.num_tokens = len(slots)
+        self.struct = _Step(
+            len(slots), groupings, slots.data_ptr(), block_table.data_ptr(), block_table.shape[1], sequence.data_ptr(),
+            visible.data_ptr(),
+        )  # fmt: skip
+
+
+def attention_layer(layer: LayerView, step: StepView, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x [T, H]` bfloat16 -> `[T, H]`; `cos`, `sin` `[T, rotary]` bfloat16. All contiguous."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    assert x.dtype == cos.dtype == sin.dtype == torch.bfloat16
+    assert x.is_contiguous()
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert len(x) == len(cos) == step.num_tokens
+    out = x.new_empty(len(x), layer.output.outputs)
+    kernels.polymoe_attention_layer_bf16(
+        ctypes.byref(layer), ctypes.byref(step.struct), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[1],
+        out.data_ptr(), kernel_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference of the rotary embedding: `x [..., T, D]`, the first R values of each by `cos`, `sin` `[T, R]`."""
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-high, low], dim=-1) * sin, rest], dim=-1)

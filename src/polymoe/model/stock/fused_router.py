@@ -1,0 +1,87 @@
+"""Routers in one kernel call instead of six operations.
+
+As with norms (`fused_norm.py`), which modules are such routers is not read off their names: a module is tried, on
+random numbers, against the formula.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from polymoe.kernels.cpu.router import choose
+from polymoe.model.backends.base import Backend
+from polymoe.model.variants.variant_stack import VariantStack
+
+
+def fuse_routers(model: torch.nn.Module, backend: Backend) -> int:
+    """Give every module that computes `choose` of its logits the backend's. Returns how many there are."""
+    fused = 0
+    for module in model.modules():
+        weight, top_k = getattr(module, "weight", None), getattr(module, "top_k", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not isinstance(top_k, int):
+            continue
+        if backend.why_not_route(weight.dtype, weight.shape[1]):
+            continue
+        found = _normalises(module, top_k)
+        if found is not None:
+            module.forward = _FusedRouter(module, *found, backend)
+            fused += 1
+    return fused
+
+
+def _normalises(module: Any, top_k: int) -> tuple[bool, torch.dtype] | None:
+    """Whether its scores add up to 1, and their dtype; None if it is no such router."""
+    others = [
+        name
+        for name, tensor in (module._parameters | module._buffers).items()
+        if name != "weight" and tensor is not None
+    ]
+    if others or next(module.children(), None):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    experts, width = module.weight.shape
+    trial = copy.copy(module)
+    trial.__dict__.pop("weight", None)
+    weight = torch.randn(experts, width, generator=generator).to(torch.bfloat16)
+    trial._parameters = {"weight": torch.nn.Parameter(weight, requires_grad=False)}
+    x = (torch.randn(7, width, generator=generator) / width**0.5).to(torch.bfloat16)
+    try:
+        found = trial(x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # it wants something else
+        return None
+    if not isinstance(found, tuple) or len(found) != 3 or not all(isinstance(t, torch.Tensor) for t in found):
+        return None
+    logits, scores, chosen = found
+    own = F.linear(x, weight)
+    if scores.shape != (7, top_k) or chosen.shape != (7, top_k) or chosen.dtype != torch.int64:
+        return None
+    for normalise in (False, True):
+        _, wanted, _ = choose(own, top_k, normalise)
+        best = own.topk(top_k, dim=-1).values  # of equal logits either may be taken
+        same = torch.equal(wanted.to(scores.dtype), scores) and torch.equal(own.gather(1, chosen), best)
+        if same and logits.dtype == own.dtype and torch.equal(logits, own):
+            return normalise, scores.dtype
+    return None
+
+
+class _FusedRouter:
+    """The forward of one router: the backend's, or the stock one where rows are not the step's tokens."""
+
+    def __init__(self, module: Any, normalise: bool, dtype: torch.dtype, backend: Backend) -> None:
+        self.module, self.normalise, self.dtype, self.backend = module, normalise, dtype, backend
+        self.top_k, self.stock = module.top_k, module.forward
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        weight = self.module.weight
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if x.dtype != weight.dtype:
+            return self.stock(hidden_states)
+        if isinstance(weight, VariantStack):
+            stacked = weight.context.batch.segments(len(x)), weight.row_map
+            found = self.backend.route(x.contiguous(), weight.rows, stacked, self.top_k, self.normalise)
+        else:
+            found = self.backend.route(x.contiguous(), weight[None], None, self.top_k, self.normalise)
+        logits, scores, chosen = found
+        return logits, scores.to(self.dtype), chosen

@@ -1,0 +1,125 @@
+// One attention layer of a step in bfloat16, from hidden states to hidden states: projections, norms of heads, rotary
+// embedding, the new keys and values into the cache, attention, output projection. What Python and torch would do between
+// the kernels takes longer than the kernels where few tokens run. See attention_layer.py; no vectors here, so every
+// instruction set's kernels are called.
+
+#include <string.h>
+
+#include <vector>
+
+#include "scalars.h"
+#include "stacks.h"
+#include "threads.h"
+
+extern "C" {
+void polymoe_grouped_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const uint16_t*,
+                                 const uint16_t*, uint16_t*, int);
+void polymoe_tiled_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*,
+                               const polymoe::Stack*, const polymoe::Stack*, int64_t, int64_t, uint16_t*, int);
+void polymoe_rms_norm_bf16(const uint16_t*, const uint16_t*, const int64_t*, int64_t, int64_t, int64_t, float, uint16_t*, int);
+void polymoe_paged_attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const int64_t*, int64_t, const int64_t*,
+                                  const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                  int64_t, int64_t, int64_t, float, uint16_t*, int);
+}
+
+namespace polymoe {
+namespace {
+
+// A step's rows by the version of a weight: group g is rows starts[g] .. starts[g + 1] and has version ids[g].
+struct Grouping {
+    int64_t count;
+    const int64_t *ids, *starts, *zeros, *none;  // [count]: 0, and -1
+    const int64_t* of_token;                     // [tokens]: the version of each
+};
+
+// A linear map. rows: null where it is packed, in tiles.
+struct Projection {
+    const uint16_t *rows, *bias;  // [versions, out, in], [versions, out] or null
+    int64_t in, out, grouping;    // grouping: which of the step's
+    const Stack *bases, *deltas;
+    int64_t one_base, bits, coarse;  // one_base: versions are deltas, else bases
+
+    void run(const uint16_t* x, const Grouping* groupings, uint16_t* y, int threads) const {
+        const Grouping& g = groupings[grouping];
+        if (rows) return polymoe_grouped_linear_bf16(x, in, out, g.count, g.ids, g.starts, rows, bias, y, threads);
+        polymoe_tiled_linear_bf16(x, in, out, g.count, g.starts, one_base ? g.zeros : g.ids, one_base ? g.ids : g.none, bases,
+                                  deltas, bits, coarse, y, threads);
+    }
+};
+
+struct HeadNorm {
+    const uint16_t* weights;  // [versions, dim]; null: there is none
+    int64_t grouping;
+    float eps;
+
+    void run(uint16_t* x, const Grouping* groupings, int64_t tokens, int64_t heads, int64_t dim, int threads) const {
+        if (weights)
+            polymoe_rms_norm_bf16(x, weights, groupings[grouping].of_token, heads, tokens * heads, dim, eps, x, threads);
+    }
+};
+
+struct Layer {
+    Projection query, key, value, output;
+    HeadNorm query_norm, key_norm;
+    uint16_t *keys, *values;  // the cache: [slots, kv_heads, key_dim], [slots, kv_heads, value_dim]
+    int64_t block_size, q_heads, kv_heads, key_dim, value_dim, window;
+    float scaling;
+};
+
+struct Step {
+    int64_t tokens;
+    const Grouping* groupings;
+    const int64_t *slots, *block_table;  // [tokens], [sequences, table_width]
+    int64_t table_width;
+    const int64_t *sequence, *visible;  // [tokens]
+};
+
+// x [heads, dim] in place: the first `rotary` values of each head turned, rounded where torch's operations round.
+void rotate(uint16_t* x, int64_t heads, int64_t dim, const uint16_t* cos, const uint16_t* sin, int64_t rotary) {
+    const int64_t half = rotary / 2;
+    for (int64_t h = 0; h < heads; ++h) {
+        uint16_t *low = x + h * dim, *high = low + half;
+        for (int64_t d = 0; d < half; ++d) {
+            const float a = bf16_value(low[d]), b = bf16_value(high[d]);
+            low[d] = to_bf16(rounded_bf16(a * bf16_value(cos[d])) - rounded_bf16(b * bf16_value(sin[d])));
+            high[d] = to_bf16(rounded_bf16(b * bf16_value(cos[half + d])) + rounded_bf16(a * bf16_value(sin[half + d])));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace polymoe
+
+// x [tokens, query.in], y [tokens, output.out]; cos, sin [tokens, rotary].
+extern "C" void polymoe_attention_layer_bf16(const polymoe::Layer* layer, const polymoe::Step* step, const uint16_t* x,
+                                             const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* y,
+                                             int threads) {
+    static thread_local std::vector<uint16_t> queries, new_keys, new_values, attended;
+    const auto& [query, key, value, output, query_norm, key_norm, keys, values, block_size, q_heads, kv_heads, key_dim,
+                 value_dim, window, scaling] = *layer;
+    const int64_t tokens = step->tokens;
+    const auto grown = [](std::vector<uint16_t>& buffer, int64_t size) {
+        if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+        return buffer.data();
+    };
+    uint16_t *q = grown(queries, tokens * query.out), *k = grown(new_keys, tokens * key.out);
+    uint16_t *v = grown(new_values, tokens * value.out), *a = grown(attended, tokens * output.in);
+    query.run(x, step->groupings, q, threads);
+    key.run(x, step->groupings, k, threads);
+    value.run(x, step->groupings, v, threads);
+    query_norm.run(q, step->groupings, tokens, q_heads, key_dim, threads);
+    key_norm.run(k, step->groupings, tokens, kv_heads, key_dim, threads);
+    polymoe::parallel_for(tokens, 8, threads, [&, keys = keys, values = values](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+            uint16_t* own = k + t * layer->key.out;
+            polymoe::rotate(q + t * layer->query.out, layer->q_heads, layer->key_dim, cos + t * rotary, sin + t * rotary, rotary);
+            polymoe::rotate(own, layer->kv_heads, layer->key_dim, cos + t * rotary, sin + t * rotary, rotary);
+            memcpy(keys + step->slots[t] * layer->key.out, own, layer->key.out * 2);
+            memcpy(values + step->slots[t] * layer->value.out, v + t * layer->value.out, layer->value.out * 2);
+        }
+    });
+    polymoe_paged_attention_bf16(q, keys, values, step->block_table, step->table_width, step->sequence, step->visible, nullptr,
+                                 nullptr, 0, window, tokens, q_heads, kv_heads, key_dim, value_dim, block_size, scaling, a,
+                                 threads);
+    output.run(a, step->groupings, y, threads);
+}
