@@ -179,7 +179,7 @@ def side_by_side(folder: Path, port: int, options: argparse.Namespace) -> dict[s
 
         asyncio.run(turns())  # warm
         server, ray = asyncio.run(turns())
-    found = {}
+    found: dict[str, float] = {}
     for part, of in ((0.5, "p50"), (0.9, "p90")):
         one, other = (1000 * sorted(times)[int(part * len(times))] for times in (server, ray))
         found |= {f"{of}_server_ms": round(one, 2), f"{of}_ray_ms": round(other, 2)}
