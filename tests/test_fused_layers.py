@@ -161,4 +161,4 @@ def test_another_rotary_embedding_is_left_to_the_stock_module() -> None:
     config = CohereConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     config._attn_implementation = "polymoe"
     backend = CpuBackend(torch.bfloat16, ACTIVATIONS["int8"])
-    assert fuse_attention(CohereAttention(config, 0).to(torch.bfloat16), backend) == 0
+    assert fuse_attention([CohereAttention(config, 0).to(torch.bfloat16)], backend) == 0

@@ -4,6 +4,7 @@ Order of the steps (vLLM's): bias, penalties, minimum length and what is allowed
 then min-p, top-k and top-p, then the draw. Reported log-probabilities are those of the raw logits, in float32.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -58,8 +59,11 @@ class SampleOutput:
             counts = [w for w in self._wanted if w is not None]
             for i, report in zip(rows, _reports(top, counts), strict=True):
                 reports[i] = report
-        none = torch.where(best.isnan(), NO_TOKEN, NOTHING_ALLOWED)
-        return torch.where(best > NEG_INF, tokens, none).tolist(), reports
+        found: list[int] = tokens.tolist()
+        for row, value in enumerate(best.tolist()):
+            if not value > NEG_INF:
+                found[row] = NO_TOKEN if math.isnan(value) else NOTHING_ALLOWED
+        return found, reports
 
 
 def sample(

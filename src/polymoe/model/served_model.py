@@ -5,6 +5,7 @@ skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, exper
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from polymoe.model.backends.base import Backend
 from polymoe.model.backends.choose import choose_backend
 from polymoe.model.backends.context import ForwardContext
 from polymoe.model.batch.batch import ForwardBatch, RowMap
+from polymoe.model.experts.layer import polymoe_experts_forward
 from polymoe.model.experts.pool import ExpertPool
 from polymoe.model.fast_paths import fast_paths
 from polymoe.model.per_variant.module import install
@@ -136,6 +138,8 @@ class ServedModel:
                 module._parameters[name] = None
             module.polymoe_experts = layer
             layer.prepare(module, backend)
+            if hasattr(module, "config"):  # behind transformers' registry: not looked up in every call
+                module.forward = partial(polymoe_experts_forward, module)
         text = bundle.config.get_text_config()
         self.pool.map_absent([module for _, module in experts], getattr(text, "num_experts_per_tok", 1))
         retie(self.model, dict(getattr(self.model, "all_tied_weights_keys", {}) or {}))
@@ -144,8 +148,10 @@ class ServedModel:
                 if isinstance(buffer, torch.Tensor):
                     module._buffers[name] = buffer.to(device)
         fuse_norms(self.model, backend)
-        fuse_routers(self.model, backend)
-        fuse_attention(self.model, backend)
+        alone = {part for path in self._per_variant for part in self.model.get_submodule(path).modules()}
+        mixed = [module for module in self.model.modules() if module not in alone]
+        fuse_routers(mixed, backend)
+        fuse_attention(mixed, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )

@@ -54,6 +54,9 @@ class RunningBatch:
             return
         num_tokens = sequence.num_computed_tokens + plan.chosen.get(sequence, 0) + count
         missing = self._memory.missing(sequence, num_tokens)
+        if missing <= 0:  # 15 of 16 steps
+            self._book(sequence, count, plan)
+            return
         while not self.blocks.can_allocate([], missing):
             held = _by_variant(self._held_blocks())
             over = self._fair.furthest_over(held, held.keys(), self.blocks.num_blocks)

@@ -87,7 +87,7 @@ class StepView:
         self._kept: Any = (versions, slots, block_table, sequence, visible, zeros, none)
         groupings = (_Grouping * len(versions))(
             *(
-                (len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), zeros.data_ptr(), none.data_ptr(),
+                _Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), zeros.data_ptr(), none.data_ptr(),
                  v.of_token.data_ptr())
                 for v in versions
             )

@@ -118,29 +118,32 @@ class PreparedExperts(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionParts:
-    """A stock attention module whose forward is known to be: projections, perhaps a norm of each head, rotary embedding
-    of whole halves, attention of `window` and `scaling`, projection.
+class Weight:
+    """A stock module's weight: its versions `[R, …]`, stored or packed, and which variant has which.
 
-    query, key, value, output: its linear maps. query_norm, key_norm: (norm, its epsilon).
+    row_map: None where all have the one there is.
     """
 
-    query: torch.nn.Linear
-    key: torch.nn.Linear
-    value: torch.nn.Linear
-    output: torch.nn.Linear
-    query_norm: tuple[torch.nn.Module, float] | None
-    key_norm: tuple[torch.nn.Module, float] | None
+    rows: torch.Tensor | PackedRows
+    row_map: RowMap | None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionParts:
+    """A stock attention module whose forward is known to be: projections, perhaps a norm of each head, rotary embedding
+    of whole halves, attention with `scaling`, projection.
+
+    query, key, value, output: (weight, bias) of its linear maps. query_norm, key_norm: (weight, epsilon).
+    """
+
+    query: tuple[Weight, Weight | None]
+    key: tuple[Weight, Weight | None]
+    value: tuple[Weight, Weight | None]
+    output: tuple[Weight, Weight | None]
+    query_norm: tuple[Weight, float] | None
+    key_norm: tuple[Weight, float] | None
     head_dim: int
     scaling: float
-
-    @property
-    def linears(self) -> tuple[torch.nn.Linear, ...]:
-        return self.query, self.key, self.value, self.output
-
-    @property
-    def norms(self) -> tuple[tuple[torch.nn.Module, float] | None, ...]:
-        return self.query_norm, self.key_norm
 
 
 class PreparedAttention(Protocol):
@@ -148,8 +151,8 @@ class PreparedAttention(Protocol):
 
     def __call__(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
-    ) -> torch.Tensor | None:
-        """`hidden [T, H]` with cosines and sines `[T, R]` -> `[T, H]`; None: not this step."""
+    ) -> torch.Tensor:
+        """`hidden [T, H]` with cosines and sines `[T, R]` -> `[T, H]`."""
 
 
 class Backend(ABC):

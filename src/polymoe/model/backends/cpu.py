@@ -25,7 +25,7 @@ from polymoe.model.backends.base import (
     ScoreOptions,
     TokenSpans,
 )
-from polymoe.model.backends.cpu_attention import CompiledAttention, StepViews
+from polymoe.model.backends.cpu_attention import StepViews, compiled_attention
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -98,7 +98,7 @@ class CpuBackend(ReferenceBackend):
         """In bfloat16."""
         if not self.has_own_threads:
             return None
-        return CompiledAttention(parts, self._steps, (max(self.activations), min(self.activations)))
+        return compiled_attention(parts, self._steps, (max(self.activations), min(self.activations)))
 
     def route(
         self,

@@ -7,13 +7,12 @@ import torch
 from polymoe.kernels.cpu.attention_layer import HeadNorm, LayerView, Projection, StepView, Versions, attention_layer
 from polymoe.kernels.cpu.grouped_linear import why_not_grouped
 from polymoe.kernels.cpu.packed_pool import TiledPool
+from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.cpu.packed_stack import address
 from polymoe.kernels.cpu.paged_attention import why_not_attention
 from polymoe.kernels.cpu.rms_norm import why_not_fast_norm
-from polymoe.model.backends.base import AttentionParts, CachedLayer
+from polymoe.model.backends.base import AttentionParts, CachedLayer, Weight
 from polymoe.model.batch.batch import ForwardBatch, RowMap
-from polymoe.model.variants.packed_variants import PackedVariants
-from polymoe.model.variants.variant_stack import VariantStack
 
 
 class StepViews:
@@ -52,80 +51,74 @@ def _versions(batch: ForwardBatch, row_map: RowMap | None) -> Versions:
     return Versions(groups.ids, groups.starts, tokens.row_of_token(row_map))
 
 
-def _versions_of(weight: torch.Tensor | None) -> tuple[torch.Tensor | None, RowMap | None]:
-    """A weight's versions `[R, …]` and who has which; of a plain one the one that all have."""
-    if isinstance(weight, VariantStack):
-        return weight.rows, weight.row_map
-    return (None if weight is None else weight[None]), None
-
-
 class CompiledAttention:
-    """See the module docstring.
+    """See the module docstring. Made by `compiled_attention`."""
 
-    Args:
-        bits: that rows are rounded to where they meet packed weights, before the base and before deltas.
-    """
-
-    def __init__(self, parts: AttentionParts, steps: StepViews, bits: tuple[int, int]) -> None:
-        self._parts, self._steps, self._bits = parts, steps, bits
-        self._seen: list[torch.Tensor | None] = []  # that `_view` was made of
-        self._view: LayerView | None = None
+    def __init__(self, parts: AttentionParts, steps: StepViews, told: list[Projection | HeadNorm]) -> None:
+        self._parts, self._steps, self._told = parts, steps, told  # `told` has addresses of what `parts` hold
+        self._view: tuple[CachedLayer, LayerView] | None = None
 
     def __call__(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         """See the base class."""
-        seen = [*self._weights(), *layer.cache]
-        if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
-            self._seen, self._view = seen, self._described(layer)  # weights become stacks when a variant comes
-        if self._view is None:
-            return None
-        return attention_layer(self._view, self._steps.of(batch), hidden.contiguous(), *rotary)
+        if self._view is None or self._view[0] is not layer:
+            self._view = layer, self._view_of(layer)
+        return attention_layer(self._view[1], self._steps.of(batch), hidden.contiguous(), *rotary)
 
-    def _weights(self) -> list[torch.Tensor | None]:
-        found = [tensor for linear in self._parts.linears for tensor in (linear.weight, linear.bias)]
-        return [*found, *(norm[0].weight for norm in self._parts.norms if norm is not None)]
-
-    def _described(self, layer: CachedLayer) -> LayerView | None:
-        """None where one of its parts is not for the kernel."""
-        parts, (key, value) = self._parts, layer.cache
+    def _view_of(self, layer: CachedLayer) -> LayerView:
+        key, value = layer.cache
         block_size, kv_heads, key_dim = key.shape[1:]
-        value_dim = value.shape[3]
-        if why_not_attention(key.dtype, key_dim, value_dim) or key_dim != parts.head_dim:
-            return None
-        projections = [self._projection(linear) for linear in parts.linears]
-        norms = [self._norm(norm) for norm in parts.norms]
-        if None in projections or None in norms:
-            return None
+        assert key_dim == self._parts.head_dim
+        q_heads = self._told[0].outputs // key_dim
         return LayerView(
-            *projections, *norms, key.data_ptr(), value.data_ptr(), block_size, parts.query.out_features // key_dim,
-            kv_heads, key_dim, value_dim, layer.window or 0, parts.scaling,
+            *self._told, key.data_ptr(), value.data_ptr(), block_size, q_heads, kv_heads, key_dim, value.shape[3],
+            layer.window or 0, self._parts.scaling,
         )  # fmt: skip
 
-    def _projection(self, linear: torch.nn.Linear) -> Projection | None:
-        weight, bias = linear.weight, linear.bias
-        outputs, inputs = weight.shape
-        sizes = {"inputs": inputs, "outputs": outputs}
-        if isinstance(weight, PackedVariants):
-            rows, matrix = weight.packed, weight.packed.matrix
-            if bias is not None or matrix is None or not isinstance(rows.bases, TiledPool):
-                return None
-            bases, deltas = (ctypes.cast(stacks, ctypes.c_void_p) for stacks in (matrix.bases, matrix.deltas))
-            return Projection(
-                **sizes, grouping=self._steps.index_of(weight.row_map), bases=bases, deltas=deltas,
-                one_base=rows.has_one_base, bits=self._bits[0], coarse=self._bits[1] < self._bits[0],
-            )  # fmt: skip
-        (stack, row_map), (biases, of_bias) = _versions_of(weight), _versions_of(bias)
-        alike = bias is None or (row_map is of_bias and biases.dtype == torch.bfloat16 and biases.is_contiguous())
-        if not alike or why_not_grouped(stack.dtype, [inputs]) or not stack.is_contiguous():
-            return None
-        return Projection(**sizes, rows=stack.data_ptr(), bias=address(biases), grouping=self._steps.index_of(row_map))
 
-    def _norm(self, norm: tuple[torch.nn.Module, float] | None) -> HeadNorm | None:
-        if norm is None:
-            return HeadNorm()
-        module, eps = norm
-        weights, row_map = _versions_of(module.weight)
-        if why_not_fast_norm(weights.dtype, weights.shape[-1]) or not weights.is_contiguous():
+def compiled_attention(parts: AttentionParts, steps: StepViews, bits: tuple[int, int]) -> CompiledAttention | None:
+    """None where one of the parts is not for the kernel.
+
+    bits: that rows are rounded to where they meet packed weights, before the base and before deltas.
+    """
+    if why_not_attention(torch.bfloat16, parts.head_dim, parts.head_dim):
+        return None
+    projections = [_projection(*part, steps, bits) for part in (parts.query, parts.key, parts.value, parts.output)]
+    norms = [_norm(norm, steps) for norm in (parts.query_norm, parts.key_norm)]
+    told = [part for part in (*projections, *norms) if part is not None]
+    return CompiledAttention(parts, steps, told) if len(told) == len(projections) + len(norms) else None
+
+
+def _projection(weight: Weight, bias: Weight | None, steps: StepViews, bits: tuple[int, int]) -> Projection | None:
+    rows, grouping = weight.rows, steps.index_of(weight.row_map)
+    if isinstance(rows, PackedRows):
+        matrix = rows.matrix
+        if bias is not None or matrix is None or not isinstance(rows.bases, TiledPool):
             return None
-        return HeadNorm(weights.data_ptr(), self._steps.index_of(row_map), eps)
+        bases, deltas = (ctypes.cast(stacks, ctypes.c_void_p) for stacks in (matrix.bases, matrix.deltas))
+        return Projection(
+            inputs=matrix.inputs, outputs=matrix.outputs, grouping=grouping, bases=bases, deltas=deltas,
+            one_base=rows.has_one_base, bits=bits[0], coarse=bits[1] < bits[0],
+        )  # fmt: skip
+    _, outputs, inputs = rows.shape
+    if why_not_grouped(rows.dtype, [inputs]) or not rows.is_contiguous():
+        return None
+    biases = None if bias is None else bias.rows
+    if bias is not None and biases is not None:
+        if bias.row_map is not weight.row_map or isinstance(biases, PackedRows):
+            return None
+        if biases.dtype != torch.bfloat16 or not biases.is_contiguous():
+            return None
+    assert not isinstance(biases, PackedRows)
+    return Projection(inputs=inputs, outputs=outputs, grouping=grouping, rows=rows.data_ptr(), bias=address(biases))
+
+
+def _norm(norm: tuple[Weight, float] | None, steps: StepViews) -> HeadNorm | None:
+    if norm is None:
+        return HeadNorm()
+    weight, eps = norm
+    rows = weight.rows
+    if isinstance(rows, PackedRows) or why_not_fast_norm(rows.dtype, rows.shape[-1]) or not rows.is_contiguous():
+        return None
+    return HeadNorm(rows.data_ptr(), steps.index_of(weight.row_map), eps)

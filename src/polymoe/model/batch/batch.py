@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from polymoe.kernels.cpu.packed_linear import PackedSegments
@@ -131,7 +132,7 @@ def segments_from_variants(variants: list[int], counts: list[int], device: torch
         elif count:
             spans.append((variant, start, start + count))
         start += count
-    token_variant = torch.repeat_interleave(torch.tensor(variants, dtype=torch.int64), torch.tensor(counts))
+    token_variant = np.repeat(np.array(variants, dtype=np.int64), np.array(counts, dtype=np.int64))
     return Segments(upload(token_variant, torch.device(device)), tuple(spans))
 
 

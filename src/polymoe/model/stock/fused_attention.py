@@ -5,6 +5,7 @@ gives, and make of its result what the output projection makes of it.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,59 +14,76 @@ import torch.nn.functional as F
 from polymoe.errors import UnsupportedModelError
 from polymoe.kernels.cpu.attention_layer import rotated
 from polymoe.kernels.cpu.rms_norm import rms_norm
-from polymoe.model.attention.paged import PagedAttention, asks_for_nothing
-from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedAttention
-from polymoe.model.stock.fused_norm import norm_epsilon
+from polymoe.model.attention.paged import KVCache, PagedAttention, asks_for_nothing
+from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedAttention, Weight
+from polymoe.model.stock.fused_norm import epsilon_of, norm_epsilon
+from polymoe.model.variants.packed_variants import PackedVariants
+from polymoe.model.variants.variant_stack import VariantStack
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _TOKENS = 3  # of a trial
 
 
-def fuse_attention(model: torch.nn.Module, backend: Backend) -> int:
-    """Give every attention layer that computes the formula the backend's. Returns how many there are."""
+def fuse_attention(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
+    """Give every attention layer among them that computes the formula the backend's. Returns how many there are."""
     fused = 0
     tried: dict[Any, tuple[float, frozenset[int]] | None] = {}
-    for module in model.modules():
-        parts = _parts_of(module)
-        if parts is None or backend.prepare_attention(parts) is None:
+    for module in modules:
+        if not _has_the_parts(module) or backend.prepare_attention(_parts_of(module, 1.0)) is None:
             continue
         key = _what_it_depends_on(module)
         if key not in tried:
-            tried[key] = _trial(module, parts)
+            tried[key] = _trial(module)
         if (found := tried[key]) is not None:
-            parts = _parts_of(module, found[0])
-            assert parts is not None
-            prepared = backend.prepare_attention(parts)
-            assert prepared is not None
-            module.forward = _FusedAttention(module, prepared, found[1])
+            module.forward = _FusedAttention(module, *found, backend)
             fused += 1
     return fused
 
 
-def _parts_of(module: Any, scaling: float = 1.0) -> AttentionParts | None:
-    """Of a module that has nothing but these."""
+def _has_the_parts(module: Any) -> bool:
+    """And nothing else."""
     children = dict(module.named_children())
     if not set(_PROJECTIONS) <= children.keys() <= {*_PROJECTIONS, *_NORMS} or not hasattr(module, "layer_idx"):
-        return None
+        return False
     linears = [children[name] for name in _PROJECTIONS]
     head_dim = getattr(module, "head_dim", None)
     own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     if own or not isinstance(head_dim, int) or not all(type(linear) is torch.nn.Linear for linear in linears):
-        return None
-    if (
-        any(linear.out_features % head_dim for linear in linears[:3])
-        or linears[1].out_features != linears[2].out_features
-    ):
-        return None
-    norms = []
-    for name in _NORMS:
-        norm = children.get(name)
-        eps = None if norm is None else norm_epsilon(norm)
-        if norm is not None and (eps is None or norm.weight.shape != (head_dim,)):
-            return None
-        norms.append(None if norm is None or eps is None else (norm, eps))
-    return AttentionParts(*linears, *norms, head_dim, scaling)
+        return False
+    query, key, value, _ = (linear.out_features for linear in linears)
+    if query % head_dim or key % head_dim or key != value:
+        return False
+    norms = [children[name] for name in _NORMS if name in children]
+    return all(norm_epsilon(norm) is not None and norm.weight.shape == (head_dim,) for norm in norms)
+
+
+def _weights_of(module: Any) -> list[torch.Tensor | None]:
+    """All that `_parts_of` reads: other objects once a weight that was one for all becomes a stack."""
+    found = [tensor for name in _PROJECTIONS for tensor in (module._modules[name].weight, module._modules[name].bias)]
+    return found + [module._modules[name].weight for name in _NORMS if name in module._modules]
+
+
+def _parts_of(module: Any, scaling: float) -> AttentionParts:
+    def linear(name: str) -> tuple[Weight, Weight | None]:
+        part = module._modules[name]
+        return _weight(part.weight), None if part.bias is None else _weight(part.bias)
+
+    def norm(name: str) -> tuple[Weight, float] | None:
+        part = module._modules.get(name)
+        eps = None if part is None else norm_epsilon(part)
+        return None if part is None or eps is None else (_weight(part.weight), eps)
+
+    linears = linear("q_proj"), linear("k_proj"), linear("v_proj"), linear("o_proj")
+    return AttentionParts(*linears, norm("q_norm"), norm("k_norm"), module.head_dim, scaling)
+
+
+def _weight(tensor: torch.Tensor) -> Weight:
+    if isinstance(tensor, VariantStack):
+        return Weight(tensor.rows, tensor.row_map)
+    if isinstance(tensor, PackedVariants):
+        return Weight(tensor.packed, tensor.row_map)
+    return Weight(tensor[None], None)
 
 
 def _what_it_depends_on(module: Any) -> Any:
@@ -97,7 +115,7 @@ class _Recorder:
         return self.out
 
 
-def _trial(module: Any, parts: AttentionParts) -> tuple[float, frozenset[int]] | None:
+def _trial(module: Any) -> tuple[float, frozenset[int]] | None:
     """What scores are multiplied by, and of how many values rotary embeddings may be; None if it is no such layer."""
     generator = torch.Generator().manual_seed(0)
 
@@ -106,27 +124,26 @@ def _trial(module: Any, parts: AttentionParts) -> tuple[float, frozenset[int]] |
 
     trial = copy.copy(module)
     trial._modules = dict(module._modules)
-    for name, linear in zip(_PROJECTIONS, parts.linears, strict=True):
-        own = copy.copy(linear)
-        own._parameters = {}
-        for leaf in ("weight", "bias"):
-            own.__dict__.pop(leaf, None)
-        weight = random(linear.out_features, linear.in_features) / linear.in_features**0.5
-        bias = None if linear.bias is None else torch.nn.Parameter(random(linear.out_features), requires_grad=False)
-        own._parameters = {"weight": torch.nn.Parameter(weight, requires_grad=False), "bias": bias}
+    for name in _PROJECTIONS:
+        linear = module._modules[name]
+        own = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        own.weight = _parameter(random(linear.out_features, linear.in_features) / linear.in_features**0.5)
+        if linear.bias is not None:
+            own.bias = _parameter(random(linear.out_features))
         trial._modules[name] = own
-    for name, norm in zip(_NORMS, parts.norms, strict=True):
-        if norm is not None:
-            own = copy.copy(norm[0])
+    for name in _NORMS:
+        if name in trial._modules:
+            norm = copy.copy(module._modules[name])
             for leaf in ("weight", "forward"):
-                own.__dict__.pop(leaf, None)
-            own._parameters = {"weight": torch.nn.Parameter(random(parts.head_dim), requires_grad=False)}
-            trial._modules[name] = own
-    heads = parts.query.out_features // parts.head_dim
+                norm.__dict__.pop(leaf, None)
+            norm._parameters = {"weight": _parameter(random(module.head_dim))}
+            trial._modules[name] = norm
+    head_dim, inputs = module.head_dim, module._modules["q_proj"].in_features
+    heads = module._modules["q_proj"].out_features // head_dim
     proven = set()
     scaling = None
-    for rotary in (parts.head_dim, parts.head_dim // 2, parts.head_dim // 4):
-        x, out = random(1, _TOKENS, parts.query.in_features), random(_TOKENS, heads, parts.head_dim)
+    for rotary in (head_dim, head_dim // 2, head_dim // 4):
+        x, out = random(1, _TOKENS, inputs), random(_TOKENS, heads, head_dim)
         positions = torch.randint(1 << 20, (1, _TOKENS), generator=generator)  # far on, should they matter
         recorder = _Recorder(out)
         trial.__dict__["polymoe_attention"] = recorder
@@ -142,16 +159,19 @@ def _trial(module: Any, parts: AttentionParts) -> tuple[float, frozenset[int]] |
         factor = options.pop("scaling", None)
         if any(value is not None for value in options.values()) or not isinstance(factor, float):
             return None
-        if scaling not in (None, factor) or not _agrees(trial, parts, x, rotation, recorder, found):
+        if scaling not in (None, factor) or not _agrees(trial, x, rotation, recorder, found):
             continue
         scaling = factor
         proven.add(rotary)
     return None if scaling is None else (scaling, frozenset(proven))
 
 
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
 def _agrees(
     trial: Any,
-    parts: AttentionParts,
     x: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     recorder: _Recorder,
@@ -161,9 +181,9 @@ def _agrees(
     wanted = []
     for name, norm in zip(_PROJECTIONS[:3], (*_NORMS, ""), strict=True):
         linear = trial._modules[name]
-        heads = F.linear(x[0], linear.weight, linear.bias).view(_TOKENS, -1, parts.head_dim)
+        heads = F.linear(x[0], linear.weight, linear.bias).view(_TOKENS, -1, trial.head_dim)
         if norm in trial._modules:
-            heads = rms_norm(heads, trial._modules[norm].weight, norm_epsilon(trial._modules[norm]) or 0.0)
+            heads = rms_norm(heads, trial._modules[norm].weight, epsilon_of(trial._modules[norm]) or 0.0)
         heads = heads.transpose(0, 1)
         wanted.append(heads if name == "v_proj" else rotated(heads, rotation[0][0], rotation[1][0]))
     last = trial._modules["o_proj"]
@@ -175,8 +195,12 @@ def _agrees(
 class _FusedAttention:
     """The forward of one attention layer: the backend's, or the stock one where rows are not the step's tokens."""
 
-    def __init__(self, module: Any, prepared: PreparedAttention, rotaries: frozenset[int]) -> None:
-        self.module, self.prepared, self.rotaries, self.stock = module, prepared, rotaries, module.forward
+    def __init__(self, module: Any, scaling: float, rotaries: frozenset[int], backend: Backend) -> None:
+        self.module, self.scaling, self.rotaries, self.backend = module, scaling, rotaries, backend
+        self.stock = module.forward
+        self.seen: list[torch.Tensor | None] = []  # the weights that `prepared` was made of
+        self.prepared: PreparedAttention | None = None
+        self.cached: tuple[KVCache, CachedLayer] | None = None
 
     def __call__(
         self,
@@ -206,9 +230,14 @@ class _FusedAttention:
             return None
         if cos.shape[2] not in self.rotaries:
             return None
-        layer = self.module.layer_idx
-        cached = CachedLayer(
-            (paged.cache.key[layer], paged.cache.value[layer]), paged.cache.layers[layer].sliding_window
-        )
-        out = self.prepared(hidden[0], (cos[0], sin[0]), batch, cached)
-        return None if out is None else out[None]
+        weights = _weights_of(self.module)
+        if len(self.seen) != len(weights) or any(a is not b for a, b in zip(weights, self.seen, strict=True)):
+            self.seen = weights
+            self.prepared = self.backend.prepare_attention(_parts_of(self.module, self.scaling))
+        if self.prepared is None:
+            return None
+        if self.cached is None or self.cached[0] is not paged.cache:
+            layer, cache = self.module.layer_idx, paged.cache
+            tensors = cache.key[layer], cache.value[layer]
+            self.cached = cache, CachedLayer(tensors, cache.layers[layer].sliding_window)
+        return self.prepared(hidden[0], (cos[0], sin[0]), batch, self.cached[1])[None]

@@ -21,14 +21,15 @@ def fuse_norms(model: torch.nn.Module, backend: Backend) -> int:
     """Give every module that computes `rms_norm`, bit for bit, the backend's. Returns how many there are."""
     fused = 0
     for module in model.modules():
-        eps = _epsilon(module)
+        eps = epsilon_of(module)
         if eps is not None and _is_rms_norm(module, eps):
             module.forward = _FusedNorm(module, eps, backend)
             fused += 1
     return fused
 
 
-def _epsilon(module: torch.nn.Module) -> float | None:
+def epsilon_of(module: torch.nn.Module) -> float | None:
+    """What a module that may be a norm has as its epsilon."""
     found = (getattr(module, name, None) for name in _EPSILONS)
     return next((value for value in found if isinstance(value, float)), None)
 

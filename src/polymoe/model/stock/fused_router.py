@@ -5,6 +5,7 @@ random numbers, against the formula.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from polymoe.model.backends.base import Backend
 from polymoe.model.variants.variant_stack import VariantStack
 
 
-def fuse_routers(model: torch.nn.Module, backend: Backend) -> int:
-    """Give every module that computes `choose` of its logits the backend's. Returns how many there are."""
+def fuse_routers(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
+    """Give every one that computes `choose` of its logits the backend's. Returns how many there are."""
     fused = 0
-    for module in model.modules():
+    for module in modules:
         weight, top_k = getattr(module, "weight", None), getattr(module, "top_k", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not isinstance(top_k, int):
             continue
@@ -38,7 +39,7 @@ def _normalises(module: Any, top_k: int) -> tuple[bool, torch.dtype] | None:
         for name, tensor in (module._parameters | module._buffers).items()
         if name != "weight" and tensor is not None
     ]
-    if others or next(module.children(), None):
+    if others or any(True for _ in module.children()):
         return None
     generator = torch.Generator().manual_seed(0)
     experts, width = module.weight.shape
