@@ -55,6 +55,8 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]  # mypy does no
     """Writes `libpolymoe_cpu….so` into `native/`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        if self.target_name == "sdist":
+            return
         folder = Path(self.root) / NATIVE
         levels = LEVELS.get(platform.machine(), {})
         targets = [folder / f"libpolymoe_cpu{'' if level == 'avx512' else f'_{level}'}.so" for level in levels]
