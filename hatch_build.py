@@ -46,53 +46,77 @@ SHARED = (
     "attention_layer.cpp", "changes.cpp", "gated_delta.cpp", "make_tiles.cpp", "routed_experts.cpp", "router.cpp",
     "sources.cpp", "threads.cpp",
 )  # fmt: skip
+# Five seconds or more, the longest first.
+SLOWEST = ("tiled_experts.cpp", "tiled_linear.cpp", "packed_experts.cpp", "grouped_linear.cpp", "linear.cpp",
+           "experts.cpp")  # fmt: skip
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]  # mypy does not look into hatchling
     """Writes `libpolymoe_cpu….so` into `native/`."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        if self.target_name == "sdist":
+            return
         folder = Path(self.root) / NATIVE
-        made = []
-        for level in LEVELS.get(platform.machine(), {}):
-            target = folder / f"libpolymoe_cpu{'' if level == 'avx512' else f'_{level}'}.so"
-            if compile_kernels(folder / "csrc", target):
-                made.append(f"{NATIVE}/{target.name}")
+        levels = LEVELS.get(platform.machine(), {})
+        targets = [folder / f"libpolymoe_cpu{'' if level == 'avx512' else f'_{level}'}.so" for level in levels]
+        old = [target for target in targets if not is_current(target, folder / "csrc")]
+        failed = {*old} - {*compile_kernels(folder / "csrc", old)}
+        made = [f"{NATIVE}/{target.name}" for target in targets if target not in failed]
         if made:
             build_data["artifacts"] += made
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{re.sub(r'[^A-Za-z0-9]', '_', sysconfig.get_platform())}"
 
 
-def compile_kernels(folder: Path, target: Path, flags: Sequence[str] = ()) -> bool:
-    """Whether it worked."""
+def is_current(target: Path, folder: Path) -> bool:
+    """Whether it was compiled from these sources, in this way: `make dev` installs the package twice."""
+    if not target.exists() or target.stat().st_mtime < Path(__file__).stat().st_mtime:
+        return False
+    return digest_of(folder).encode() in target.read_bytes()
+
+
+def digest_of(folder: Path) -> str:
+    """Of the sources; as polymoe/native/library.py has it."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.[ch]*")))).hexdigest()
+
+
+def compile_kernels(folder: Path, targets: Sequence[Path], flags: Sequence[str] = ()) -> list[Path]:
+    """Those of the libraries that could be made. All levels at once, what takes longest first: no core idles."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        print("polymoe: no C++ compiler, the CPU kernels are not built", file=sys.stderr)
-        return False
-    level = level_of(target)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.[ch]*")))).hexdigest()
-    with tempfile.TemporaryDirectory() as temporary:
-        options = [*FLAGS, *_FLAGS_OF[level], *flags, f'-DPOLYMOE_SOURCES="{digest}"']
+        if targets:
+            print("polymoe: no C++ compiler, the CPU kernels are not built", file=sys.stderr)
+        return []
+    common, made = [*FLAGS, *flags, f'-DPOLYMOE_SOURCES="{digest_of(folder)}"'], []
+    # The threads wait for compilers, some three minutes of a core in all.
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def compiled(source: Path) -> str:
-            made = str(Path(temporary) / f"{source.stem}.o")
+        def compiled(target: Path, source: Path) -> str:
+            level, out = level_of(target), f"{temporary}/{target.stem}-{source.stem}.o"
             more = MORE_FLAGS.get(source.name, []) if level == "avx512" else []
-            subprocess.run([compiler, *options, *more, "-c", str(source), "-o", made], check=True, capture_output=True)
-            return made
+            options = [*common, *_FLAGS_OF[level], *more]
+            subprocess.run([compiler, *options, "-c", str(source), "-o", out], check=True, capture_output=True)
+            return out
 
-        try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # which waits for compilers, a minute of a core in all
-                objects = list(pool.map(compiled, sources_of(folder, level)))
-            library = Path(temporary) / target.name
-            command = [compiler, "-shared", "-pthread", *flags, *objects, "-o", str(library)]
-            subprocess.run(command, check=True, capture_output=True)
-            shutil.move(library, target)  # may be on another disk
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
-            print(f"polymoe: the CPU kernels for {level} are not built ({error}) {detail}", file=sys.stderr)
-            return False
-    return True
+        sources = {target: sources_of(folder, level_of(target)) for target in targets}
+        asked = [(target, source) for target in targets for source in sources[target]]
+        order = {name: place for place, name in enumerate(SLOWEST)}
+        asked.sort(key=lambda pair: order.get(pair[1].name, len(order)))
+        objects = {pair: pool.submit(compiled, *pair) for pair in asked}
+        for target in targets:
+            try:
+                library = Path(temporary) / target.name
+                parts = [objects[target, source].result() for source in sources[target]]
+                command = [compiler, "-shared", "-pthread", *flags, *parts, "-o", str(library)]
+                subprocess.run(command, check=True, capture_output=True)
+                shutil.move(library, target)  # may be on another disk
+                made.append(target)
+            except (OSError, subprocess.CalledProcessError) as error:
+                detail = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
+                name = level_of(target)
+                print(f"polymoe: the CPU kernels for {name} are not built ({error}) {detail}", file=sys.stderr)
+    return made
 
 
 def level_of(library: Path) -> str:
@@ -110,4 +134,4 @@ def sources_of(folder: Path, level: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if compile_kernels(Path(__file__).parent / NATIVE / "csrc", Path(sys.argv[1]), sys.argv[2:]) else 1)
+    sys.exit(0 if compile_kernels(Path(__file__).parent / NATIVE / "csrc", [Path(sys.argv[1])], sys.argv[2:]) else 1)

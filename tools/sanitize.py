@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = "tests/test_cpu_kernels.py::test_torch_is_loaded_with_threads_that_sleep_and_nobody_else_is_told"
 KERNEL_THREADS = "3"
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+# Variable -> settings.
 OPTIONS = {
     # Python and torch never free all they have; a leak in the kernels would be of their few persistent helpers.
-    "address": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1"},
-    "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:die_after_fork=0:ignore_noninstrumented_modules=1"},
+    "address": ("ASAN_OPTIONS", "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1"),
+    "thread": ("TSAN_OPTIONS", "halt_on_error=1:exitcode=66:die_after_fork=0:ignore_noninstrumented_modules=1"),
 }
 
 
@@ -56,17 +57,26 @@ def is_clean(name: str, level: str, tests: list[str], pytest_options: list[str])
         library = Path(folder) / library_of(level).name
         flags = [f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer"]
         subprocess.run([sys.executable, str(ROOT / "hatch_build.py"), str(library), *flags], check=True)
-        found = subprocess.run(
-            [compiler, f"-print-file-name={RUNTIMES[name]}"], capture_output=True, text=True, check=True
-        )
-        environment = os.environ | OPTIONS[name]
-        environment |= {"LD_PRELOAD": str(Path(found.stdout.strip()).resolve()), "OMP_NUM_THREADS": "1"}
+        # With C++'s library: a runtime that comes first must find what throws, since torch does.
+        preloaded = ":".join(str(path_of(compiler, file)) for file in (RUNTIMES[name], "libstdc++.so"))
+        variable, options = OPTIONS[name]
+        environment = os.environ | {variable: f"{options}:log_path={folder}/found"}  # pytest keeps what is printed
+        environment |= {"LD_PRELOAD": preloaded, "OMP_NUM_THREADS": "1"}
         environment |= {"POLYMOE_KERNELS": str(library), "POLYMOE_STRICT_TESTS": "1", "PYTHONFAULTHANDLER": "1"}
         environment |= {"TEST_KERNEL_THREADS": KERNEL_THREADS}
         command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "not slow", "--deselect", LEFT_OUT, *tests]
         command += pytest_options
-        print(f"{name}, {level}: {library.stat().st_size >> 10} KiB, {environment['LD_PRELOAD']}", flush=True)
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
+        print(f"{name}, {level}: {library.stat().st_size >> 10} KiB, {preloaded}", flush=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        for report in sorted(Path(folder).glob("found.*")):
+            print(report.read_text(errors="replace"), flush=True)
+        return done.returncode == 0
+
+
+def path_of(compiler: str, file: str) -> Path:
+    """Where the compiler has a library."""
+    found = subprocess.run([compiler, f"-print-file-name={file}"], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip()).resolve()
 
 
 if __name__ == "__main__":

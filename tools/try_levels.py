@@ -19,7 +19,7 @@ TESTS = (
     "test_grouped_experts.py", "test_packed_linear.py", "test_packed_experts.py", "test_tiled_experts.py",
     "test_packed_nonexperts.py::test_products_are_those_with_the_whole_matrices",
     "test_packed_nonexperts.py::test_products_of_tiles", "test_encode.py", "test_gated_delta.py",
-    "test_quant.py::test_exact_deltas_are_those_of_the_reference",
+    "test_quant.py::test_exact_deltas_are_those_of_the_reference", "test_fused_layers.py",
 )  # fmt: skip
 
 

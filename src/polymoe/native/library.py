@@ -46,13 +46,14 @@ def one_torch_thread() -> Iterator[None]:
 
     For steps so small that their operations take less time than torch's threads need to come together.
     """
+    before, given = torch.get_num_threads(), getattr(_own, "threads", None)
     _own.threads = kernel_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(_own.threads)
-        del _own.threads
+        torch.set_num_threads(before)
+        _own.threads = given
 
 
 def why_no_kernels() -> str:
