@@ -62,6 +62,12 @@ def test_a_part_that_can_run_in_no_way_is_refused() -> None:
         trace(make_config("deepseek_v32", index_head_dim=4))
 
 
+def test_a_checkpoint_in_bfloat16_is_tried_in_float32() -> None:
+    """Rounding was taken for tokens that reach each other: MiniMax's own checkpoints were refused."""
+    trial = trace(make_config("minimax", dtype=torch.bfloat16))
+    assert len(trial.per_variant) == len(trace(make_config("minimax")).per_variant)
+
+
 def test_a_full_sized_model_takes_seconds_and_no_memory() -> None:
     started = time.perf_counter()
     assert len(trace(AutoConfig.for_model("deepseek_v3")).attention_layers) == 61

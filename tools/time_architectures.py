@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 16),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 4),
     **{"q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64},
-    **{"index_head_dim": 64, "mamba_n_heads": 16, "mamba_num_heads": 16, "mamba_head_dim": 64},
+    **{"index_head_dim": 64, "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_num_heads": 16, "mamba_head_dim": 64},
 }
 
 

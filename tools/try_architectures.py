@@ -136,7 +136,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 109, "audio_start_token_id": 108},
     "unlimited_ocr_text": {"num_key_value_heads": 4},
-    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -168,6 +167,10 @@ def architectures() -> dict[str, str]:
         whole = [t for t, name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items() if name in classes]
         found[path.parent.name] = [*text, *whole, path.parent.name][0]
     return found
+
+
+# What no other size can change.
+FIXED: dict[str, dict[str, Any]] = {"zaya": {"num_experts_per_tok": 1}}
 
 
 def small_config(model_type: str, sizes: Mapping[str, Any] = SMALL) -> Any:
@@ -210,8 +213,9 @@ def small_fields(default: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         values.pop("head_dim", None)
     more = OVERRIDES.get(default.model_type, {})
     if sizes is not SMALL:
-        more = {k: sizes.get(k, v) for k, v in more.items()}
-    return {**values, **more}
+        changed = {k: v for k, v in sizes.items() if v != SMALL.get(k)}
+        more = {k: changed.get(k, v) for k, v in more.items()}
+    return {**values, **more, **FIXED.get(default.model_type, {})}
 
 
 @torch.no_grad()

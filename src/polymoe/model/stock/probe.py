@@ -64,7 +64,7 @@ def trace(config: Any, look: Callable[[PreTrainedModel], None] | None = None) ->
     try:
         choice: Choice | None = None
         while True:
-            model = build_skeleton(config, TRIAL)
+            model = build_skeleton(config, TRIAL, torch.float32)  # a comparison, whatever the checkpoint's dtype
             name = type(model).__name__
             if look is not None:
                 look(model)

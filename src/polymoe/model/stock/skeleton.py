@@ -19,13 +19,15 @@ from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.variant_stack import VariantStack
 
 
-def build_skeleton(config: Any, attention: str = IMPLEMENTATION) -> PreTrainedModel:
+def build_skeleton(
+    config: Any, attention: str = IMPLEMENTATION, dtype: torch.dtype | None = None
+) -> PreTrainedModel:  # fmt: skip
     """The stock definition of `config`: parameters on the meta device, computed buffers on the CPU.
 
-    `attention` names the entry of transformers' attention registry that it uses.
+    `attention` names the entry of transformers' attention registry that it uses. `dtype`: None, the config's.
     """
     config = copy.deepcopy(config)
-    model = kind_of(config).build(config, attention)
+    model = kind_of(config).build(config, attention, dtype)
     _materialise_computed_buffers(model)
     return model
 
