@@ -60,7 +60,9 @@ class Load:
         number = 0
         while not self._stopped:
             prompt = [rng.randrange(4096) for _ in range(_PROMPT)]
-            sampling = SamplingParams(temperature=0, max_tokens=_OUTPUT, ignore_eos=True)
+            # The first is cut, so that prompts do not come in waves, whose gaps would be most of the 99th percentile.
+            length = _OUTPUT if number else rng.randrange(1, _OUTPUT)
+            sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
             last, number = None, number + 1
             try:
                 name = self.names[index % len(self.names)]
