@@ -245,7 +245,7 @@ def test_what_fails_leaves_nothing(
         rename(folder, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polymoe.server.variants.rename_addition", spoil)
+        patch.setattr("polymoe.server.arrival.rename_addition", spoil)
         assert "tokenizer" in admin.refused(422, "POST", body={"name": "x", "source": "v2", "wait": True})
     unchanged()
     admin.ok("POST", body={"name": "x", "source": "v2", "wait": True})

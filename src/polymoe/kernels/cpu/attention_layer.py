@@ -22,8 +22,7 @@ class _Grouping(ctypes.Structure):
     """`Grouping` of attention_layer.cpp; the same of those below."""
 
     _fields_ = (
-        ("count", _NUMBER), ("ids", _POINTER), ("starts", _POINTER), ("zeros", _POINTER), ("none", _POINTER),
-        ("of_token", _POINTER),
+        ("count", _NUMBER), ("ids", _POINTER), ("starts", _POINTER), ("of_token", _POINTER),
     )  # fmt: skip
 
 
@@ -32,7 +31,8 @@ class Projection(ctypes.Structure):
 
     _fields_ = (
         ("rows", _POINTER), ("bias", _POINTER), ("inputs", _NUMBER), ("outputs", _NUMBER), ("grouping", _NUMBER),
-        ("bases", _POINTER), ("deltas", _POINTER), ("one_base", _NUMBER), ("bits", _NUMBER), ("coarse", _NUMBER),
+        ("bases", _POINTER), ("deltas", _POINTER), ("base_of", _POINTER),
+        ("delta_of", _POINTER), ("bits", _NUMBER), ("coarse", _NUMBER),
     )  # fmt: skip
 
 
@@ -81,17 +81,10 @@ class StepView:
         self, versions: list[Versions], slots: Tensor, block_table: Tensor, sequence: Tensor, visible: Tensor
     ) -> None:
         assert block_table.is_contiguous()
-        longest = max((len(v.ids) for v in versions), default=0)
-        zeros = torch.zeros(longest, dtype=torch.int64)
-        none = torch.full((longest,), -1)
-        self._kept: Any = (versions, slots, block_table, sequence, visible, zeros, none)
+        self._kept: Any = (versions, slots, block_table, sequence, visible)
         groupings = (_Grouping * len(versions))(
-            *(
-                _Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), zeros.data_ptr(), none.data_ptr(),
-                 v.of_token.data_ptr())
-                for v in versions
-            )
-        )  # fmt: skip
+            *(_Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), v.of_token.data_ptr()) for v in versions)
+        )
         self.num_tokens = len(slots)
         self.struct = _Step(
             len(slots), groupings, slots.data_ptr(), block_table.data_ptr(), block_table.shape[1], sequence.data_ptr(),

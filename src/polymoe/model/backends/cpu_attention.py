@@ -6,7 +6,6 @@ import torch
 
 from polymoe.kernels.cpu.attention_layer import HeadNorm, LayerView, Projection, StepView, Versions, attention_layer
 from polymoe.kernels.cpu.grouped_linear import why_not_grouped
-from polymoe.kernels.cpu.packed_pool import TiledPool
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.cpu.packed_stack import address
 from polymoe.kernels.cpu.paged_attention import why_not_attention
@@ -94,12 +93,13 @@ def _projection(weight: Weight, bias: Weight | None, steps: StepViews, bits: tup
     rows, grouping = weight.rows, steps.index_of(weight.row_map)
     if isinstance(rows, PackedRows):
         matrix = rows.matrix
-        if bias is not None or matrix is None or not isinstance(rows.bases, TiledPool):
+        if bias is not None or matrix is None or not rows.is_tiled:
             return None
         bases, deltas = (ctypes.cast(stacks, ctypes.c_void_p) for stacks in (matrix.bases, matrix.deltas))
         return Projection(
             inputs=matrix.inputs, outputs=matrix.outputs, grouping=grouping, bases=bases, deltas=deltas,
-            one_base=rows.has_one_base, bits=bits[0], coarse=bits[1] < bits[0],
+            base_of=rows.versions.base.data_ptr(), delta_of=rows.versions.delta.data_ptr(), bits=bits[0],
+            coarse=bits[1] < bits[0],
         )  # fmt: skip
     _, outputs, inputs = rows.shape
     if why_not_grouped(rows.dtype, [inputs]) or not rows.is_contiguous():

@@ -58,10 +58,11 @@ def _has_the_parts(module: Any) -> bool:
     return all(norm_epsilon(norm) is not None and norm.weight.shape == (head_dim,) for norm in norms)
 
 
-def _weights_of(module: Any) -> list[torch.Tensor | None]:
-    """All that `_parts_of` reads: other objects once a weight that was one for all becomes a stack."""
+def _weights_of(module: Any) -> list[Any]:
+    """All that `_parts_of` reads: other objects once a weight of all becomes a stack, or a version comes."""
     found = [tensor for name in _PROJECTIONS for tensor in (module._modules[name].weight, module._modules[name].bias)]
-    return found + [module._modules[name].weight for name in _NORMS if name in module._modules]
+    found += [module._modules[name].weight for name in _NORMS if name in module._modules]
+    return [w.rows if isinstance(w, VariantStack) else w.packed if isinstance(w, PackedVariants) else w for w in found]
 
 
 def _parts_of(module: Any, scaling: float) -> AttentionParts:
@@ -198,7 +199,7 @@ class _FusedAttention:
     def __init__(self, module: Any, scaling: float, rotaries: frozenset[int], backend: Backend) -> None:
         self.module, self.scaling, self.rotaries, self.backend = module, scaling, rotaries, backend
         self.stock = module.forward
-        self.seen: list[torch.Tensor | None] = []  # the weights that `prepared` was made of
+        self.seen: list[Any] = []  # the weights that `prepared` was made of
         self.prepared: PreparedAttention | None = None
         self.cached: tuple[KVCache, CachedLayer] | None = None
 

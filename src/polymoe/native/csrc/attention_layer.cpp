@@ -28,8 +28,8 @@ namespace {
 // A step's rows by the version of a weight: group g is rows starts[g] .. starts[g + 1] and has version ids[g].
 struct Grouping {
     int64_t count;
-    const int64_t *ids, *starts, *zeros, *none;  // [count]: 0, and -1
-    const int64_t* of_token;                     // [tokens]: the version of each
+    const int64_t *ids, *starts;
+    const int64_t* of_token;  // [tokens]: the version of each
 };
 
 // A linear map. rows: null where it is packed, in tiles.
@@ -37,13 +37,19 @@ struct Projection {
     const uint16_t *rows, *bias;  // [versions, out, in], [versions, out] or null
     int64_t in, out, grouping;    // grouping: which of the step's
     const Stack *bases, *deltas;
-    int64_t one_base, bits, coarse;  // one_base: versions are deltas, else bases
+    const int64_t *base_of, *delta_of;  // [versions]: what each is made of; -1: no delta
+    int64_t bits, coarse;
 
     void run(const uint16_t* x, const Grouping* groupings, uint16_t* y, int threads) const {
         const Grouping& g = groupings[grouping];
         if (rows) return polymoe_grouped_linear_bf16(x, in, out, g.count, g.ids, g.starts, rows, bias, y, threads);
-        polymoe_tiled_linear_bf16(x, in, out, g.count, g.starts, one_base ? g.zeros : g.ids, one_base ? g.ids : g.none, bases,
-                                  deltas, bits, coarse, y, threads);
+        std::vector<int64_t> made_of(2 * g.count);
+        for (int64_t i = 0; i < g.count; ++i) {
+            made_of[i] = base_of[g.ids[i]];
+            made_of[g.count + i] = delta_of[g.ids[i]];
+        }
+        polymoe_tiled_linear_bf16(x, in, out, g.count, g.starts, made_of.data(), made_of.data() + g.count, bases, deltas, bits,
+                                  coarse, y, threads);
     }
 };
 
