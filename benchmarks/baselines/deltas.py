@@ -58,7 +58,7 @@ def sign_and_rank(weight: Tensor, base: Tensor, _scales: Tensor, bits: int) -> T
     """The difference's largest singular vectors in 8 bits, and the signs of what they leave with a scale for each
     group, fitted in turn (arXiv 2604.16940): as many vectors as a code of `bits` takes bytes beyond the signs."""
     difference = weight - base
-    rank, rest = num_vectors(*weight.shape, bits), difference
+    rank, rest = num_vectors(weight.shape[0], weight.shape[1], bits), difference
     low = signs = torch.zeros_like(difference)
     for _ in range(_ALTERNATIONS):
         u, s, vh = torch.linalg.svd(rest, full_matrices=False)
