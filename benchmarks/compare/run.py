@@ -121,6 +121,11 @@ class Comparison:
     def _wanted(self, name: str) -> bool:
         return any(part in name for part in self.only)
 
+    def _without(self, name: str, error: Exception) -> None:
+        """Said at once: rounds take minutes."""
+        self.missing[name] = str(error)
+        console.print(f"{name} is missing: {error}", highlight=False)
+
     def _shares(self, several: bool) -> tuple[list[list[int]], str]:
         """The cores of each process of a rival that serves one model, and how the table calls them."""
         if not several:
@@ -133,7 +138,7 @@ class Comparison:
             with console.status(f"installing vLLM in {self.venv.name} (some minutes, once)"):
                 python = install_vllm(self.venv, ROOT, self.torch_index)
         except WorkerError as error:
-            self.missing["vLLM"] = str(error)
+            self._without("vLLM", error)
             return {}
         parts, processes = self._shares(several)
         environments = [
@@ -168,7 +173,7 @@ class Comparison:
                 workers = self._workers([str(worker)], models, environments)
                 found[name] = Offline(self, workers, several)
         except WorkerError as error:
-            self.missing["llama.cpp"] = str(error)
+            self._without("llama.cpp", error)
         return found
 
     def _workers(
@@ -192,9 +197,8 @@ class Comparison:
                     try:
                         speed = await self._once(contestant, repeat)
                     except (WorkerError, PolymoeError) as error:
-                        self.missing[name] = str(error)
+                        self._without(name, error)
                         speeds.pop(name, None)
-                        console.print(f"{name} gives up: {error}", highlight=False)
                         continue
                 console.print(f"round {repeat + 1}, {name}: {speed:.1f} tok/s", highlight=False)
                 speeds.setdefault(name, []).append(speed)

@@ -6,16 +6,33 @@
 namespace polymoe {
 inline namespace POLYMOE_INSTRUCTIONS {
 
-// sum[r * NR + o] += x[r] . w[o], lane by lane. ahead: how far behind the first FETCHED of w the weights lie that are
-// fetched meanwhile.
-template <int MR, int NR, int FETCHED = 0>
+constexpr int64_t AHEAD = 8192;  // of the weights that are multiplied those lie that are fetched: 16 KiB (measured on Zen 4)
+
+// Weights that are fetched while others are multiplied: `lines` of 64 bytes from each of `next` on.
+struct Fetch {
+    const uint16_t* next[2];
+    int64_t lines;
+};
+
+// How they are: not at all, as many from each of STREAMS addresses as the tile has there, or a share of those, where
+// several tiles of rows pass over the same weights.
+enum class Fetched { NOTHING, ALL, SHARE };
+
+// sum[r * NR + o] += x[r] . w[o], lane by lane. What is fetched is fetched in the order in which it lies: line by line of a
+// page the memory answers at its full speed, row by row, a line of each in turn, at less than half of it (Zen 4).
+template <int MR, int NR, Fetched FETCHED = Fetched::NOTHING, int STREAMS = 1>
 inline __attribute__((always_inline)) void add_products(const uint16_t* const* x, const uint16_t* const* w, int64_t in,
-                                                        int64_t ahead, __m512* sum) {
+                                                        __m512* sum, Fetch fetch = {}) {
     static_assert(MR * NR <= 16, "one sum a lane at the end");
     for (int64_t k = 0; k < in; k += 32) {
         __m512bh weight[NR];
         for (int o = 0; o < NR; ++o) weight[o] = (__m512bh)_mm512_loadu_si512(w[o] + k);
-        for (int o = 0; o < FETCHED; ++o) _mm_prefetch(reinterpret_cast<const char*>(w[o] + ahead + k), _MM_HINT_T0);
+        if (FETCHED == Fetched::ALL || (FETCHED == Fetched::SHARE && fetch.lines > 0)) {
+            for (int s = 0; s < STREAMS; ++s)
+                for (int i = 0; i < NR / STREAMS; ++i, fetch.next[s] += 32)
+                    _mm_prefetch(reinterpret_cast<const char*>(fetch.next[s]), _MM_HINT_T1);
+            fetch.lines -= NR / STREAMS;
+        }
         for (int r = 0; r < MR; ++r) {
             const __m512bh row = (__m512bh)_mm512_loadu_si512(x[r] + k);
             for (int o = 0; o < NR; ++o) sum[r * NR + o] = _mm512_dpbf16_ps(sum[r * NR + o], row, weight[o]);
@@ -23,16 +40,16 @@ inline __attribute__((always_inline)) void add_products(const uint16_t* const* x
     }
 }
 
-// Sums of MR rows and NR weight rows -> y, `stride` apart. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
+// Sums of MR rows and NR weight rows -> `rows` rows of y, `stride` apart. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
 template <int MR, int NR, bool PAIRED>
 inline __attribute__((always_inline)) void store_tile(const __m512* sum, const uint16_t* bias, uint16_t* y,
-                                                      int64_t stride) {
+                                                      int64_t stride, int64_t rows = MR) {
     __m512 lanes = add_lanes(sum);
     alignas(64) uint16_t rounded[16];
     if (PAIRED) {
         lanes = round_bf16(lanes);
         store_bf16(rounded, gated(lanes, _mm512_permute_ps(lanes, 0xb1)));  // 0xb1: each lane meets its neighbour
-        for (int r = 0; r < MR; ++r)
+        for (int r = 0; r < rows; ++r)
             for (int o = 0; o < NR / 2; ++o) y[r * stride + o] = rounded[r * NR + 2 * o];
         return;
     }
@@ -44,77 +61,64 @@ inline __attribute__((always_inline)) void store_tile(const __m512* sum, const u
         lanes = _mm512_load_ps(total);
     }
     store_bf16(rounded, lanes);
-    for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < rows; ++r)
         for (int o = 0; o < NR; ++o) y[r * stride + o] = rounded[r * NR + o];
 }
 
-// MR rows against NR weight rows, at most 16 sums. SEVERAL: other rows of x pass over the same weights and fetch their
-// share of those `ahead`.
-template <int MR, int NR, bool PAIRED, bool SEVERAL>
-inline void dot_tile(const Problem& p, const uint16_t* const* x, const uint16_t* first, const uint16_t* second,
-                     const uint16_t* bias, uint16_t* y, int64_t ahead) {
-    __m512 sum[16];
-    for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
+// The rows of a group against NR weight rows, MR at a time; of the last ones there may be fewer.
+template <int MR, int NR, bool PAIRED, Fetched FETCHED>
+inline void dot_tile(const Problem& p, int64_t g, int64_t tiles, const uint16_t* first, const uint16_t* second,
+                     const uint16_t* bias, int64_t o) {
+    constexpr int STREAMS = PAIRED ? 2 : 1;
+    const int64_t start = p.starts[g], count = p.rows(g), lines = NR / STREAMS * p.in / 32;
     const uint16_t* w[NR];
-    for (int o = 0; o < NR; ++o) w[o] = PAIRED ? (o % 2 ? second : first) + o / 2 * p.in : first + o * p.in;
-    add_products<MR, NR, PAIRED || !SEVERAL ? NR : (NR + 1) / 2>(x, w, p.in, ahead, sum);
-    store_tile<MR, NR, PAIRED>(sum, bias, y, p.out);
+    for (int i = 0; i < NR; ++i) w[i] = PAIRED ? (i % 2 ? second : first) + i / 2 * p.in : first + i * p.in;
+    for (int64_t t = 0, from = 0; t < tiles; ++t) {
+        const int64_t rows = std::min<int64_t>(MR, count - t * MR), to = (t + 1) * lines / tiles;
+        const uint16_t* x[MR];
+        for (int64_t r = 0; r < MR; ++r) x[r] = p.row(start + t * MR + std::min(r, rows - 1));
+        __m512 sum[16];
+        for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
+        const int64_t ahead = AHEAD / STREAMS + from * 32;
+        add_products<MR, NR, FETCHED, STREAMS>(x, w, p.in, sum, {{first + ahead, second + ahead}, to - from});
+        from = to;
+        store_tile<MR, NR, PAIRED>(sum, bias, p.y + (start + t * MR) * p.out + o, p.out, rows);
+    }
 }
 
-// Whether a piece is so large that the next one would be gone from L2 before its turn: then the next tile is fetched.
-inline bool near(const Problem& p) { return WEIGHT_ROWS * p.in > 128 * 1024; }
-
-// The weights of the next piece are fetched meanwhile, each of `passes` over this piece fetches its part of them.
-template <int MR, bool PAIRED, bool SEVERAL>
-inline void dot_rows(const Problem& p, const uint16_t* const* x, int64_t g, int64_t o, int64_t count, uint16_t* y,
-                     int64_t pass, int64_t passes) {
+template <int MR, bool PAIRED, Fetched FETCHED>
+void dots(const Problem& p, int64_t g, int64_t o, int64_t count, int64_t tiles) {
     constexpr int NR = PAIRED ? (MR == 1 ? 8 : 16 / MR & ~1) : (MR == 1 ? 8 : 16 / MR);
     constexpr int OUTPUTS = PAIRED ? NR / 2 : NR;
     const uint16_t* first = p.weights[g] + o * p.in;
     const uint16_t* second = first + p.out * p.in;
     const uint16_t* bias = p.biases ? p.biases[g] + o : nullptr;
-    int64_t i = 0;
-    for (; i < count;) {
-        const int64_t ahead = (near(p) ? OUTPUTS : count + (pass * count + i) / passes - i) * p.in;
+    for (int64_t i = 0; i < count;) {
         const uint16_t *w1 = first + i * p.in, *w2 = second + i * p.in, *b = bias ? bias + i : nullptr;
         if (i + OUTPUTS <= count) {
-            dot_tile<MR, NR, PAIRED, SEVERAL>(p, x, w1, w2, b, y + i, ahead);
+            dot_tile<MR, NR, PAIRED, FETCHED>(p, g, tiles, w1, w2, b, o + i);
             i += OUTPUTS;
         } else {
-            dot_tile<MR, PAIRED ? 2 : 1, PAIRED, SEVERAL>(p, x, w1, w2, b, y + i, ahead);
+            dot_tile<MR, PAIRED ? 2 : 1, PAIRED, FETCHED>(p, g, tiles, w1, w2, b, o + i);
             ++i;
-        }
-    }
-}
-
-template <bool PAIRED, bool SEVERAL>
-void dots(const Problem& p, int64_t g, int64_t o, int64_t count, int64_t most, int64_t passes) {
-    for (int64_t r = p.starts[g], pass = 0; r < p.starts[g + 1]; r += most, ++pass) {
-        const int64_t rows = std::min(most, p.starts[g + 1] - r);
-        const uint16_t* x[8];
-        for (int64_t i = 0; i < rows; ++i) x[i] = p.row(r + i);
-        uint16_t* y = p.y + r * p.out + o;
-        switch (rows) {
-            case 8: dot_rows<8, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 7: dot_rows<7, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 6: dot_rows<6, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 5: dot_rows<5, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 4: dot_rows<4, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 3: dot_rows<3, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 2: dot_rows<2, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
-            case 1: dot_rows<1, PAIRED, SEVERAL>(p, x, g, o, count, y, pass, passes); break;
         }
     }
 }
 
 template <bool PAIRED>
 void dots(const Problem& p, int64_t g, int64_t o, int64_t count) {
-    // As many rows as stay in L1 (48 KiB) while weights stream by: 8 rows of 3072 would fill it.
-    const int64_t most = p.in > 2048 ? 4 : 8, passes = (p.rows(g) + most - 1) / most;
-    if (passes == 1 || near(p))
-        dots<PAIRED, false>(p, g, o, count, most, passes);
-    else
-        dots<PAIRED, true>(p, g, o, count, most, passes);
+    // As many rows as stay in half of L1 (32 KiB) while weights stream by, in tiles of nearly equal height.
+    const int64_t most = p.in > 1024 ? 4 : 8, rows = p.rows(g), tiles = (rows + most - 1) / most;
+    switch (rows ? (rows + tiles - 1) / tiles : 0) {
+#define POLYMOE_HEIGHT(H)                                                            \
+    case H:                                                                          \
+        if (tiles == 1) dots<H, PAIRED, Fetched::ALL>(p, g, o, count, tiles);        \
+        else dots<H, PAIRED, Fetched::SHARE>(p, g, o, count, tiles);                 \
+        break;
+        POLYMOE_HEIGHT(8) POLYMOE_HEIGHT(7) POLYMOE_HEIGHT(6) POLYMOE_HEIGHT(5)
+        POLYMOE_HEIGHT(4) POLYMOE_HEIGHT(3) POLYMOE_HEIGHT(2) POLYMOE_HEIGHT(1)
+#undef POLYMOE_HEIGHT
+    }
 }
 
 }  // inline namespace

@@ -125,8 +125,8 @@ void dots_of(const Problem& p, const uint16_t* const* x, const Rows<>& base, con
         }
         __m512 sum[16];
         for (int j = 0; j < 16; ++j) sum[j] = _mm512_setzero_ps();
-        add_products<MR, NR>(x, w, p.in, 0, sum);
-        if (delta) add_products<MR, NR>(x, d, p.in, 0, sum);
+        add_products<MR, NR>(x, w, p.in, sum);
+        if (delta) add_products<MR, NR>(x, d, p.in, sum);
         store_tile<MR, NR, PAIRED>(sum, bias ? bias + at : nullptr, y + at, p.out);
     }
 }
