@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from polymoe.client.grammars import GrammarChecks, GrammarSource
 from polymoe.client.output_sequence import ClientRequest, CompletionChunk, OutputSequence
@@ -20,6 +19,7 @@ from polymoe.errors import (
     UnknownVariantError,
     VariantUnusableError,
 )
+from polymoe.protocol.info import EngineInfo, VariantInfo
 from polymoe.protocol.request import (
     EngineRequest,
     QoS,
@@ -30,10 +30,6 @@ from polymoe.protocol.request import (
 )
 from polymoe.protocol.structured_outputs import StructuredOutputsParams
 from polymoe.text.tokenizer import VariantTokenizer
-
-if TYPE_CHECKING:
-    from polymoe.protocol.info import EngineInfo, VariantInfo
-
 
 _EQUAL = QoS()  # no more urgent than others
 
@@ -59,7 +55,7 @@ class OutputProcessor:
     """Knows every request that is in flight. Not thread-safe. `beside`: another one, whose tokenizers and grammars are
     used too."""
 
-    def __init__(self, info: "EngineInfo", beside: "OutputProcessor | None" = None) -> None:
+    def __init__(self, info: EngineInfo, beside: "OutputProcessor | None" = None) -> None:
         self.versions = Versions(info.variants, info.names)
         self.faults = {
             variant.key: Fault("its files in the bundle cannot be used", variant.fault)
@@ -87,16 +83,16 @@ class OutputProcessor:
         return self._tokenizers.loaded
 
     @property
-    def variants(self) -> dict[str, "VariantInfo"]:
+    def variants(self) -> dict[str, VariantInfo]:
         """What each name means."""
         return {variant.name: variant for variant in self.versions.named()}
 
     @property
-    def served(self) -> list["VariantInfo"]:
+    def served(self) -> list[VariantInfo]:
         """What `model` may name, without those that have a fault."""
         return [variant for variant in self.versions.named() if variant.key not in self.faults]
 
-    def variant(self, name: str) -> "VariantInfo":
+    def variant(self, name: str) -> VariantInfo:
         """The version that a name means now, or that `name@version` names; the first digits of a version do. Raises
         `UnknownVariantError` or `VariantUnusableError`."""
         found = self.versions.find(name)
@@ -106,7 +102,7 @@ class OutputProcessor:
             raise VariantUnusableError(found.name, fault.reason) from BundleError(fault.details)
         return found
 
-    async def add_version(self, info: "VariantInfo") -> None:
+    async def add_version(self, info: VariantInfo) -> None:
         """A version is there that no name means yet. Its tokenizer is loaded in a thread, while streams go on. Raises
         `BundleError` where it cannot be; the version is not there then."""
         folder = info.tokenizer_dir
@@ -114,7 +110,7 @@ class OutputProcessor:
             self._tokenizers.hold(folder, *await asyncio.to_thread(self._tokenizers.load, folder))
         self.versions.hold(info)
 
-    def drop_version(self, info: "VariantInfo") -> None:
+    def drop_version(self, info: VariantInfo) -> None:
         """Nobody can ask for it any more; what is in flight goes on."""
         self.versions.drop(info)
         self.faults.pop(info.key, None)

@@ -9,19 +9,16 @@ what was asked for, or what remains. What does not fit is an error that names wh
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from polymoe.bundle.manifest import WeightBytes
+from polymoe.bundle.reader import Bundle
 from polymoe.config import format_bytes
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.backends.device_facts import DeviceFacts, check_capability
 from polymoe.quant.formats import STORED, get_format
-
-if TYPE_CHECKING:
-    from polymoe.bundle.reader import Bundle
 
 # Of the device, for what nobody plans: the libraries' own buffers, compiled kernels, the allocator's rounding.
 _RESERVE_BYTES = 1 << 30
@@ -68,7 +65,7 @@ class MemoryPlan:
 
 
 def weight_bytes(
-    bundle: "Bundle", shapes: Mapping[str, torch.Size], num_rows: int, itemsize: int, max_variants: int = 0
+    bundle: Bundle, shapes: Mapping[str, torch.Size], num_rows: int, itemsize: int, max_variants: int = 0
 ) -> WeightBytes:
     """What `ServedModel` will hold, from the manifest alone.
 

@@ -6,10 +6,10 @@ skeleton (stock, no weights)  <-  non-experts as stacks or shared tensors, exper
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from polymoe.bundle.reader import Bundle
 from polymoe.errors import BundleError, ConfigError
 from polymoe.model.attention.paged import AttentionLayer, KVCache, PagedAttention
 from polymoe.model.backends.base import Backend
@@ -45,9 +45,6 @@ from polymoe.model.variants.slots import Slots, slot_rows
 from polymoe.model.variants.variant_stack import VariantStack
 from polymoe.native.library import one_torch_thread
 
-if TYPE_CHECKING:  # offline asks model/stock/probe.py what can be served; at run time the import goes only that way
-    from polymoe.bundle.reader import Bundle
-
 Progress = Callable[[str, float], None]
 
 _FEW_TOKENS = 64  # beyond, torch's own operations are worth several threads
@@ -73,7 +70,7 @@ class ServedModel:
     def __init__(
         self,
         stock: StockModel,
-        bundle: "Bundle",
+        bundle: Bundle,
         device: torch.device,
         dtype: torch.dtype,
         slots: int,

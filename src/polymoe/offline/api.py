@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -11,6 +10,7 @@ from polymoe.bundle.atomic import check_can_write, check_target, remove_files
 from polymoe.bundle.reader import Bundle
 from polymoe.console import Console
 from polymoe.errors import PlanError
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.serving_check import check_serving
 from polymoe.offline.plan.budget import build_plan, parse_memory
@@ -21,9 +21,6 @@ from polymoe.offline.similarity.relation import check_related
 from polymoe.offline.similarity.scan import FamilyScan, scan_family
 from polymoe.offline.write.bundle_report import print_bundle, print_sharing, print_variants
 from polymoe.offline.write.bundle_writer import write_bundle
-
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
 
 
 def make_plan(
@@ -77,7 +74,7 @@ def make_plan(
     return bundle
 
 
-def _calibration(family: Family, options: PlanOptions, folder: Path) -> "Calibration | None":
+def _calibration(family: Family, options: PlanOptions, folder: Path) -> Calibration | None:
     """The variants' texts as token ids; None without any. `folder` keeps finished layers of an interrupted run."""
     if not options.calibrate:
         return None

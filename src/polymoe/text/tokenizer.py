@@ -5,16 +5,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from polymoe.errors import BundleError, RequestError
+from polymoe.protocol.info import VariantInfo
 from polymoe.text.byte_detokenizers import ByteFallbackDetokenizer, ByteLevelDetokenizer
 from polymoe.text.chat_template import ChatTemplate, Message, TemplateSource
 from polymoe.text.control_tokens import split_marked, unmarked
 from polymoe.text.detokenizer import Detokenizer, IncrementalDetokenizer
-
-if TYPE_CHECKING:
-    from polymoe.protocol.info import VariantInfo
 
 # Ids this far back in the prompt decide whether the first generated token starts with a space.
 _CONTEXT_TOKENS = 8
@@ -107,7 +105,7 @@ class VariantTokenizer:
         found: int | None = self._tokenizer.eos_token_id
         return found
 
-    def end_token_ids(self, info: "VariantInfo") -> list[int]:
+    def end_token_ids(self, info: VariantInfo) -> list[int]:
         """What ends an answer of a variant: the end tokens of its configs and the tokenizer's own, as in vLLM. A chat
         fine-tune often says its new end token only in one of them."""
         own = self.eos_token_id

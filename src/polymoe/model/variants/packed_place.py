@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from polymoe.bundle.reader import Bundle
 from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows, versions
 from polymoe.model.transfer.staging import Staging
 from polymoe.model.variants.slots import Slots
 from polymoe.quant.formats import get_format
-
-if TYPE_CHECKING:
-    from polymoe.bundle.reader import Bundle
 
 _PART = ":"  # between a weight's name and a part's: no name of a weight has it
 
@@ -26,7 +23,7 @@ class PlacedRows:
     shared_bytes: int
 
 
-def place_packed(bundle: "Bundle", name: str, slots: Slots, staging: Staging, device: torch.device) -> PlacedRows:
+def place_packed(bundle: Bundle, name: str, slots: Slots, staging: Staging, device: torch.device) -> PlacedRows:
     """Read the packed non-expert `name`; with fewer slots than versions the slots will fill the rows."""
     packed = bundle.packed_nonexpert(name)
     assert packed is not None
@@ -59,7 +56,7 @@ def by_place(rows: PackedRows, sources: Sequence[int], more: int) -> PackedRows:
     return replace(rows, versions=versions(tuple(pairs)))
 
 
-def reader_of(bundle: "Bundle") -> Callable[[int, str], torch.Tensor]:
+def reader_of(bundle: Bundle) -> Callable[[int, str], torch.Tensor]:
     """(variant, name of a stack in the slots) -> what comes into its row."""
 
     def read(variant: int, stack: str) -> torch.Tensor:

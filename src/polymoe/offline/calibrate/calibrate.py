@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from polymoe.model.stock.kind import kind_of
 from polymoe.offline.calibrate.family_run import Routed
 from polymoe.offline.calibrate.kind import calibrated
 from polymoe.offline.calibrate.token_rows import TokenRows
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.checkpoint import Checkpoint
-    from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.family import Family
 
 WINDOW = 256  # tokens
 MAX_WINDOWS = 128  # a variant

@@ -18,7 +18,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,9 +29,7 @@ from polymoe.model.stock.skeleton import accepts_logits_to_keep, build_skeleton,
 from polymoe.offline.calibrate.kind import calibrated
 from polymoe.offline.calibrate.token_rows import TokenRows
 from polymoe.offline.checkpoint.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.family import Family
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from polymoe.offline.calibrate.pairs import pair_ids, read_pairs
 from polymoe.offline.calibrate.spread import spread
 from polymoe.offline.calibrate.text_tokens import TextTokenizer, read_tokens
 from polymoe.offline.calibrate.token_rows import MIN_TOKENS, TokenRows
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 _MOST = 4096  # pairs that are tokenised
 _PADDED = 2  # places for a token: rows of one batch are as long as the longest

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from polymoe.offline.checkpoint.architecture import build_on_meta
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
+from polymoe.offline.checkpoint.family import Family
 
 
 def is_transposed(family: Family) -> bool:

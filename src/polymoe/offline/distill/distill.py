@@ -8,7 +8,7 @@ differentiable in the scales. What several variants use (bases, deltas and tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from polymoe.console import Console
 from polymoe.device_memory import cpu_memory
 from polymoe.errors import PlanError
 from polymoe.model.stock.kind import kind_of
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.distill.learned import Learned, rewrite
 from polymoe.offline.distill.served_variant import ServedVariant
 from polymoe.progress import step_progress
-
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
-    from polymoe.offline.checkpoint.family import Family
 
 _HELD_OUT = 8  # one window of so many is for the comparison only
 _BATCH = 4  # windows a step

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from polymoe.bundle.reader import Bundle
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
 from polymoe.offline.checkpoint.matrices import as_matrix
 from polymoe.offline.distill.learned import Learned
 from polymoe.quant.formats import Format, get_format, group_size
-
-if TYPE_CHECKING:
-    from polymoe.bundle.reader import Bundle
-    from polymoe.offline.checkpoint.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from polymoe.console import Console
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.encode.encoded_layer import EncodedLayer
@@ -17,9 +18,6 @@ from polymoe.offline.encode.position_codec import Group, PackedTensor, encode_te
 from polymoe.offline.plan.plan import Plan
 from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.thread_pool import thread_pool
-
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
 
 _PIECE = 1 << 18  # values that a thread packs at once: what stays in the cache of a core
 

@@ -7,13 +7,14 @@ chosen is in `polymoe.offline.plan.knapsack`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.correction import NO_DELTA, correction, lossy_deltas, undominated_bases
 from polymoe.offline.plan.dial import dial
 from polymoe.offline.plan.knapsack import Choices, IntArray, Option, fewest_bytes
@@ -23,12 +24,8 @@ from polymoe.offline.plan.options import PlanOptions
 from polymoe.offline.plan.plan import STORED, Plan
 from polymoe.offline.plan.quantisation_error import FloatArray, Partition, QuantisationErrors
 from polymoe.offline.plan.sizes import ExpertSizes
+from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.quant.formats import EXACT
-
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
-    from polymoe.offline.checkpoint.family import Family
-    from polymoe.offline.similarity.scan import FamilyScan
 
 HOST = "host"  # in place of a base: not on the device
 

@@ -2,22 +2,19 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from polymoe.config import format_bytes, parse_bytes
 from polymoe.console import Console
 from polymoe.errors import ConfigError, PlanError
+from polymoe.offline.calibrate.calibrate import Calibration
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.options import PlanOptions
 from polymoe.offline.plan.plan import STORED, Plan, paper_plan, separate_plan
 from polymoe.offline.plan.shared_plan import PositionBytes, delta_format, exact_delta_plan, fit, shared_plan
 from polymoe.offline.plan.sizes import ExpertSizes
 from polymoe.offline.similarity.scan import FamilyScan
-
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
-    from polymoe.offline.checkpoint.family import Family
 
 _FEWEST_BYTES = 256  # a budget below, without a unit, is no number of bytes
 _MOST_MULTIPLES = 1e6
@@ -95,8 +92,8 @@ def build_plan(
     policy: str,
     memory: str | None = None,
     options: PlanOptions | None = None,
-    family: "Family | None" = None,
-    calibration: "Calibration | None" = None,
+    family: Family | None = None,
+    calibration: Calibration | None = None,
     console: Console | None = None,
 ) -> Plan:
     """The plan of `policy` for a family.
@@ -163,17 +160,17 @@ def _table_bytes(plan: Plan) -> int:
     return tables * plan.serving.size
 
 
-def _sizes(family: "Family | None") -> ExpertSizes:
+def _sizes(family: Family | None) -> ExpertSizes:
     assert family is not None, "formats other than stored need the family"
     return ExpertSizes.of(family)
 
 
 def _auto_plan(
-    family: "Family",
+    family: Family,
     scan: FamilyScan,
     memory: str | None,
     options: PlanOptions,
-    calibration: "Calibration | None",
+    calibration: Calibration | None,
     console: Console | None,
 ) -> Plan:
     from polymoe.offline.plan.allocate import auto_plan

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from polymoe.offline.calibrate.calibrate import (
     weighted_sum,
 )
 from polymoe.offline.calibrate.family_run import FamilyRun, Routed
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.matrices import as_matrix, is_transposed, mlp_order
 from polymoe.offline.plan.merge import regmean, weighted_mean
 from polymoe.offline.plan.nonexpert_probes import Copies, NonexpertProbes
@@ -41,12 +41,9 @@ from polymoe.offline.plan.quantisation_error import (
     QuantisationErrors,
     partitions_of,
 )
+from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.progress import step_progress
 from polymoe.quant.codec import inverse_factor
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
-    from polymoe.offline.similarity.scan import FamilyScan
 
 FEW_TOKENS = 32  # an expert with fewer is packed without error feedback
 _PROBES = 4  # windows that run along in copies

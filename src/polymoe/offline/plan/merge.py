@@ -7,19 +7,16 @@ least, with G_v = Σ g² x xᵀ over the inputs x that variant v routed there wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.matrices import is_transposed, matrix_shape
+from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.quant.exact import exact_bytes
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
-    from polymoe.offline.similarity.scan import FamilyScan
 
 RIDGE = 0.03  # of the mean diagonal over variants, added to every G: what no text has seen is merged by the mean
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.nonexperts import layer_of, nats_from_weights
 from polymoe.offline.plan.quantisation_error import FloatArray
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
-    from polymoe.offline.similarity.scan import FamilyScan
+from polymoe.offline.similarity.scan import FamilyScan
 
 _NOISE = 0.05  # of a matrix's spread
 # Groups are disturbed one by one; together, and on other text, they cost about so much more.

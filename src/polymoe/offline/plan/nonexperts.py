@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polymoe.offline.checkpoint.checkpoint import Checkpoint
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.plan.correction import NO_DELTA, lossy_deltas, undominated_bases
 from polymoe.offline.plan.knapsack import IntArray, Option
 from polymoe.offline.plan.plan import STORED
@@ -23,12 +24,8 @@ from polymoe.offline.plan.quantisation_error import (
     coherence,
     layer_weights,
 )
+from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.quant.formats import get_format
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.checkpoint import Checkpoint
-    from polymoe.offline.checkpoint.family import Family
-    from polymoe.offline.similarity.scan import FamilyScan
 
 # KL for each unit of relative error as rounding noise, on the scale of `NATS_PER_ERROR`: of an embedding (1.1) or a
 # head (1.8), and of one projection in all layers (0.3 for queries and keys to 0.7 for values and outputs).

@@ -24,17 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from polymoe.offline.plan.correction import correction
 from polymoe.offline.plan.merge import spread, ward_groups
+from polymoe.offline.similarity.scan import FamilyScan
 from polymoe.quant.formats import Format, get_format
-
-if TYPE_CHECKING:
-    from polymoe.offline.similarity.scan import FamilyScan
 
 FloatArray = NDArray[np.float64]
 Partition = tuple[tuple[int, ...], ...]

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 
+from polymoe.offline.checkpoint.family import Family
 from polymoe.offline.checkpoint.matrices import is_transposed, matrix_shape
 from polymoe.offline.plan.layout import PhysicalLayout
 from polymoe.quant.formats import get_format
-
-if TYPE_CHECKING:
-    from polymoe.offline.checkpoint.family import Family
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class ExpertSizes:
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
     @classmethod
-    def of(cls, family: "Family") -> Self:
+    def of(cls, family: Family) -> Self:
         info, first = family.architecture, family.checkpoints[0]
         transposed = is_transposed(family)
         return cls(

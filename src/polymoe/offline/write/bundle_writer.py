@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from polymoe.bundle.reader import Bundle
 from polymoe.config import format_bytes
 from polymoe.console import Console
 from polymoe.errors import PlanError
+from polymoe.offline.calibrate.calibrate import Calibration
 from polymoe.offline.checkpoint.family import Family, max_model_len
 from polymoe.offline.checkpoint.matrices import is_transposed
 from polymoe.offline.checkpoint.source import TOKENIZER_FILES, side_files
@@ -45,9 +45,6 @@ from polymoe.progress import byte_progress
 from polymoe.quant.formats import GRID_LEVELS
 from polymoe.version import __version__
 
-if TYPE_CHECKING:
-    from polymoe.offline.calibrate.calibrate import Calibration
-
 _SPARE_BYTES = 4 << 20  # headers, manifest, folders
 
 
@@ -58,7 +55,7 @@ def write_bundle(
     out: str | Path,
     overwrite: bool = False,
     console: Console | None = None,
-    calibration: "Calibration | None" = None,
+    calibration: Calibration | None = None,
 ) -> Bundle:
     """Write the bundle folder `out` and open it. `calibration`: what merges, scales and deltas are fitted to.
 
@@ -110,7 +107,7 @@ class _Writer:
             )
 
     def write(
-        self, folder: Path, advance: Callable[[int], None], calibration: "Calibration | None", console: Console | None
+        self, folder: Path, advance: Callable[[int], None], calibration: Calibration | None, console: Console | None
     ) -> None:
         for name in FOLDERS:
             (folder / name).mkdir()
