@@ -40,7 +40,8 @@ inline __attribute__((always_inline)) void add_products(const uint16_t* const* x
     }
 }
 
-// Sums of MR rows and NR weight rows -> `rows` rows of y, `stride` apart. Paired: weight rows are gate, up, gate, up, … and NR / 2 outputs.
+// Sums of MR rows and NR weight rows -> `rows` rows of y, `stride` apart. Paired: weight rows are gate, up, gate, up, …
+// and NR / 2 outputs.
 template <int MR, int NR, bool PAIRED>
 inline __attribute__((always_inline)) void store_tile(const __m512* sum, const uint16_t* bias, uint16_t* y,
                                                       int64_t stride, int64_t rows = MR) {
