@@ -11,12 +11,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from families import make_config, make_family
 from polymoe.engine.core import EngineCore
-from polymoe.kernels.cpu.router import choose, fast_router, why_not_fast_router
+from polymoe.kernels.cpu.router import Scoring, choose, fast_router, why_not_fast_router
 from polymoe.kernels.cpu.tiles import ACTIVATIONS
 from polymoe.model.backends.base import AttentionParts
 from polymoe.model.backends.cpu import CpuBackend
-from polymoe.model.stock.fused_attention import _FusedAttention, fuse_attention
-from polymoe.model.stock.fused_router import _FusedRouter, fuse_routers
+from polymoe.model.stock.fused_attention import FusedAttention, fuse_attention
+from polymoe.model.stock.fused_router import FusedRouter, fuse_routers
 from polymoe.native.library import cpu_kernels
 from polymoe.offline.api import make_plan
 from polymoe.protocol.request import EngineRequest, SequenceId, TokenSampling
@@ -90,9 +90,9 @@ def test_whole_layers_compute_what_their_operations_do(
     paths = make_family(arch, tmp_path / "checkpoints", frozen=frozen, dtype=torch.bfloat16, **(WIDE | overrides))
     make_plan(paths, "auto" if memory else "separate", memory, tmp_path / "bundle")
     whole, apart = (engine_of(tmp_path / "bundle", kind(torch.bfloat16)) for kind in (CpuBackend, Apart))
-    assert count(whole, _FusedAttention) == len(whole.model.attention_layers)
-    assert count(whole, _FusedRouter) == len(whole.model.pool.layers)
-    assert count(apart, _FusedAttention) == count(apart, _FusedRouter) == 0
+    assert count(whole, FusedAttention) == len(whole.model.attention_layers)
+    assert count(whole, FusedRouter) == len(whole.model.pool.layers)
+    assert count(apart, FusedAttention) == count(apart, FusedRouter) == 0
     assert all(layer.compute.direct is not None for layer in whole.model.pool.layers)  # type: ignore[attr-defined]
     found, want = logits(whole), logits(apart)
     # Torch multiplies by what is the same in all variants, and adds biases after rounding: routing may turn where two
@@ -106,21 +106,23 @@ def test_whole_layers_compute_what_their_operations_do(
 
 
 @pytest.mark.parametrize("counts", [[9, 0, 0], [1, 0, 30], [1, 1, 1]])
-@pytest.mark.parametrize(("top_k", "normalise"), [(1, False), (2, True), (8, False)])
-def test_the_router_matches_the_formula(counts: list[int], top_k: int, normalise: bool) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "scoring"), [(1, Scoring.OF_ALL), (2, Scoring.NORMALISED), (8, Scoring.OF_ALL), (3, Scoring.OF_CHOSEN)]
+)
+def test_the_router_matches_the_formula(counts: list[int], top_k: int, scoring: Scoring) -> None:
     generator = torch.Generator().manual_seed(top_k)
     stack = torch.randn(3, 8, 64, generator=generator).bfloat16()
     x = (torch.randn(sum(counts), 64, generator=generator) / 8).bfloat16()
     starts = torch.tensor([0, counts[0], counts[0] + counts[1], sum(counts)])
-    logits, scores, chosen = fast_router(x, stack, torch.tensor([2, 0, 1]), starts, top_k, normalise)
+    logits, scores, chosen = fast_router(x, stack, torch.tensor([2, 0, 1]), starts, top_k, scoring)
     own = torch.repeat_interleave(torch.tensor([2, 0, 1]), torch.tensor(counts))
     want = torch.einsum("th,teh->te", x.float(), stack[own].float())
     torch.testing.assert_close(logits.float(), want, atol=1e-2, rtol=2**-7)
-    _, best, _ = choose(logits, top_k, normalise)
+    _, best, _ = choose(logits, top_k, scoring)
     torch.testing.assert_close(scores, best, atol=1e-6, rtol=1e-5)
     picked = torch.softmax(logits.float(), dim=-1).gather(1, chosen)
     torch.testing.assert_close(
-        picked / picked.sum(1, keepdim=True) if normalise else picked, scores, atol=1e-6, rtol=1e-5
+        picked if scoring == Scoring.OF_ALL else picked / picked.sum(1, keepdim=True), scores, atol=1e-6, rtol=1e-5
     )
     assert all(len(set(row)) == top_k for row in chosen.tolist())
 
@@ -128,7 +130,7 @@ def test_the_router_matches_the_formula(counts: list[int], top_k: int, normalise
 def test_equal_scores_go_to_the_first_expert() -> None:
     stack = torch.ones(1, 4, 32).bfloat16()
     x = torch.ones(2, 32).bfloat16()
-    _, scores, chosen = fast_router(x, stack, torch.tensor([0]), torch.tensor([0, 2]), 2, False)
+    _, scores, chosen = fast_router(x, stack, torch.tensor([0]), torch.tensor([0, 2]), 2, Scoring.OF_ALL)
     assert chosen.tolist() == [[0, 1], [0, 1]]
     assert scores.tolist() == [[0.25, 0.25], [0.25, 0.25]]
     assert why_not_fast_router(torch.bfloat16, 40)
@@ -149,7 +151,7 @@ def test_routers_are_told_apart_by_what_they_compute() -> None:
     x = torch.randn(5, 64).bfloat16()
     want = [router(x) for router in (plain, qwen)]
     assert fuse_routers(torch.nn.ModuleList([plain, other, qwen]), CpuBackend(torch.bfloat16)) == 2
-    assert not isinstance(other.forward, _FusedRouter)
+    assert not isinstance(other.forward, FusedRouter)
     for router, (_, scores, _) in zip((plain, qwen), want, strict=True):
         found = router(x)[1]
         assert found.dtype == scores.dtype

@@ -22,6 +22,7 @@ from polymoe.model.fast_paths import fast_paths
 from polymoe.model.per_variant.module import install
 from polymoe.model.per_variant.sequence_states import SequenceStates
 from polymoe.model.stock.fused_attention import fuse_attention
+from polymoe.model.stock.fused_decoder_layer import fuse_decoder_layers
 from polymoe.model.stock.fused_norm import fuse_norms
 from polymoe.model.stock.fused_router import fuse_routers
 from polymoe.model.stock.skeleton import (
@@ -149,6 +150,7 @@ class ServedModel:
         mixed = [module for module in self.model.modules() if module not in alone]
         fuse_routers(mixed, backend)
         fuse_attention(mixed, backend)
+        fuse_decoder_layers(mixed, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )

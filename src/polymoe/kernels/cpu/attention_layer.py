@@ -19,7 +19,7 @@ _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Grouping(ctypes.Structure):
-    """`Grouping` of attention_layer.cpp; the same of those below."""
+    """`Grouping` of step.h; those below are there or in attention_layer.cpp."""
 
     _fields_ = (
         ("count", _NUMBER), ("ids", _POINTER), ("starts", _POINTER), ("of_token", _POINTER),
@@ -36,8 +36,8 @@ class Projection(ctypes.Structure):
     )  # fmt: skip
 
 
-class HeadNorm(ctypes.Structure):
-    """A norm of each head, or none."""
+class Norm(ctypes.Structure):
+    """A norm, or none."""
 
     _fields_ = (("weights", _POINTER), ("grouping", _NUMBER), ("eps", ctypes.c_float))
 
@@ -47,7 +47,7 @@ class LayerView(ctypes.Structure):
 
     _fields_ = (
         ("query", Projection), ("key", Projection), ("value", Projection), ("output", Projection),
-        ("query_norm", HeadNorm), ("key_norm", HeadNorm), ("keys", _POINTER), ("values", _POINTER),
+        ("query_norm", Norm), ("key_norm", Norm), ("keys", _POINTER), ("values", _POINTER),
         ("block_size", _NUMBER), ("q_heads", _NUMBER), ("kv_heads", _NUMBER), ("key_dim", _NUMBER),
         ("value_dim", _NUMBER), ("window", _NUMBER), ("scaling", ctypes.c_float),
     )  # fmt: skip
@@ -56,7 +56,7 @@ class LayerView(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         ("tokens", _NUMBER), ("groupings", ctypes.POINTER(_Grouping)), ("slots", _POINTER), ("block_table", _POINTER),
-        ("table_width", _NUMBER), ("sequence", _POINTER), ("visible", _POINTER),
+        ("table_width", _NUMBER), ("sequence", _POINTER), ("visible", _POINTER), ("variant", _POINTER),
     )  # fmt: skip
 
 
@@ -74,21 +74,27 @@ class StepView:
 
     Args:
         versions: for each grouping that layers refer to.
-        slots: `[T]`, where new keys and values go. block_table: `[B, M]`. sequence, visible: `[T]`; all int64.
+        slots: `[T]`, where new keys and values go. block_table: `[B, M]`. sequence, visible, variant: `[T]`; all int64.
     """
 
     def __init__(
-        self, versions: list[Versions], slots: Tensor, block_table: Tensor, sequence: Tensor, visible: Tensor
+        self,
+        versions: list[Versions],
+        slots: Tensor,
+        block_table: Tensor,
+        sequence: Tensor,
+        visible: Tensor,
+        variant: Tensor,
     ) -> None:
         assert block_table.is_contiguous()
-        self._kept: Any = (versions, slots, block_table, sequence, visible)
+        self._kept: Any = (versions, slots, block_table, sequence, visible, variant)
         groupings = (_Grouping * len(versions))(
             *(_Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), v.of_token.data_ptr()) for v in versions)
         )
         self.num_tokens = len(slots)
         self.struct = _Step(
             len(slots), groupings, slots.data_ptr(), block_table.data_ptr(), block_table.shape[1], sequence.data_ptr(),
-            visible.data_ptr(),
+            visible.data_ptr(), variant.data_ptr(),
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class RoutedLayer:
     """What the kernel is told of a layer, and the tensors that it reads."""
 
     def __init__(self, struct: _Layer, kept: Any) -> None:
-        self._struct, self._kept = struct, kept
+        self.struct, self._kept = struct, kept
         self.width = int(struct.width)
 
     def __call__(self, hidden: Tensor, variant: Tensor, experts: Tensor, gate: Tensor) -> Tensor | None:
@@ -45,7 +45,7 @@ class RoutedLayer:
         hidden, gate, experts = hidden.contiguous(), gate.float().contiguous(), experts.contiguous()
         out = torch.empty_like(hidden)
         absent = kernels.polymoe_routed_experts_bf16(
-            ctypes.byref(self._struct), hidden.data_ptr(), variant.data_ptr(), experts.data_ptr(), gate.data_ptr(),
+            ctypes.byref(self.struct), hidden.data_ptr(), variant.data_ptr(), experts.data_ptr(), gate.data_ptr(),
             len(hidden), experts.shape[1], out.data_ptr(), kernel_threads(),
         )  # fmt: skip
         return None if absent else out

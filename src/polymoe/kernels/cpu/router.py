@@ -1,9 +1,11 @@
 """The router of a layer: which experts a token goes to, and with which weights.
 
-    p_t = softmax(x_t W_v(t)) in float32,   the K largest of them, perhaps divided by their sum
+    l_t = x_t W_v(t),   the experts of the K largest; scores in float32, of three kinds (`Scoring`)
 
 Letters: T tokens, H hidden, E experts, K chosen ones, R versions of the weight, G groups of tokens that use one.
 """
+
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -15,10 +17,22 @@ Choice = tuple[Tensor, Tensor, Tensor]  # logits [T, E] as x, scores [T, K] floa
 _LANES = 32
 
 
-def choose(logits: Tensor, top_k: int, normalise: bool) -> Choice:
+class Scoring(IntEnum):
+    """What a token's K scores are: their share of the softmax over all experts, that share divided by the sum of the K,
+    or a softmax over the K alone. As in router.cpp."""
+
+    OF_ALL = 0
+    NORMALISED = 1
+    OF_CHOSEN = 2
+
+
+def choose(logits: Tensor, top_k: int, scoring: Scoring) -> Choice:
     """The reference, from the logits on."""
+    if scoring == Scoring.OF_CHOSEN:
+        best, experts = torch.topk(logits.float(), top_k, dim=-1)
+        return logits, torch.softmax(best, dim=-1), experts
     scores, experts = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-    return logits, scores / scores.sum(dim=-1, keepdim=True) if normalise else scores, experts
+    return logits, scores / scores.sum(dim=-1, keepdim=True) if scoring == Scoring.NORMALISED else scores, experts
 
 
 def why_not_fast_router(dtype: torch.dtype, width: int) -> str:
@@ -28,7 +42,7 @@ def why_not_fast_router(dtype: torch.dtype, width: int) -> str:
     return why_no_kernels() or (f"{width} values, no multiple of {_LANES}" if width % _LANES else "")
 
 
-def fast_router(x: Tensor, stack: Tensor, ids: Tensor, starts: Tensor, top_k: int, normalise: bool) -> Choice:
+def fast_router(x: Tensor, stack: Tensor, ids: Tensor, starts: Tensor, top_k: int, scoring: Scoring) -> Choice:
     """The compiled kernel (router.cpp), for what `why_not_fast_router` has no reason against.
 
     Of equal scores it takes the expert with the lower index.
@@ -48,6 +62,6 @@ def fast_router(x: Tensor, stack: Tensor, ids: Tensor, starts: Tensor, top_k: in
     scores, chosen = torch.empty(len(x), top_k), torch.empty(len(x), top_k, dtype=torch.int64)
     kernels.polymoe_router_bf16(
         x.data_ptr(), x.shape[1], experts, len(ids), ids.data_ptr(), starts.data_ptr(), stack.data_ptr(), top_k,
-        normalise, logits.data_ptr(), scores.data_ptr(), chosen.data_ptr(), kernel_threads(),
+        scoring, logits.data_ptr(), scores.data_ptr(), chosen.data_ptr(), kernel_threads(),
     )  # fmt: skip
     return logits, scores, chosen

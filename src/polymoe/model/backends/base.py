@@ -13,7 +13,7 @@ import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
 from polymoe.kernels.cpu.packed_rows import PackedRows
-from polymoe.kernels.cpu.router import Choice
+from polymoe.kernels.cpu.router import Choice, Scoring
 from polymoe.model.batch.batch import AttentionBatch, ForwardBatch, RowMap, Segments
 from polymoe.protocol.fast_path import FastPath
 
@@ -146,8 +146,24 @@ class AttentionParts:
     scaling: float
 
 
-class PreparedAttention(Protocol):
-    """One attention layer from hidden states to hidden states."""
+@dataclass(frozen=True, eq=False)
+class DecoderParts:
+    """A stock decoder layer whose forward is known to be: `h = x + c attention(norm(x))`, `h + c experts(norm(h))`.
+
+    attention: what `Backend.prepare_attention` made. first, second: (weight, epsilon) of the norms before it and before
+    the router. router: its weight, how many experts it chooses, its scores and their dtype. multiplier: c.
+    """
+
+    attention: "PreparedLayer"
+    first: tuple[Weight, float]
+    second: tuple[Weight, float]
+    router: tuple[Weight, int, Scoring, torch.dtype]
+    experts: PreparedExperts
+    multiplier: float
+
+
+class PreparedLayer(Protocol):
+    """An attention layer, or a whole decoder layer, from hidden states to hidden states."""
 
     def __call__(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
@@ -205,8 +221,12 @@ class Backend(ABC):
     def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
 
-    def prepare_attention(self, _parts: AttentionParts) -> PreparedAttention | None:
+    def prepare_attention(self, _parts: AttentionParts) -> PreparedLayer | None:
         """A whole attention layer in one call; None: the stock module calls the operations above one by one."""
+        return None
+
+    def prepare_decoder_layer(self, _parts: DecoderParts) -> PreparedLayer | None:
+        """A whole decoder layer in one call; None: the stock module calls its parts one by one."""
         return None
 
     def route(
@@ -215,7 +235,7 @@ class Backend(ABC):
         weights: torch.Tensor,
         stacked: tuple[Segments, RowMap] | None,
         top_k: int,
-        normalise: bool,
+        scoring: Scoring,
     ) -> Choice:
         """The experts of each row of `x [T, H]` by its row of `weights [R, E, H]`; stacked None: by the first.
 

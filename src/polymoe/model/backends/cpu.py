@@ -14,18 +14,20 @@ from polymoe.kernels.cpu.packed_rows import PackedRows, packed_rows_linear
 from polymoe.kernels.cpu.paged_attention import paged_attention, why_not_attention
 from polymoe.kernels.cpu.rms_norm import fast_rms_norm, why_not_fast_norm
 from polymoe.kernels.cpu.routed_layer import RoutedLayer, routed_layer
-from polymoe.kernels.cpu.router import Choice, fast_router, why_not_fast_router
+from polymoe.kernels.cpu.router import Choice, Scoring, fast_router, why_not_fast_router
 from polymoe.kernels.cpu.tiles import ACTIVATIONS, Activations, tiled_layer, tiled_rows
 from polymoe.model.backends.base import (
     AttentionParts,
     Cache,
+    DecoderParts,
     ExpertLayer,
-    PreparedAttention,
     PreparedExperts,
+    PreparedLayer,
     ScoreOptions,
     TokenSpans,
 )
 from polymoe.model.backends.cpu_attention import StepViews, compiled_attention
+from polymoe.model.backends.cpu_decoder_layer import compiled_decoder_layer
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -94,11 +96,15 @@ class CpuBackend(ReferenceBackend):
         tokens = spans.block_table, spans.sequence, spans.visible
         return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
 
-    def prepare_attention(self, parts: AttentionParts) -> PreparedAttention | None:
+    def prepare_attention(self, parts: AttentionParts) -> PreparedLayer | None:
         """In bfloat16."""
         if not self.has_own_threads:
             return None
         return compiled_attention(parts, self._steps, (max(self.activations), min(self.activations)))
+
+    def prepare_decoder_layer(self, parts: DecoderParts) -> PreparedLayer | None:
+        """Where attention and the experts are one call each."""
+        return compiled_decoder_layer(parts, self._steps) if self.has_own_threads else None
 
     def route(
         self,
@@ -106,13 +112,13 @@ class CpuBackend(ReferenceBackend):
         weights: torch.Tensor,
         stacked: tuple[Segments, RowMap] | None,
         top_k: int,
-        normalise: bool,
+        scoring: Scoring,
     ) -> Choice:
         """One call."""
         if stacked is None:
-            return fast_router(x, weights, self._one_group, torch.tensor([0, len(x)]), top_k, normalise)
+            return fast_router(x, weights, self._one_group, torch.tensor([0, len(x)]), top_k, scoring)
         groups = stacked[0].row_groups(stacked[1])
-        return fast_router(x, weights, groups.ids, groups.starts, top_k, normalise)
+        return fast_router(x, weights, groups.ids, groups.starts, top_k, scoring)
 
     def why_not_route(self, dtype: torch.dtype, width: int) -> str:
         """See the base class."""

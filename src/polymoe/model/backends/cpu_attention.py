@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from polymoe.kernels.cpu.attention_layer import HeadNorm, LayerView, Projection, StepView, Versions, attention_layer
+from polymoe.kernels.cpu.attention_layer import LayerView, Norm, Projection, StepView, Versions, attention_layer
 from polymoe.kernels.cpu.grouped_linear import why_not_grouped
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.cpu.packed_stack import address
@@ -35,7 +35,7 @@ class StepViews:
             where = batch.attention
             assert where is not None
             versions = [_versions(batch, row_map) for row_map in self._row_maps]
-            tokens = where.token_sequence, where.token_visible
+            tokens = where.token_sequence, where.token_visible, batch.tokens.token_variant
             view = StepView(versions, where.slot_mapping, where.block_table, *tokens)
             self._last = batch, len(self._row_maps), view
         return self._last[2]
@@ -53,17 +53,22 @@ def _versions(batch: ForwardBatch, row_map: RowMap | None) -> Versions:
 class CompiledAttention:
     """See the module docstring. Made by `compiled_attention`."""
 
-    def __init__(self, parts: AttentionParts, steps: StepViews, told: list[Projection | HeadNorm]) -> None:
+    def __init__(self, parts: AttentionParts, steps: StepViews, told: list[Projection | Norm]) -> None:
         self._parts, self._steps, self._told = parts, steps, told  # `told` has addresses of what `parts` hold
         self._view: tuple[CachedLayer, LayerView] | None = None
+        self.width = int(told[0].inputs)
 
     def __call__(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
     ) -> torch.Tensor:
         """See the base class."""
+        return attention_layer(self.view(layer), self._steps.of(batch), hidden.contiguous(), *rotary)
+
+    def view(self, layer: CachedLayer) -> LayerView:
+        """What the kernel is told of it; the same object for the same layer."""
         if self._view is None or self._view[0] is not layer:
             self._view = layer, self._view_of(layer)
-        return attention_layer(self._view[1], self._steps.of(batch), hidden.contiguous(), *rotary)
+        return self._view[1]
 
     def _view_of(self, layer: CachedLayer) -> LayerView:
         key, value = layer.cache
@@ -84,7 +89,7 @@ def compiled_attention(parts: AttentionParts, steps: StepViews, bits: tuple[int,
     if why_not_attention(torch.bfloat16, parts.head_dim, parts.head_dim):
         return None
     projections = [_projection(*part, steps, bits) for part in (parts.query, parts.key, parts.value, parts.output)]
-    norms = [_norm(norm, steps) for norm in (parts.query_norm, parts.key_norm)]
+    norms = [norm_view(norm, steps) for norm in (parts.query_norm, parts.key_norm)]
     told = [part for part in (*projections, *norms) if part is not None]
     return CompiledAttention(parts, steps, told) if len(told) == len(projections) + len(norms) else None
 
@@ -114,11 +119,12 @@ def _projection(weight: Weight, bias: Weight | None, steps: StepViews, bits: tup
     return Projection(inputs=inputs, outputs=outputs, grouping=grouping, rows=rows.data_ptr(), bias=address(biases))
 
 
-def _norm(norm: tuple[Weight, float] | None, steps: StepViews) -> HeadNorm | None:
+def norm_view(norm: tuple[Weight, float] | None, steps: StepViews) -> Norm | None:
+    """None where it is not for the kernel."""
     if norm is None:
-        return HeadNorm()
+        return Norm()
     weight, eps = norm
     rows = weight.rows
     if isinstance(rows, PackedRows) or why_not_fast_norm(rows.dtype, rows.shape[-1]) or not rows.is_contiguous():
         return None
-    return HeadNorm(rows.data_ptr(), steps.index_of(weight.row_map), eps)
+    return Norm(rows.data_ptr(), steps.index_of(weight.row_map), eps)

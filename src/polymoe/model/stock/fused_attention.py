@@ -15,14 +15,17 @@ from polymoe.errors import UnsupportedModelError
 from polymoe.kernels.cpu.attention_layer import rotated
 from polymoe.kernels.cpu.rms_norm import rms_norm
 from polymoe.model.attention.paged import KVCache, PagedAttention, asks_for_nothing
-from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedAttention, Weight
+from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedLayer, Weight
+from polymoe.model.batch.batch import ForwardBatch
 from polymoe.model.stock.fused_norm import epsilon_of, norm_epsilon
-from polymoe.model.variants.packed_variants import PackedVariants
-from polymoe.model.variants.variant_stack import VariantStack
+from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _TOKENS = 3  # of a trial
+
+# Hidden states [T, H], cosines and sines [T, R], the step, the layer's cache.
+Known = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], ForwardBatch, CachedLayer]
 
 
 def fuse_attention(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
@@ -36,7 +39,7 @@ def fuse_attention(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
         if key not in tried:
             tried[key] = _trial(module)
         if (found := tried[key]) is not None:
-            module.forward = _FusedAttention(module, *found, backend)
+            module.forward = FusedAttention(module, *found, backend)
             fused += 1
     return fused
 
@@ -58,33 +61,24 @@ def _has_the_parts(module: Any) -> bool:
     return all(norm_epsilon(norm) is not None and norm.weight.shape == (head_dim,) for norm in norms)
 
 
-def _weights_of(module: Any) -> list[Any]:
-    """All that `_parts_of` reads: other objects once a weight of all becomes a stack, or a version comes."""
-    found = [tensor for name in _PROJECTIONS for tensor in (module._modules[name].weight, module._modules[name].bias)]
-    found += [module._modules[name].weight for name in _NORMS if name in module._modules]
-    return [w.rows if isinstance(w, VariantStack) else w.packed if isinstance(w, PackedVariants) else w for w in found]
+def _weights_of(module: Any) -> list[tuple[torch.nn.Module, str]]:
+    """All that `_parts_of` reads."""
+    found = [(module._modules[name], leaf) for name in _PROJECTIONS for leaf in ("weight", "bias")]
+    return found + [(module._modules[name], "weight") for name in _NORMS if name in module._modules]
 
 
 def _parts_of(module: Any, scaling: float) -> AttentionParts:
     def linear(name: str) -> tuple[Weight, Weight | None]:
         part = module._modules[name]
-        return _weight(part.weight), None if part.bias is None else _weight(part.bias)
+        return weight_of(part.weight), None if part.bias is None else weight_of(part.bias)
 
     def norm(name: str) -> tuple[Weight, float] | None:
         part = module._modules.get(name)
         eps = None if part is None else norm_epsilon(part)
-        return None if part is None or eps is None else (_weight(part.weight), eps)
+        return None if part is None or eps is None else (weight_of(part.weight), eps)
 
     linears = linear("q_proj"), linear("k_proj"), linear("v_proj"), linear("o_proj")
     return AttentionParts(*linears, norm("q_norm"), norm("k_norm"), module.head_dim, scaling)
-
-
-def _weight(tensor: torch.Tensor) -> Weight:
-    if isinstance(tensor, VariantStack):
-        return Weight(tensor.rows, tensor.row_map)
-    if isinstance(tensor, PackedVariants):
-        return Weight(tensor.packed, tensor.row_map)
-    return Weight(tensor[None], None)
 
 
 def _what_it_depends_on(module: Any) -> Any:
@@ -193,14 +187,14 @@ def _agrees(
     return torch.equal(found, F.linear(recorder.out.reshape(1, _TOKENS, -1), last.weight, last.bias))
 
 
-class _FusedAttention:
+class FusedAttention:
     """The forward of one attention layer: the backend's, or the stock one where rows are not the step's tokens."""
 
     def __init__(self, module: Any, scaling: float, rotaries: frozenset[int], backend: Backend) -> None:
         self.module, self.scaling, self.rotaries, self.backend = module, scaling, rotaries, backend
         self.stock = module.forward
-        self.seen: list[Any] = []  # the weights that `prepared` was made of
-        self.prepared: PreparedAttention | None = None
+        self.seen = WeightsSeen([])  # that `prepared` was made of
+        self.prepared: PreparedLayer | None = None
         self.cached: tuple[KVCache, CachedLayer] | None = None
 
     def __call__(
@@ -212,15 +206,17 @@ class _FusedAttention:
         **others: Any,
     ) -> Any:
         if attention_mask is None and past_key_values is None and asks_for_nothing(others):
-            out = self._computed(hidden_states, position_embeddings)
-            if out is not None:
-                return out, None
+            known = self.known(hidden_states, position_embeddings)
+            prepared = None if known is None else self.computes()
+            if known is not None and prepared is not None:
+                return prepared(*known)[None], None
         return self.stock(
             hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
             past_key_values=past_key_values, **others,
         )  # fmt: skip
 
-    def _computed(self, hidden: torch.Tensor, rotary: Any) -> torch.Tensor | None:
+    def known(self, hidden: torch.Tensor, rotary: Any) -> Known | None:
+        """What a prepared layer is called with; None where the rows are not the step's tokens, or not of its kind."""
         paged: PagedAttention = self.module.polymoe_attention
         batch = paged.context.batch
         if batch.shape is not None or batch.attention is None or not isinstance(rotary, tuple):
@@ -231,14 +227,15 @@ class _FusedAttention:
             return None
         if cos.shape[2] not in self.rotaries:
             return None
-        weights = _weights_of(self.module)
-        if len(self.seen) != len(weights) or any(a is not b for a, b in zip(weights, self.seen, strict=True)):
-            self.seen = weights
-            self.prepared = self.backend.prepare_attention(_parts_of(self.module, self.scaling))
-        if self.prepared is None:
-            return None
         if self.cached is None or self.cached[0] is not paged.cache:
             layer, cache = self.module.layer_idx, paged.cache
             tensors = cache.key[layer], cache.value[layer]
             self.cached = cache, CachedLayer(tensors, cache.layers[layer].sliding_window)
-        return self.prepared(hidden[0], (cos[0], sin[0]), batch, self.cached[1])[None]
+        return hidden[0], (cos[0], sin[0]), batch, self.cached[1]
+
+    def computes(self) -> PreparedLayer | None:
+        """The same object for as long as the weights are the same; None where the backend has nothing for them."""
+        if self.prepared is None or not self.seen.are_current:
+            self.seen = WeightsSeen(_weights_of(self.module))
+            self.prepared = self.backend.prepare_attention(_parts_of(self.module, self.scaling))
+        return self.prepared

@@ -6,12 +6,13 @@ random numbers, against the formula.
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from polymoe.kernels.cpu.router import choose
+from polymoe.kernels.cpu.router import Scoring, choose
 from polymoe.model.backends.base import Backend
 from polymoe.model.variants.variant_stack import VariantStack
 
@@ -25,15 +26,22 @@ def fuse_routers(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
             continue
         if backend.why_not_route(weight.dtype, weight.shape[1]):
             continue
-        found = _normalises(module, top_k)
+        found = _formula(module, top_k)
         if found is not None:
-            module.forward = _FusedRouter(module, *found, backend)
+            module.forward = FusedRouter(module, found, backend)
             fused += 1
     return fused
 
 
-def _normalises(module: Any, top_k: int) -> tuple[bool, torch.dtype] | None:
-    """Whether its scores add up to 1, and their dtype; None if it is no such router."""
+@dataclass(frozen=True)
+class _Formula:
+    scoring: Scoring
+    logits: torch.dtype
+    scores: torch.dtype
+
+
+def _formula(module: Any, top_k: int) -> _Formula | None:
+    """None if it is no such router."""
     others = [
         name
         for name, tensor in (module._parameters | module._buffers).items()
@@ -58,20 +66,21 @@ def _normalises(module: Any, top_k: int) -> tuple[bool, torch.dtype] | None:
     own = F.linear(x, weight)
     if scores.shape != (7, top_k) or chosen.shape != (7, top_k) or chosen.dtype != torch.int64:
         return None
-    for normalise in (False, True):
-        _, wanted, _ = choose(own, top_k, normalise)
-        best = own.topk(top_k, dim=-1).values  # of equal logits either may be taken
-        same = torch.equal(wanted.to(scores.dtype), scores) and torch.equal(own.gather(1, chosen), best)
-        if same and logits.dtype == own.dtype and torch.equal(logits, own):
-            return normalise, scores.dtype
+    best = own.topk(top_k, dim=-1).values  # of equal logits either may be taken
+    if not torch.equal(own.gather(1, chosen), best) or not torch.equal(logits, own.to(logits.dtype)):
+        return None
+    for scoring in Scoring:
+        _, wanted, _ = choose(own, top_k, scoring)
+        if torch.equal(wanted.to(scores.dtype), scores):
+            return _Formula(scoring, logits.dtype, scores.dtype)
     return None
 
 
-class _FusedRouter:
+class FusedRouter:
     """The forward of one router: the backend's, or the stock one where rows are not the step's tokens."""
 
-    def __init__(self, module: Any, normalise: bool, dtype: torch.dtype, backend: Backend) -> None:
-        self.module, self.normalise, self.dtype, self.backend = module, normalise, dtype, backend
+    def __init__(self, module: Any, formula: _Formula, backend: Backend) -> None:
+        self.module, self.formula, self.backend = module, formula, backend
         self.top_k, self.stock = module.top_k, module.forward
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
@@ -81,8 +90,8 @@ class _FusedRouter:
             return self.stock(hidden_states)
         if isinstance(weight, VariantStack):
             stacked = weight.context.batch.segments(len(x)), weight.row_map
-            found = self.backend.route(x.contiguous(), weight.rows, stacked, self.top_k, self.normalise)
+            found = self.backend.route(x.contiguous(), weight.rows, stacked, self.top_k, self.formula.scoring)
         else:
-            found = self.backend.route(x.contiguous(), weight[None], None, self.top_k, self.normalise)
+            found = self.backend.route(x.contiguous(), weight[None], None, self.top_k, self.formula.scoring)
         logits, scores, chosen = found
-        return logits, scores.to(self.dtype), chosen
+        return logits.to(self.formula.logits), scores.to(self.formula.scores), chosen

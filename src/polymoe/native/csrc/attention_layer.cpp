@@ -9,6 +9,7 @@
 
 #include "scalars.h"
 #include "stacks.h"
+#include "step.h"
 #include "threads.h"
 
 extern "C" {
@@ -16,7 +17,6 @@ void polymoe_grouped_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, con
                                  const uint16_t*, uint16_t*, int);
 void polymoe_tiled_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*,
                                const polymoe::Stack*, const polymoe::Stack*, int64_t, int64_t, uint16_t*, int);
-void polymoe_rms_norm_bf16(const uint16_t*, const uint16_t*, const int64_t*, int64_t, int64_t, int64_t, float, uint16_t*, int);
 void polymoe_paged_attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const int64_t*, int64_t, const int64_t*,
                                   const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
                                   int64_t, int64_t, int64_t, float, uint16_t*, int);
@@ -24,13 +24,6 @@ void polymoe_paged_attention_bf16(const uint16_t*, const uint16_t*, const uint16
 
 namespace polymoe {
 namespace {
-
-// A step's rows by the version of a weight: group g is rows starts[g] .. starts[g + 1] and has version ids[g].
-struct Grouping {
-    int64_t count;
-    const int64_t *ids, *starts;
-    const int64_t* of_token;  // [tokens]: the version of each
-};
 
 // A linear map. rows: null where it is packed, in tiles.
 struct Projection {
@@ -53,31 +46,12 @@ struct Projection {
     }
 };
 
-struct HeadNorm {
-    const uint16_t* weights;  // [versions, dim]; null: there is none
-    int64_t grouping;
-    float eps;
-
-    void run(uint16_t* x, const Grouping* groupings, int64_t tokens, int64_t heads, int64_t dim, int threads) const {
-        if (weights)
-            polymoe_rms_norm_bf16(x, weights, groupings[grouping].of_token, heads, tokens * heads, dim, eps, x, threads);
-    }
-};
-
 struct Layer {
     Projection query, key, value, output;
-    HeadNorm query_norm, key_norm;
+    Norm query_norm, key_norm;  // of each head
     uint16_t *keys, *values;  // the cache: [slots, kv_heads, key_dim], [slots, kv_heads, value_dim]
     int64_t block_size, q_heads, kv_heads, key_dim, value_dim, window;
     float scaling;
-};
-
-struct Step {
-    int64_t tokens;
-    const Grouping* groupings;
-    const int64_t *slots, *block_table;  // [tokens], [sequences, table_width]
-    int64_t table_width;
-    const int64_t *sequence, *visible;  // [tokens]
 };
 
 // x [heads, dim] in place: the first `rotary` values of each head turned, rounded where torch's operations round.
@@ -96,7 +70,7 @@ void rotate(uint16_t* x, int64_t heads, int64_t dim, const uint16_t* cos, const 
 }  // namespace
 }  // namespace polymoe
 
-// x [tokens, query.in], y [tokens, output.out]; cos, sin [tokens, rotary].
+// x [tokens, query.in], y [tokens, output.out], not x; cos, sin [tokens, rotary].
 extern "C" void polymoe_attention_layer_bf16(const polymoe::Layer* layer, const polymoe::Step* step, const uint16_t* x,
                                              const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* y,
                                              int threads) {
@@ -113,8 +87,8 @@ extern "C" void polymoe_attention_layer_bf16(const polymoe::Layer* layer, const 
     query.run(x, step->groupings, q, threads);
     key.run(x, step->groupings, k, threads);
     value.run(x, step->groupings, v, threads);
-    query_norm.run(q, step->groupings, tokens, q_heads, key_dim, threads);
-    key_norm.run(k, step->groupings, tokens, kv_heads, key_dim, threads);
+    if (query_norm.weights) query_norm.run(q, step->groupings, q_heads, tokens * q_heads, key_dim, q, threads);
+    if (key_norm.weights) key_norm.run(k, step->groupings, kv_heads, tokens * kv_heads, key_dim, k, threads);
     polymoe::parallel_for(tokens, 8, threads, [&, keys = keys, values = values](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t) {
             uint16_t* own = k + t * layer->key.out;

@@ -12,11 +12,15 @@
 extern "C" void polymoe_grouped_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*,
                                             const uint16_t*, const uint16_t*, uint16_t*, int);
 
+namespace {
+constexpr int64_t OF_ALL = 0, OF_CHOSEN = 2;  // scorings; 1: of all, made to add up to 1
+}
+
 // x [tokens, in]; group g is rows starts[g] .. starts[g + 1] and uses ids[g] of stack [*, experts, in]; logits [tokens,
-// experts]; scores and chosen [tokens, top_k], the largest first, of equal ones the one with the lower index. normalise:
-// whether scores of a token add up to 1.
+// experts]; scores and chosen [tokens, top_k], the largest first, of equal ones the one with the lower index. scoring: what
+// the scores are of, see router.py.
 extern "C" void polymoe_router_bf16(const uint16_t* x, int64_t in, int64_t experts, int64_t num_groups, const int64_t* ids,
-                                    const int64_t* starts, const uint16_t* stack, int64_t top_k, int64_t normalise,
+                                    const int64_t* starts, const uint16_t* stack, int64_t top_k, int64_t scoring,
                                     uint16_t* logits, float* scores, int64_t* chosen, int num_threads) {
     polymoe_grouped_linear_bf16(x, in, experts, num_groups, ids, starts, stack, nullptr, logits, num_threads);
     const int64_t tokens = starts[num_groups];
@@ -32,10 +36,10 @@ extern "C" void polymoe_router_bf16(const uint16_t* x, int64_t in, int64_t exper
             for (int64_t k = 0; k < top_k; ++k) {
                 const int64_t best = std::max_element(values.begin(), values.end()) - values.begin();
                 chosen[t * top_k + k] = best;
-                kept += its[k] = values[best] / total;
+                kept += its[k] = scoring == OF_CHOSEN ? values[best] : values[best] / total;
                 values[best] = -1;
             }
-            for (int64_t k = 0; normalise && k < top_k; ++k) its[k] /= kept;
+            for (int64_t k = 0; scoring != OF_ALL && k < top_k; ++k) its[k] /= kept;
         }
     });
 }
