@@ -23,6 +23,7 @@ from polymoe.model.per_variant.module import install
 from polymoe.model.per_variant.sequence_states import SequenceStates
 from polymoe.model.stock.fused_attention import fuse_attention
 from polymoe.model.stock.fused_decoder_layer import fuse_decoder_layers
+from polymoe.model.stock.fused_model import fuse_model
 from polymoe.model.stock.fused_norm import fuse_norms
 from polymoe.model.stock.fused_router import fuse_routers
 from polymoe.model.stock.skeleton import (
@@ -151,6 +152,7 @@ class ServedModel:
         fuse_routers(mixed, backend)
         fuse_attention(mixed, backend)
         fuse_decoder_layers(mixed, backend)
+        self._fused = None if self._per_variant else fuse_model(self.model, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
@@ -360,10 +362,20 @@ class ServedModel:
         self.context.set(batch)
         if self._per_variant:
             self.states.begin(batch)
-        options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
         with one_torch_thread() if self._by_kernels and len(input_ids) <= _FEW_TOKENS else nullcontext():
-            output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
+            logits = self._logits(input_ids, positions, sampled_rows)
         self.context.set(None)
         self.states.end()
+        return logits
+
+    def _logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, sampled_rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._fused is not None and sampled_rows is not None:
+            found = self._fused(input_ids, positions, sampled_rows)
+            if found is not None:
+                return found
+        options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
+        output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
         logits: torch.Tensor = output.logits[0]
         return logits if sampled_rows is None or self._keeps_rows else logits[sampled_rows]

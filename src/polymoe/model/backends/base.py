@@ -154,7 +154,7 @@ class DecoderParts:
     the router. router: its weight, how many experts it chooses, its scores and their dtype. multiplier: c.
     """
 
-    attention: "PreparedLayer"
+    attention: "PreparedAttention"
     first: tuple[Weight, float]
     second: tuple[Weight, float]
     router: tuple[Weight, int, Scoring, torch.dtype]
@@ -162,13 +162,26 @@ class DecoderParts:
     multiplier: float
 
 
-class PreparedLayer(Protocol):
-    """An attention layer, or a whole decoder layer, from hidden states to hidden states."""
+class PreparedAttention(Protocol):
+    """An attention layer from hidden states to hidden states."""
 
     def __call__(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
     ) -> torch.Tensor:
         """`hidden [T, H]` with cosines and sines `[T, R]` -> `[T, H]`."""
+
+
+class PreparedDecoder(Protocol):
+    """Decoder layers from hidden states to hidden states."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+        caches: Sequence[CachedLayer],
+    ) -> torch.Tensor:
+        """As a `PreparedAttention`; `caches`: one a layer, the same object for as long as these are."""
 
 
 class Backend(ABC):
@@ -221,13 +234,17 @@ class Backend(ABC):
     def span_attention(self, query: torch.Tensor, cache: Cache, spans: TokenSpans) -> torch.Tensor:
         """softmax(q kᵀ + bias) v of each of `query [T, Hq, D]` over its span -> `[T, Hq, Dv]`."""
 
-    def prepare_attention(self, _parts: AttentionParts) -> PreparedLayer | None:
+    def prepare_attention(self, _parts: AttentionParts) -> PreparedAttention | None:
         """A whole attention layer in one call; None: the stock module calls the operations above one by one."""
         return None
 
-    def prepare_decoder_layer(self, _parts: DecoderParts) -> PreparedLayer | None:
-        """A whole decoder layer in one call; None: the stock module calls its parts one by one."""
+    def prepare_decoder_layer(self, _parts: DecoderParts) -> Any:
+        """What `join_decoder_layers` takes of a layer; None: the stock module calls its parts one by one."""
         return None
+
+    def join_decoder_layers(self, layers: Sequence[Any]) -> PreparedDecoder:
+        """Decoder layers one after the other, in one call."""
+        raise NotImplementedError
 
     def route(
         self,

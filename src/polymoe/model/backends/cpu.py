@@ -1,5 +1,6 @@
 """The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,13 @@ from polymoe.model.backends.base import (
     Cache,
     DecoderParts,
     ExpertLayer,
+    PreparedAttention,
     PreparedExperts,
-    PreparedLayer,
     ScoreOptions,
     TokenSpans,
 )
 from polymoe.model.backends.cpu_attention import StepViews, compiled_attention
-from polymoe.model.backends.cpu_decoder_layer import compiled_decoder_layer
+from polymoe.model.backends.cpu_decoder_layers import CompiledDecoder, CompiledDecoderLayer, compiled_decoder_layer
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -96,15 +97,19 @@ class CpuBackend(ReferenceBackend):
         tokens = spans.block_table, spans.sequence, spans.visible
         return paged_attention(query.contiguous(), *cache, *tokens, 1.0, None, spans.start, spans.bias)
 
-    def prepare_attention(self, parts: AttentionParts) -> PreparedLayer | None:
+    def prepare_attention(self, parts: AttentionParts) -> PreparedAttention | None:
         """In bfloat16."""
         if not self.has_own_threads:
             return None
         return compiled_attention(parts, self._steps, (max(self.activations), min(self.activations)))
 
-    def prepare_decoder_layer(self, parts: DecoderParts) -> PreparedLayer | None:
+    def prepare_decoder_layer(self, parts: DecoderParts) -> CompiledDecoderLayer | None:
         """Where attention and the experts are one call each."""
         return compiled_decoder_layer(parts, self._steps) if self.has_own_threads else None
+
+    def join_decoder_layers(self, layers: Sequence[CompiledDecoderLayer]) -> CompiledDecoder:
+        """In one call."""
+        return CompiledDecoder(layers)
 
     def route(
         self,

@@ -15,7 +15,7 @@ from polymoe.errors import UnsupportedModelError
 from polymoe.kernels.cpu.attention_layer import rotated
 from polymoe.kernels.cpu.rms_norm import rms_norm
 from polymoe.model.attention.paged import KVCache, PagedAttention, asks_for_nothing
-from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedLayer, Weight
+from polymoe.model.backends.base import AttentionParts, Backend, CachedLayer, PreparedAttention, Weight
 from polymoe.model.batch.batch import ForwardBatch
 from polymoe.model.stock.fused_norm import epsilon_of, norm_epsilon
 from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
@@ -194,7 +194,7 @@ class FusedAttention:
         self.module, self.scaling, self.rotaries, self.backend = module, scaling, rotaries, backend
         self.stock = module.forward
         self.seen = WeightsSeen([])  # that `prepared` was made of
-        self.prepared: PreparedLayer | None = None
+        self.prepared: PreparedAttention | None = None
         self.cached: tuple[KVCache, CachedLayer] | None = None
 
     def __call__(
@@ -227,13 +227,19 @@ class FusedAttention:
             return None
         if cos.shape[2] not in self.rotaries:
             return None
-        if self.cached is None or self.cached[0] is not paged.cache:
-            layer, cache = self.module.layer_idx, paged.cache
+        return hidden[0], (cos[0], sin[0]), batch, self.cache
+
+    @property
+    def cache(self) -> CachedLayer:
+        """The layer's; the same object for as long as the model has the same."""
+        cache = self.module.polymoe_attention.cache
+        if self.cached is None or self.cached[0] is not cache:
+            layer = self.module.layer_idx
             tensors = cache.key[layer], cache.value[layer]
             self.cached = cache, CachedLayer(tensors, cache.layers[layer].sliding_window)
-        return hidden[0], (cos[0], sin[0]), batch, self.cached[1]
+        return self.cached[1]
 
-    def computes(self) -> PreparedLayer | None:
+    def computes(self) -> PreparedAttention | None:
         """The same object for as long as the weights are the same; None where the backend has nothing for them."""
         if self.prepared is None or not self.seen.are_current:
             self.seen = WeightsSeen(_weights_of(self.module))

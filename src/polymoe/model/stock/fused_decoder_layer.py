@@ -6,19 +6,25 @@ As with its parts, which modules are such layers is tried: with others in the pl
 are given, and with random numbers for what these return.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from polymoe.errors import UnsupportedModelError
 from polymoe.model.attention.paged import asks_for_nothing
-from polymoe.model.backends.base import Backend, DecoderParts, PreparedLayer
+from polymoe.model.backends.base import (
+    Backend,
+    CachedLayer,
+    DecoderParts,
+    PreparedAttention,
+    PreparedDecoder,
+    PreparedExperts,
+)
 from polymoe.model.stock.fused_attention import FusedAttention
 from polymoe.model.stock.fused_norm import norm_epsilon
 from polymoe.model.stock.fused_router import FusedRouter
+from polymoe.model.stock.recorded import equal, random_bf16, recorded
 from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
 
 _TOKENS = 3  # of a trial
@@ -74,78 +80,45 @@ def _parts(module: Any) -> _Parts | None:
     return _Parts(attention[0], (norms[0], norms[1]), rest[0], names, modules)
 
 
-class _Recorder(torch.nn.Module):
-    """In the place of a part: keeps what it was given, gives `out`. `calls` is shared by those of a trial."""
-
-    def __init__(self, name: str, calls: list[tuple[str, Any]], out: Any) -> None:
-        super().__init__()
-        self.name, self.calls, self.out = name, calls, out
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        self.calls.append((self.name, (given, named)))
-        return self.out
-
-
-def _tried(
-    module: Any, returned: dict[str, Any], *given: Any, **named: Any
-) -> tuple[Any, list[tuple[str, Any]]] | None:
-    """What `module` returns where its children return this, and what they were called with; None if it fails."""
-    calls: list[tuple[str, Any]] = []
-    trial = copy.copy(module)
-    trial._modules = {name: _Recorder(name, calls, out) for name, out in returned.items()}
-    try:
-        return trial(*given, **named), calls
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, UnsupportedModelError):
-        return None
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(torch.bfloat16)
-
-
 def _joins_as_the_formula(parts: _Parts) -> bool:
     """Whether the block hands the router's choice to the experts, and what these make of it on."""
     router, experts = parts.in_block
-    width = parts.width
-    x, out = _random(1, _TOKENS, width), _random(_TOKENS, width)
-    routed = _random(_TOKENS, 4), _random(_TOKENS, 2), torch.arange(2 * _TOKENS).view(_TOKENS, 2)
-    tried = _tried(parts.modules[0], {router: routed, experts: out}, x)
-    if tried is None or [name for name, _ in tried[1]] != [router, experts]:
+    x, out = random_bf16(1, _TOKENS, parts.width), random_bf16(_TOKENS, parts.width)
+    routed = random_bf16(_TOKENS, 4), random_bf16(_TOKENS, 2), torch.arange(2 * _TOKENS).view(_TOKENS, 2)
+    tried = recorded(parts.modules[0], {router: routed, experts: out}, x)
+    if tried is None or [call.path for call in tried[1]] != [router, experts]:
         return False
-    found, ((_, (to_router, more)), (_, (to_experts, others))) = tried
-    if len(to_router) != 1 or more or len(to_experts) != 3 or others or not isinstance(found, torch.Tensor):
+    found, (choice, made) = tried
+    if len(choice.given) != 1 or choice.named or len(made.given) != 3 or made.named:
         return False
-    same = to_experts[1] is routed[2] and to_experts[2] is routed[1]
-    handed = [to_router[0].reshape(-1, width), to_experts[0]]
-    return same and all(torch.equal(tensor, x[0]) for tensor in handed) and torch.equal(found, out[None])
+    same = made.given[1] is routed[2] and made.given[2] is routed[1] and equal(made.given[0], x[0])
+    return same and equal(choice.given[0].reshape(-1, parts.width), x[0]) and equal(found, out[None])
 
 
 def _formula(module: Any, parts: _Parts) -> tuple[tuple[str, str], float] | None:
     """Its norms in the order of the formula, and c; None if it is no such layer."""
-    width = parts.width
-    x, attended, routed, *normed = torch.split(_random(5 * _TOKENS, width)[None], _TOKENS, dim=1)
+    x, attended, routed, *normed = torch.split(random_bf16(5 * _TOKENS, parts.width)[None], _TOKENS, dim=1)
     outs = {parts.attention: (attended, None), parts.block: routed, **dict(zip(parts.norms, normed, strict=True))}
-    rotary = _random(1, _TOKENS, 4), _random(1, _TOKENS, 8)
-    tried = _tried(
+    rotary = random_bf16(1, _TOKENS, 4), random_bf16(1, _TOKENS, 8)
+    tried = recorded(
         module, outs, x, position_embeddings=rotary, attention_mask=None, past_key_values=None,
         position_ids=torch.arange(_TOKENS)[None],
     )  # fmt: skip
-    if tried is None or [name for name, _ in tried[1]][1::2] != [parts.attention, parts.block]:
+    if tried is None or [call.path for call in tried[1]][1::2] != [parts.attention, parts.block]:
         return None
-    found, calls = tried
-    (first, (to_first, _)), (_, (to_attention, options)), (second, (to_second, _)), (_, (to_block, others)) = calls
-    options = dict(options)
-    hidden = to_attention[0] if to_attention else options.pop("hidden_states", None)
-    handed = [to_first[0] is x, hidden is outs[first], len(to_block) == 1 and to_block[0] is outs[second]]
-    if {first, second} != {*parts.norms} or not all(handed) or not isinstance(found, torch.Tensor):
+    found, (first, attention, second, block) = tried
+    options = dict(attention.named)
+    hidden = attention.given[0] if attention.given else options.pop("hidden_states", None)
+    handed = first.given[0] is x, hidden is outs[first.path], len(block.given) == 1, block.given[0] is outs[second.path]
+    if {first.path, second.path} != {*parts.norms} or not all(handed) or block.named:
         return None
-    if options.pop("position_embeddings", None) is not rotary or not asks_for_nothing(options) or others:
+    if options.pop("position_embeddings", None) is not rotary or not asks_for_nothing(options):
         return None
     floats = {value for value in vars(module).values() if isinstance(value, float)}
     for multiplier in (1.0, *sorted(floats - {1.0})):
         between = x + attended * multiplier
-        if torch.equal(to_second[0], between) and torch.equal(found, between + routed * multiplier):
-            return (first, second), multiplier
+        if equal(second.given[0], between) and equal(found, between + routed * multiplier):
+            return (first.path, second.path), multiplier
     return None
 
 
@@ -160,7 +133,8 @@ class FusedDecoderLayer:
         _, self.router, self.experts = parts.modules
         self.made_of: tuple[Any, Any] | None = None
         self.seen = WeightsSeen([])
-        self.prepared: PreparedLayer | None = None
+        self.prepared: Any = None
+        self.alone: tuple[Any, list[CachedLayer], PreparedDecoder] | None = None
 
     def __call__(
         self,
@@ -170,31 +144,40 @@ class FusedDecoderLayer:
         past_key_values: Any = None,
         **others: Any,
     ) -> Any:
-        counts = self.experts.polymoe_experts.counts
         if attention_mask is None and past_key_values is None and asks_for_nothing(others):
             known = self.attention.known(hidden_states, position_embeddings)
-            if known is not None and (counts is None or not counts.counting):
-                prepared = self.computes()
-                if prepared is not None:
-                    return prepared(*known)[None]
+            prepared = None if known is None else self.computes()
+            if known is not None and prepared is not None:
+                hidden, rotary, batch, cache = known
+                if self.alone is None or self.alone[0] is not prepared or self.alone[1][0] is not cache:
+                    self.alone = prepared, [cache], self.backend.join_decoder_layers([prepared])
+                _, caches, decoder = self.alone
+                return decoder(hidden, rotary, batch, caches)[None]
         return self.stock(
             hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
             past_key_values=past_key_values, **others,
         )  # fmt: skip
 
-    def computes(self) -> PreparedLayer | None:
-        """As `FusedAttention.computes`."""
-        made_of = self.attention.computes(), self.experts.polymoe_experts.compute
-        known = self.made_of is not None and all(a is b for a, b in zip(made_of, self.made_of, strict=True))
-        if not known or not self.seen.are_current:
-            self.made_of = made_of
+    def computes(self) -> Any:
+        """What the backend joins; the same object for as long as the weights are the same. None where it has nothing
+        for them, or somebody counts."""
+        layer = self.experts.polymoe_experts
+        if layer.counts is not None and layer.counts.counting:
+            return None
+        attention = self.attention.computes()
+        made_of = self.made_of
+        if (
+            made_of is None
+            or made_of[0] is not attention
+            or made_of[1] is not layer.compute
+            or not self.seen.are_current
+        ):
+            self.made_of = attention, layer.compute
             self.seen = WeightsSeen([(module, "weight") for module in (*self.norms, self.router)])
-            self.prepared = self._prepare(*made_of)
+            self.prepared = None if attention is None else self._prepare(attention, layer.compute)
         return self.prepared
 
-    def _prepare(self, attention: PreparedLayer | None, experts: Any) -> PreparedLayer | None:
-        if attention is None:
-            return None
+    def _prepare(self, attention: PreparedAttention, experts: PreparedExperts) -> Any:
         first, second = ((weight_of(norm.weight), norm_epsilon(norm) or 0.0) for norm in self.norms)
         routed: FusedRouter = self.router.forward
         router = weight_of(self.router.weight), routed.top_k, routed.formula.scoring, routed.formula.scores

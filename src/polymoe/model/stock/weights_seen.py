@@ -36,4 +36,7 @@ class WeightsSeen:
 
     @property
     def are_current(self) -> bool:
-        return all(own.get(name) is seen for own, name, seen in self._seen)
+        for own, name, seen in self._seen:  # noqa: SIM110  (twice as fast as `all`, in every step for every layer)
+            if own.get(name) is not seen:
+                return False
+        return True

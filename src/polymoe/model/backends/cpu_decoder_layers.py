@@ -1,10 +1,11 @@
-"""A whole decoder layer in one call on a CPU: what the kernel is told of its weights."""
+"""Whole decoder layers in one call on a CPU: what the kernel is told of their weights."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
-from polymoe.kernels.cpu.decoder_layer import DecoderView, Router, decoder_layer
+from polymoe.kernels.cpu.decoder_layers import DecoderView, DecoderViews, Router, decoder_layers
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.cpu.routed_layer import RoutedLayer
 from polymoe.kernels.cpu.router import why_not_fast_router
@@ -26,16 +27,36 @@ class CompiledDecoderLayer:
         steps: StepViews,
     ) -> None:
         self._kept = parts, experts  # `told` has addresses of what they hold
-        self._attention, self._told, self._steps = attention, told, steps
+        self._attention, self._told = attention, told
+        self.steps = steps
         self._layer: CachedLayer | None = None
 
-    def __call__(
-        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
-    ) -> torch.Tensor:
-        """See the base class."""
+    def view(self, layer: CachedLayer) -> DecoderView:
+        """What the kernel is told of it; the same object always."""
         if self._layer is not layer:
             self._told.attention, self._layer = ctypes.addressof(self._attention.view(layer)), layer
-        return decoder_layer(self._told, self._steps.of(batch), hidden.contiguous(), *rotary)
+        return self._told
+
+
+class CompiledDecoder:
+    """Several of them, one after the other."""
+
+    def __init__(self, layers: Sequence[CompiledDecoderLayer]) -> None:
+        self._layers, self._steps = layers, layers[0].steps
+        self._views: tuple[Sequence[CachedLayer], DecoderViews] | None = None
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        batch: ForwardBatch,
+        caches: Sequence[CachedLayer],
+    ) -> torch.Tensor:
+        """See the base class."""
+        if self._views is None or self._views[0] is not caches:
+            views = [layer.view(cache) for layer, cache in zip(self._layers, caches, strict=True)]
+            self._views = caches, DecoderViews(views)
+        return decoder_layers(self._views[1], self._steps.of(batch), hidden.contiguous(), *rotary)
 
 
 def compiled_decoder_layer(parts: DecoderParts, steps: StepViews) -> CompiledDecoderLayer | None:
