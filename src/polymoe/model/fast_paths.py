@@ -9,6 +9,7 @@ from polymoe.model.attention.paged import AttentionLayer
 from polymoe.model.backends.base import Backend
 from polymoe.model.experts.layer import LayerExperts
 from polymoe.model.per_variant.spec import PerVariantSpec
+from polymoe.model.stock.fused_decoder_layer import why_not_one_call
 from polymoe.model.stock.fused_norm import is_fused
 from polymoe.model.variants.packed_variants import PackedVariants
 from polymoe.model.variants.variant_stack import VariantStack
@@ -30,6 +31,7 @@ def fast_paths(
     alone = {part for path in per_variant for part in network.get_submodule(path).modules()}
     parts = [module for module in network.modules() if module not in alone]
     others = [*_linear_maps(parts, backend), *_norms(parts, backend), *_attention(attention, dtype, backend)]
+    others += _decoder_layers(parts, backend) if backend.has_own_threads else []
     others += [_alone(network.get_submodule(path), spec) for path, spec in per_variant.items()]
     return merged([*paths, *others])
 
@@ -73,6 +75,15 @@ def _attention(layers: Iterable[AttentionLayer], dtype: torch.dtype, backend: Ba
     for layer in layers:
         reason = backend.why_not_attention(dtype, layer.key_dim, layer.value_dim, layer.extras)
         yield _path(backend, "attention", reason)
+
+
+def _decoder_layers(modules: Iterable[torch.nn.Module], backend: Backend) -> Iterator[FastPath]:
+    lists = [module for module in modules if isinstance(module, torch.nn.ModuleList)]
+    for layer in (layer for layers in lists for layer in layers):
+        if any(hasattr(module, "polymoe_experts") for module in layer.modules()):
+            reason = why_not_one_call(layer)
+            runs_on = f"{backend.runs_on}, one call" if not reason else "the stock module's operations"
+            yield FastPath(part="layer", runs_on=runs_on, count=1, reason=reason)
 
 
 def _alone(module: torch.nn.Module, spec: PerVariantSpec) -> FastPath:

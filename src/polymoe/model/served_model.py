@@ -152,7 +152,7 @@ class ServedModel:
         fuse_routers(mixed, backend)
         fuse_attention(mixed, backend)
         fuse_decoder_layers(mixed, backend)
-        self._fused = None if self._per_variant else fuse_model(self.model, backend)
+        self.fused = None if self._per_variant else fuse_model(self.model, backend)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
@@ -371,8 +371,8 @@ class ServedModel:
     def _logits(
         self, input_ids: torch.Tensor, positions: torch.Tensor, sampled_rows: torch.Tensor | None
     ) -> torch.Tensor:
-        if self._fused is not None and sampled_rows is not None:
-            found = self._fused(input_ids, positions, sampled_rows)
+        if self.fused is not None and sampled_rows is not None:
+            found = self.fused(input_ids, positions, sampled_rows, self.context.batch)
             if found is not None:
                 return found
         options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}

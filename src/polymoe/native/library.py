@@ -103,8 +103,9 @@ def cpu_kernels() -> ctypes.CDLL | None:
     layer.argtypes, layer.restype = [*[_POINTER] * 5, _NUMBER, _POINTER, _INT], None
     router.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 3, *[_NUMBER] * 2, *[_POINTER] * 3, _INT]
     router.restype = None
-    decoder = kernels.polymoe_decoder_layers_bf16
-    decoder.argtypes, decoder.restype = [_POINTER, _NUMBER, *[_POINTER] * 4, _NUMBER, _POINTER, _INT], _INT
+    decoder, whole = kernels.polymoe_decoder_layer_bf16, kernels.polymoe_pass_bf16
+    decoder.argtypes, decoder.restype = [*[_POINTER] * 5, _NUMBER, _POINTER, _INT], _INT
+    whole.argtypes, whole.restype = [*[_POINTER] * 7, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT], _INT
     routed = kernels.polymoe_routed_experts_bf16
     routed.argtypes, routed.restype = [*[_POINTER] * 5, *[_NUMBER] * 2, _POINTER, _INT], _INT
     delta = kernels.polymoe_gated_delta_f32

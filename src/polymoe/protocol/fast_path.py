@@ -6,8 +6,9 @@ import msgspec
 class FastPath(msgspec.Struct, frozen=True, kw_only=True):
     """One kind of operation of `count` layers or modules that run alike.
 
-    part: "experts", "linear", "norm", "attention" or "per-variant". runs_on: "compiled packed", "compiled stored",
-    "compiled", "GPU kernels", or a name that begins with "torch". reason: why not the fastest way; empty where it is.
+    part: "experts", "linear", "norm", "attention", "layer" or "per-variant". runs_on: "compiled packed", "compiled
+    stored", "compiled", "GPU kernels", "the stock module's operations" or a name that begins with "torch".
+    reason: why not the fastest way; empty where it is.
     slow: whether that takes more than twice the time.
     """
 

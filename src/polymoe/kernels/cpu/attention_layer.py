@@ -47,7 +47,8 @@ class LayerView(ctypes.Structure):
 
     _fields_ = (
         ("query", Projection), ("key", Projection), ("value", Projection), ("output", Projection),
-        ("query_norm", Norm), ("key_norm", Norm), ("keys", _POINTER), ("values", _POINTER),
+        ("query_norm", Norm), ("key_norm", Norm), ("query_norm_dim", _NUMBER), ("key_norm_dim", _NUMBER),
+        ("keys", _POINTER), ("values", _POINTER),
         ("block_size", _NUMBER), ("q_heads", _NUMBER), ("kv_heads", _NUMBER), ("key_dim", _NUMBER),
         ("value_dim", _NUMBER), ("window", _NUMBER), ("scaling", ctypes.c_float),
     )  # fmt: skip
@@ -55,8 +56,9 @@ class LayerView(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("tokens", _NUMBER), ("groupings", ctypes.POINTER(_Grouping)), ("slots", _POINTER), ("block_table", _POINTER),
-        ("table_width", _NUMBER), ("sequence", _POINTER), ("visible", _POINTER), ("variant", _POINTER),
+        ("tokens", _NUMBER), ("groupings", ctypes.POINTER(_Grouping)), ("sampled", ctypes.POINTER(_Grouping)),
+        ("slots", _POINTER), ("block_table", _POINTER), ("table_width", _NUMBER), ("sequence", _POINTER),
+        ("visible", _POINTER), ("variant", _POINTER),
     )  # fmt: skip
 
 
@@ -69,17 +71,23 @@ class Versions:
     of_token: Tensor  # [T] int64
 
 
+def _groupings(versions: list[Versions]) -> "ctypes.Array[_Grouping]":
+    told = [_Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), v.of_token.data_ptr()) for v in versions]
+    return (_Grouping * len(versions))(*told)
+
+
 class StepView:
     """What the kernel is told of a step, made once for all its layers.
 
     Args:
-        versions: for each grouping that layers refer to.
+        versions: for each grouping that layers refer to. sampled: the same of the rows whose logits are wanted.
         slots: `[T]`, where new keys and values go. block_table: `[B, M]`. sequence, visible, variant: `[T]`; all int64.
     """
 
     def __init__(
         self,
         versions: list[Versions],
+        sampled: list[Versions],
         slots: Tensor,
         block_table: Tensor,
         sequence: Tensor,
@@ -87,14 +95,13 @@ class StepView:
         variant: Tensor,
     ) -> None:
         assert block_table.is_contiguous()
-        self._kept: Any = (versions, slots, block_table, sequence, visible, variant)
-        groupings = (_Grouping * len(versions))(
-            *(_Grouping(len(v.ids), v.ids.data_ptr(), v.starts.data_ptr(), v.of_token.data_ptr()) for v in versions)
-        )
+        self._kept: Any = (versions, sampled, slots, block_table, sequence, visible, variant)
+        groupings = _groupings(versions)
+        of_sampled = groupings if sampled is versions else _groupings(sampled)
         self.num_tokens = len(slots)
         self.struct = _Step(
-            len(slots), groupings, slots.data_ptr(), block_table.data_ptr(), block_table.shape[1], sequence.data_ptr(),
-            visible.data_ptr(), variant.data_ptr(),
+            len(slots), groupings, of_sampled, slots.data_ptr(), block_table.data_ptr(), block_table.shape[1],
+            sequence.data_ptr(), visible.data_ptr(), variant.data_ptr(),
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from polymoe.kernels.cpu.compressed_layer import CompressedLayer, Weights
+from polymoe.kernels.cpu.decoder import Turns
 from polymoe.kernels.cpu.packed_rows import PackedRows
 from polymoe.kernels.cpu.router import Choice, Scoring
 from polymoe.model.batch.batch import AttentionBatch, ForwardBatch, RowMap, Segments
@@ -130,10 +131,11 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class AttentionParts:
-    """A stock attention module whose forward is known to be: projections, perhaps a norm of each head, rotary embedding
-    of whole halves, attention with `scaling`, projection.
+    """A stock attention module whose forward is known to be: projections, perhaps norms, rotary embedding of whole
+    halves, attention with `scaling`, projection.
 
-    query, key, value, output: (weight, bias) of its linear maps. query_norm, key_norm: (weight, epsilon).
+    query, key, value, output: (weight, bias) of its linear maps. query_norm, key_norm: (weight, epsilon), of each head
+    or of a token's all heads at once, as wide as the weight is.
     """
 
     query: tuple[Weight, Weight | None]
@@ -171,17 +173,46 @@ class PreparedAttention(Protocol):
         """`hidden [T, H]` with cosines and sines `[T, R]` -> `[T, H]`."""
 
 
-class PreparedDecoder(Protocol):
-    """Decoder layers from hidden states to hidden states."""
+class PreparedDecoderLayer(Protocol):
+    """One decoder layer from hidden states to hidden states."""
+
+    def __call__(
+        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch, layer: CachedLayer
+    ) -> torch.Tensor:
+        """As a `PreparedAttention`."""
+
+
+@dataclass(frozen=True, eq=False)
+class PassParts:
+    """A stock model whose forward is known to be: embeddings times `multiplier`, layers, a norm, a linear map.
+
+    layers: what `Backend.prepare_decoder_layer` made. norm: (weight, epsilon).
+    """
+
+    layers: Sequence[PreparedDecoderLayer]
+    embedding: Weight
+    multiplier: float
+    norm: tuple[Weight, float]
+    head: Weight
+
+
+class PreparedPass(Protocol):
+    """A whole pass from tokens to logits. looks_up: whether it is given ids, else hidden states before layer 0.
+    has_head: whether it gives logits, else what the last linear map is to be given."""
+
+    looks_up: bool
+    has_head: bool
 
     def __call__(
         self,
-        hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        tokens: torch.Tensor,
+        turns: Turns,
+        kept: torch.Tensor,
         batch: ForwardBatch,
-        caches: Sequence[CachedLayer],
+        caches: tuple[CachedLayer, ...],
     ) -> torch.Tensor:
-        """As a `PreparedAttention`; `caches`: one a layer, the same object for as long as these are."""
+        """Ids `[T]` or hidden states `[T, H]` -> of rows `kept [R]` logits `[R, O]` or states `[R, H]`; `caches`: one a
+        layer, the same object for as long as these are."""
 
 
 class Backend(ABC):
@@ -238,13 +269,13 @@ class Backend(ABC):
         """A whole attention layer in one call; None: the stock module calls the operations above one by one."""
         return None
 
-    def prepare_decoder_layer(self, _parts: DecoderParts) -> Any:
-        """What `join_decoder_layers` takes of a layer; None: the stock module calls its parts one by one."""
+    def prepare_decoder_layer(self, _parts: DecoderParts) -> PreparedDecoderLayer | None:
+        """A whole decoder layer in one call; None: the stock module calls its parts one by one."""
         return None
 
-    def join_decoder_layers(self, layers: Sequence[Any]) -> PreparedDecoder:
-        """Decoder layers one after the other, in one call."""
-        raise NotImplementedError
+    def prepare_pass(self, _parts: PassParts) -> PreparedPass | None:
+        """A whole pass in one call; None: the stock model calls its layers one by one."""
+        return None
 
     def route(
         self,

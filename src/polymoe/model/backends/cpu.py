@@ -1,6 +1,5 @@
 """The compiled kernels of `polymoe.kernels.cpu`, and torch for what these do not know."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,16 @@ from polymoe.model.backends.base import (
     Cache,
     DecoderParts,
     ExpertLayer,
+    PassParts,
     PreparedAttention,
+    PreparedDecoderLayer,
     PreparedExperts,
+    PreparedPass,
     ScoreOptions,
     TokenSpans,
 )
 from polymoe.model.backends.cpu_attention import StepViews, compiled_attention
-from polymoe.model.backends.cpu_decoder_layers import CompiledDecoder, CompiledDecoderLayer, compiled_decoder_layer
+from polymoe.model.backends.cpu_decoder import compiled_decoder_layer, compiled_pass
 from polymoe.model.backends.reference import ReferenceBackend, experts_path, stored_inputs
 from polymoe.model.backends.routed_experts import PackedExperts, StoredExperts
 from polymoe.model.batch.batch import AttentionBatch, RowMap, Segments
@@ -48,6 +50,8 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, dtype: torch.dtype, activations: Activations = ACTIVATIONS["int16"]) -> None:
         self.has_own_threads = dtype == torch.bfloat16
         self.activations = activations
+        # Deltas are small, and what they add is as coarse as the coarser of both products of an expert.
+        self._bits = max(activations), min(activations)
         self._steps = StepViews()
         self._one_group = torch.zeros(1, dtype=torch.int64)
 
@@ -64,9 +68,7 @@ class CpuBackend(ReferenceBackend):
     def packed_linear(self, x: torch.Tensor, rows: PackedRows, segments: Segments, row_map: RowMap) -> torch.Tensor:
         """All runs in one call; a base is decoded once for all of them."""
         given = segments.row_groups(row_map).packed(rows.versions)
-        # Deltas are small, and what they add is as coarse as the coarser of both products of an expert.
-        bits = max(self.activations), min(self.activations)
-        return packed_rows_linear(x, rows, given, bits)
+        return packed_rows_linear(x, rows, given, self._bits)
 
     def rms_norm(
         self, x: torch.Tensor, weights: torch.Tensor, stacked: tuple[Segments, RowMap] | None, eps: float
@@ -101,15 +103,15 @@ class CpuBackend(ReferenceBackend):
         """In bfloat16."""
         if not self.has_own_threads:
             return None
-        return compiled_attention(parts, self._steps, (max(self.activations), min(self.activations)))
+        return compiled_attention(parts, self._steps, self._bits)
 
-    def prepare_decoder_layer(self, parts: DecoderParts) -> CompiledDecoderLayer | None:
+    def prepare_decoder_layer(self, parts: DecoderParts) -> PreparedDecoderLayer | None:
         """Where attention and the experts are one call each."""
         return compiled_decoder_layer(parts, self._steps) if self.has_own_threads else None
 
-    def join_decoder_layers(self, layers: Sequence[CompiledDecoderLayer]) -> CompiledDecoder:
+    def prepare_pass(self, parts: PassParts) -> PreparedPass | None:
         """In one call."""
-        return CompiledDecoder(layers)
+        return compiled_pass(parts, self._steps, self._bits) if self.has_own_threads else None
 
     def route(
         self,

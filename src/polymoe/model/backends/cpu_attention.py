@@ -11,7 +11,7 @@ from polymoe.kernels.cpu.packed_stack import address
 from polymoe.kernels.cpu.paged_attention import why_not_attention
 from polymoe.kernels.cpu.rms_norm import why_not_fast_norm
 from polymoe.model.backends.base import AttentionParts, CachedLayer, Weight
-from polymoe.model.batch.batch import ForwardBatch, RowMap
+from polymoe.model.batch.batch import ForwardBatch, RowMap, Segments
 
 
 class StepViews:
@@ -34,15 +34,17 @@ class StepViews:
         if self._last is None or self._last[0] is not batch or self._last[1] != len(self._row_maps):
             where = batch.attention
             assert where is not None
-            versions = [_versions(batch, row_map) for row_map in self._row_maps]
+            versions = [_versions(batch.tokens, row_map) for row_map in self._row_maps]
+            sampled = versions
+            if batch.sampled is not batch.tokens:
+                sampled = [_versions(batch.sampled, row_map) for row_map in self._row_maps]
             tokens = where.token_sequence, where.token_visible, batch.tokens.token_variant
-            view = StepView(versions, where.slot_mapping, where.block_table, *tokens)
+            view = StepView(versions, sampled, where.slot_mapping, where.block_table, *tokens)
             self._last = batch, len(self._row_maps), view
         return self._last[2]
 
 
-def _versions(batch: ForwardBatch, row_map: RowMap | None) -> Versions:
-    tokens = batch.tokens
+def _versions(tokens: Segments, row_map: RowMap | None) -> Versions:
     if row_map is None:
         zeros = torch.zeros(tokens.num_tokens, dtype=torch.int64)
         return Versions(zeros[:1], torch.tensor([0, tokens.num_tokens]), zeros)
@@ -75,9 +77,13 @@ class CompiledAttention:
         block_size, kv_heads, key_dim = key.shape[1:]
         assert key_dim == self._parts.head_dim
         q_heads = self._told[0].outputs // key_dim
+        norms = [
+            key_dim if norm is None else norm[0].rows.shape[-1]
+            for norm in (self._parts.query_norm, self._parts.key_norm)
+        ]
         return LayerView(
-            *self._told, key.data_ptr(), value.data_ptr(), block_size, q_heads, kv_heads, key_dim, value.shape[3],
-            layer.window or 0, self._parts.scaling,
+            *self._told, *norms, key.data_ptr(), value.data_ptr(), block_size, q_heads, kv_heads, key_dim,
+            value.shape[3], layer.window or 0, self._parts.scaling,
         )  # fmt: skip
 
 
@@ -88,13 +94,14 @@ def compiled_attention(parts: AttentionParts, steps: StepViews, bits: tuple[int,
     """
     if why_not_attention(torch.bfloat16, parts.head_dim, parts.head_dim):
         return None
-    projections = [_projection(*part, steps, bits) for part in (parts.query, parts.key, parts.value, parts.output)]
+    projections = [projection_view(*part, steps, bits) for part in (parts.query, parts.key, parts.value, parts.output)]
     norms = [norm_view(norm, steps) for norm in (parts.query_norm, parts.key_norm)]
     told = [part for part in (*projections, *norms) if part is not None]
     return CompiledAttention(parts, steps, told) if len(told) == len(projections) + len(norms) else None
 
 
-def _projection(weight: Weight, bias: Weight | None, steps: StepViews, bits: tuple[int, int]) -> Projection | None:
+def projection_view(weight: Weight, bias: Weight | None, steps: StepViews, bits: tuple[int, int]) -> Projection | None:
+    """None where it is not for the kernel. bits: as `compiled_attention`."""
     rows, grouping = weight.rows, steps.index_of(weight.row_map)
     if isinstance(rows, PackedRows):
         matrix = rows.matrix

@@ -23,6 +23,7 @@ from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _TOKENS = 3  # of a trial
+_LARGE = 1000.0  # queries, keys and values there: what is clipped shows
 
 # Hidden states [T, H], cosines and sines [T, R], the step, the layer's cache.
 Known = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], ForwardBatch, CachedLayer]
@@ -58,7 +59,11 @@ def _has_the_parts(module: Any) -> bool:
     if query % head_dim or key % head_dim or key != value:
         return False
     norms = [children[name] for name in _NORMS if name in children]
-    return all(norm_epsilon(norm) is not None and norm.weight.shape == (head_dim,) for norm in norms)
+    widths = [(head_dim,), (head_dim,)] if not norms or norms[0].weight.shape == (head_dim,) else [(query,), (key,)]
+    return len(norms) in (0, 2) and all(
+        norm_epsilon(norm) is not None and norm.weight.shape == width
+        for norm, width in zip(norms, widths, strict=False)
+    )
 
 
 def _weights_of(module: Any) -> list[tuple[torch.nn.Module, str]]:
@@ -93,7 +98,9 @@ def _what_it_depends_on(module: Any) -> Any:
         for name, c in module.named_children()
         if name in _PROJECTIONS
     ]
-    norms = [(name, norm_epsilon(child)) for name, child in module.named_children() if name in _NORMS]
+    norms = [
+        (name, norm_epsilon(child), child.weight.shape) for name, child in module.named_children() if name in _NORMS
+    ]
     return type(module), tuple(sorted(simple.items(), key=lambda pair: pair[0])), tuple(sizes), tuple(norms)
 
 
@@ -122,16 +129,17 @@ def _trial(module: Any) -> tuple[float, frozenset[int]] | None:
     for name in _PROJECTIONS:
         linear = module._modules[name]
         own = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        own.weight = _parameter(random(linear.out_features, linear.in_features) / linear.in_features**0.5)
+        own.weight = _parameter(_LARGE * random(linear.out_features, linear.in_features) / linear.in_features**0.5)
         if linear.bias is not None:
             own.bias = _parameter(random(linear.out_features))
         trial._modules[name] = own
     for name in _NORMS:
         if name in trial._modules:
             norm = copy.copy(module._modules[name])
+            weight = random(*norm.weight.shape)
             for leaf in ("weight", "forward"):
                 norm.__dict__.pop(leaf, None)
-            norm._parameters = {"weight": _parameter(random(module.head_dim))}
+            norm._parameters = {"weight": _parameter(_LARGE * weight)}
             trial._modules[name] = norm
     head_dim, inputs = module.head_dim, module._modules["q_proj"].in_features
     heads = module._modules["q_proj"].out_features // head_dim
@@ -176,10 +184,12 @@ def _agrees(
     wanted = []
     for name, norm in zip(_PROJECTIONS[:3], (*_NORMS, ""), strict=True):
         linear = trial._modules[name]
-        heads = F.linear(x[0], linear.weight, linear.bias).view(_TOKENS, -1, trial.head_dim)
+        heads = F.linear(x[0], linear.weight, linear.bias)
         if norm in trial._modules:
-            heads = rms_norm(heads, trial._modules[norm].weight, epsilon_of(trial._modules[norm]) or 0.0)
-        heads = heads.transpose(0, 1)
+            weight = trial._modules[norm].weight
+            heads = heads.view(_TOKENS, -1, len(weight))
+            heads = rms_norm(heads, weight, epsilon_of(trial._modules[norm]) or 0.0)
+        heads = heads.view(_TOKENS, -1, trial.head_dim).transpose(0, 1)
         wanted.append(heads if name == "v_proj" else rotated(heads, rotation[0][0], rotation[1][0]))
     last = trial._modules["o_proj"]
     if len(recorder.given) != 3 or not all(torch.equal(a, b) for a, b in zip(recorder.given, wanted, strict=True)):

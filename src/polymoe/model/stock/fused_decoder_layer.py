@@ -15,10 +15,9 @@ import torch
 from polymoe.model.attention.paged import asks_for_nothing
 from polymoe.model.backends.base import (
     Backend,
-    CachedLayer,
     DecoderParts,
     PreparedAttention,
-    PreparedDecoder,
+    PreparedDecoderLayer,
     PreparedExperts,
 )
 from polymoe.model.stock.fused_attention import FusedAttention
@@ -28,6 +27,18 @@ from polymoe.model.stock.recorded import equal, random_bf16, recorded
 from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
 
 _TOKENS = 3  # of a trial
+
+
+def why_not_one_call(layer: Any) -> str:
+    """Why a decoder layer with experts is not one kernel call; empty where it is."""
+    if isinstance(layer.forward, FusedDecoderLayer):
+        return "" if layer.forward.computes() is not None else "the experts are not one call"
+    modules = list(layer.modules())
+    if not any(isinstance(module.forward, FusedAttention) for module in modules):
+        return "attention is not the kernel's formula"
+    if not any(isinstance(module.forward, FusedRouter) for module in modules):
+        return "the router is not the kernel's formula"
+    return "its parts are joined in another way, or its experts are not one call"
 
 
 def fuse_decoder_layers(modules: Iterable[torch.nn.Module], backend: Backend) -> int:
@@ -133,8 +144,7 @@ class FusedDecoderLayer:
         _, self.router, self.experts = parts.modules
         self.made_of: tuple[Any, Any] | None = None
         self.seen = WeightsSeen([])
-        self.prepared: Any = None
-        self.alone: tuple[Any, list[CachedLayer], PreparedDecoder] | None = None
+        self.prepared: PreparedDecoderLayer | None = None
 
     def __call__(
         self,
@@ -148,19 +158,15 @@ class FusedDecoderLayer:
             known = self.attention.known(hidden_states, position_embeddings)
             prepared = None if known is None else self.computes()
             if known is not None and prepared is not None:
-                hidden, rotary, batch, cache = known
-                if self.alone is None or self.alone[0] is not prepared or self.alone[1][0] is not cache:
-                    self.alone = prepared, [cache], self.backend.join_decoder_layers([prepared])
-                _, caches, decoder = self.alone
-                return decoder(hidden, rotary, batch, caches)[None]
+                return prepared(*known)[None]
         return self.stock(
             hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
             past_key_values=past_key_values, **others,
         )  # fmt: skip
 
-    def computes(self) -> Any:
-        """What the backend joins; the same object for as long as the weights are the same. None where it has nothing
-        for them, or somebody counts."""
+    def computes(self) -> PreparedDecoderLayer | None:
+        """The same object for as long as the weights are the same; None where the backend has nothing for them, or
+        somebody counts."""
         layer = self.experts.polymoe_experts
         if layer.counts is not None and layer.counts.counting:
             return None
@@ -177,7 +183,7 @@ class FusedDecoderLayer:
             self.prepared = None if attention is None else self._prepare(attention, layer.compute)
         return self.prepared
 
-    def _prepare(self, attention: PreparedAttention, experts: PreparedExperts) -> Any:
+    def _prepare(self, attention: PreparedAttention, experts: PreparedExperts) -> PreparedDecoderLayer | None:
         first, second = ((weight_of(norm.weight), norm_epsilon(norm) or 0.0) for norm in self.norms)
         routed: FusedRouter = self.router.forward
         router = weight_of(self.router.weight), routed.top_k, routed.formula.scoring, routed.formula.scores

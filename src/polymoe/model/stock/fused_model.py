@@ -1,26 +1,27 @@
-"""The whole pass of a stock causal language model in a few calls, where all its decoder layers are kernel calls.
+"""The whole pass of a stock causal language model in one kernel call, where each of its decoder layers could be one.
 
-    h = c embedding(ids),  h = layer(h) of each,  logits = a head(norm(h))        c and a: numbers, a perhaps as 1 / a
+    h = c embedding(ids),  h = layer(h) of each,  logits = a head(norm(h))        c and a: numbers
 
 Between layers the stock model does nothing but call the next one, which takes as long as a small layer's kernels. That
 it does nothing else is tried: with others in the place of its parts, which keep what they are given.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 
 from polymoe.model.attention.paged import asks_for_nothing
-from polymoe.model.backends.base import Backend, CachedLayer, PreparedDecoder
+from polymoe.model.backends.base import Backend, CachedLayer, PassParts, PreparedDecoderLayer, PreparedPass
+from polymoe.model.batch.batch import ForwardBatch
 from polymoe.model.stock.fused_decoder_layer import FusedDecoderLayer
 from polymoe.model.stock.fused_norm import norm_epsilon
 from polymoe.model.stock.recorded import Call, equal, random_bf16, recorded
+from polymoe.model.stock.turning import Turning
+from polymoe.model.stock.weights_seen import WeightsSeen, weight_of
 
 _TOKENS, _WIDTH, _KEPT = 3, 8, (0, 2)  # of a trial
-
-_Scaling = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,22 @@ class _Parts:
 
 
 def fuse_model(model: Any, backend: Backend) -> "FusedModel | None":
-    """None where it is no such model."""
+    """None where it is no such model, or its weights are not for the backend."""
     parts = _parts(model)
-    scalings = None if parts is None else _formula(model, parts)
-    return None if parts is None or scalings is None else FusedModel(model, parts, *scalings, backend)
+    formula = None if parts is None else _formula(model, parts)
+    if parts is None or formula is None:
+        return None
+    fused = FusedModel(model, parts, formula, backend)
+    return None if fused.computes() is None else fused
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """What embeddings are multiplied by; what logits are multiplied or divided by."""
+
+    embeddings: float
+    logits: float
+    divides: bool
 
 
 def _parts(model: Any) -> _Parts | None:
@@ -68,8 +81,8 @@ def _parts(model: Any) -> _Parts | None:
     return _Parts(alone[0][0], alone[1][0], tuple(found["layers"]), alone[2][0], heads[0])
 
 
-def _formula(model: Any, parts: _Parts) -> tuple[_Scaling, _Scaling] | None:
-    """What becomes of embeddings and of logits; None if it is no such model."""
+def _formula(model: Any, parts: _Parts) -> _Formula | None:
+    """None if it is no such model."""
     hidden = list(torch.split(random_bf16((len(parts.layers) + 2) * _TOKENS, _WIDTH)[None], _TOKENS, dim=1))
     embedded, *between, normed = hidden
     rotary, logits = (random_bf16(1, _TOKENS, 4), random_bf16(1, _TOKENS, 8)), random_bf16(1, len(_KEPT), 16)
@@ -85,13 +98,15 @@ def _formula(model: Any, parts: _Parts) -> tuple[_Scaling, _Scaling] | None:
     output, (embedding, turning, *layers, norm, head) = tried
     numbers = _numbers(model)
     start = layers[0].given[0] if layers[0].given else None
-    of_embeddings = _scaling(embedded, start, numbers)
-    of_logits = _scaling(logits, getattr(output, "logits", None), numbers)
-    if of_embeddings is None or of_logits is None or not equal(_only(embedding), ids):
+    multiplier = next((c for c in numbers if equal(start, embedded * c)), None)
+    found = getattr(output, "logits", None)
+    scaled = [(c, False) for c in numbers if equal(found, logits * c)]
+    scaled += [(c, True) for c in numbers if c and equal(found, logits / c)]
+    if multiplier is None or not scaled or not equal(_only(embedding), ids):
         return None
-    turned = dict(turning.named)
-    place = turning.given[1] if len(turning.given) == 2 else turned.pop("position_ids", None)
-    if turned or place is not positions or not equal(turning.given[0], of_embeddings(embedded)):
+    options = dict(turning.named)
+    place = turning.given[1] if len(turning.given) == 2 else options.pop("position_ids", None)
+    if options or place is not positions or not equal(turning.given[0], embedded * multiplier):
         return None
     for call, given in zip(layers, [start, *between[:-1]], strict=True):
         options = dict(call.named)
@@ -101,7 +116,7 @@ def _formula(model: Any, parts: _Parts) -> tuple[_Scaling, _Scaling] | None:
             return None
     if _only(norm) is not between[-1] or not equal(_only(head), normed[:, kept]):
         return None
-    return of_embeddings, of_logits
+    return _Formula(multiplier, *scaled[0])
 
 
 def _only(call: Call) -> Any:
@@ -110,53 +125,63 @@ def _only(call: Call) -> Any:
 
 
 def _numbers(model: Any) -> list[float]:
-    """All that the model and its configuration have."""
+    """1, and all that the model and its configuration have."""
     holders = [vars(module) for module in (model, *model.children())] + [vars(model.config.get_text_config())]
-    return sorted({float(value) for held in holders for value in held.values() if type(value) in (int, float)} - {1.0})
-
-
-def _scaling(x: torch.Tensor, found: Any, numbers: list[float]) -> _Scaling | None:
-    """What makes `found` of `x`."""
-    if equal(found, x):
-        return lambda t: t
-    for number in numbers:
-        if equal(found, x * number):
-            return lambda t: t * number
-        if number and equal(found, x / number):
-            return lambda t: t / number
-    return None
+    found = {float(value) for held in holders for value in held.values() if type(value) in (int, float)}
+    return [1.0, *sorted(found - {1.0})]
 
 
 class FusedModel:
     """See the module docstring."""
 
-    def __init__(
-        self, model: Any, parts: _Parts, of_embeddings: _Scaling, of_logits: _Scaling, backend: Backend
-    ) -> None:
-        self._embedding, self._rotary = (model.get_submodule(path) for path in (parts.embedding, parts.rotary))
-        self._norm, self._head = (model.get_submodule(path) for path in (parts.norm, parts.head))
+    def __init__(self, model: Any, parts: _Parts, formula: _Formula, backend: Backend) -> None:
+        self._embedding, self._norm, self._head = (
+            model.get_submodule(path) for path in (parts.embedding, parts.norm, parts.head)
+        )
         self._layers: list[FusedDecoderLayer] = [model.get_submodule(path).forward for path in parts.layers]
-        self._of_embeddings, self._of_logits, self._backend = of_embeddings, of_logits, backend
+        self._turning = Turning(model.get_submodule(parts.rotary))
+        self._formula, self._backend = formula, backend
         self._rotaries = frozenset.intersection(*(layer.attention.rotaries for layer in self._layers))
-        self._made_of: list[Any] = []
-        self._decoder: PreparedDecoder | None = None
-        self._caches: list[CachedLayer] = []
+        self._made_of: list[PreparedDecoderLayer | None] = []
+        self._seen = WeightsSeen([])
+        self._prepared: PreparedPass | None = None
+        self._caches: tuple[CachedLayer, ...] = ()
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, batch: ForwardBatch
+    ) -> torch.Tensor | None:
         """`input_ids, positions [T]` -> logits of rows `kept [R]`, `[R, O]`; None where the stock model is needed."""
-        made_of = [layer.computes() for layer in self._layers]
-        if any(layer is None for layer in made_of):
+        prepared = self.computes()
+        if prepared is None or batch.shape is not None or batch.attention is None or not batch.attention.seq_lens:
             return None
-        hidden = self._of_embeddings(self._embedding(input_ids[None]))
-        rotary = self._rotary(hidden, position_ids=positions[None])
-        known = self._layers[0].attention.known(hidden, rotary)
-        if known is None or rotary[0].shape[2] not in self._rotaries:
+        turns = self._turning.of(positions, max(batch.attention.seq_lens))
+        if turns.cos.shape[1] not in self._rotaries or turns.cos.dtype != torch.bfloat16:
             return None
-        tokens, turns, batch, first = known
-        if self._decoder is None or any(a is not b for a, b in zip(made_of, self._made_of, strict=True)):
-            self._decoder, self._made_of = self._backend.join_decoder_layers(made_of), made_of
+        first = self._layers[0].attention.cache
         if not self._caches or self._caches[0] is not first:
-            self._caches = [layer.attention.cache for layer in self._layers]
-        hidden = self._norm(self._decoder(tokens, turns, batch, self._caches)[None])
-        logits: torch.Tensor = self._of_logits(self._head(hidden[:, kept] if len(kept) < len(input_ids) else hidden))
-        return logits[0]
+            self._caches = tuple(layer.attention.cache for layer in self._layers)
+        tokens = input_ids
+        if not prepared.looks_up:
+            tokens = (self._embedding(input_ids[None]) * self._formula.embeddings)[0].contiguous()
+        logits = prepared(tokens, turns, kept, batch, self._caches)
+        if not prepared.has_head:
+            logits = self._head(logits[None])[0]
+        scale = self._formula.logits
+        return logits if scale == 1 else logits / scale if self._formula.divides else logits * scale
+
+    def computes(self) -> PreparedPass | None:
+        """As `FusedDecoderLayer.computes`."""
+        made_of = [layer.computes() for layer in self._layers]
+        same = len(made_of) == len(self._made_of) and all(map(is_, made_of, self._made_of))
+        if not same or not self._seen.are_current:
+            self._made_of = made_of
+            self._seen = WeightsSeen([(module, "weight") for module in (self._embedding, self._norm, self._head)])
+            self._prepared = self._prepare([layer for layer in made_of if layer is not None])
+        return self._prepared
+
+    def _prepare(self, layers: list[PreparedDecoderLayer]) -> PreparedPass | None:
+        if len(layers) < len(self._layers):
+            return None
+        embedding, norm, head = (weight_of(module.weight) for module in (self._embedding, self._norm, self._head))
+        norm_parts = norm, norm_epsilon(self._norm) or 0.0
+        return self._backend.prepare_pass(PassParts(layers, embedding, self._formula.embeddings, norm_parts, head))

@@ -8,48 +8,21 @@
 #include <vector>
 
 #include "scalars.h"
-#include "stacks.h"
 #include "step.h"
 #include "threads.h"
 
-extern "C" {
-void polymoe_grouped_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const uint16_t*,
-                                 const uint16_t*, uint16_t*, int);
-void polymoe_tiled_linear_bf16(const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*,
-                               const polymoe::Stack*, const polymoe::Stack*, int64_t, int64_t, uint16_t*, int);
-void polymoe_paged_attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const int64_t*, int64_t, const int64_t*,
-                                  const int64_t*, const int64_t*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                  int64_t, int64_t, int64_t, float, uint16_t*, int);
-}
+extern "C" void polymoe_paged_attention_bf16(const uint16_t*, const uint16_t*, const uint16_t*, const int64_t*, int64_t,
+                                             const int64_t*, const int64_t*, const int64_t*, const float*, int64_t, int64_t,
+                                             int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, uint16_t*, int);
 
 namespace polymoe {
 namespace {
 
-// A linear map. rows: null where it is packed, in tiles.
-struct Projection {
-    const uint16_t *rows, *bias;  // [versions, out, in], [versions, out] or null
-    int64_t in, out, grouping;    // grouping: which of the step's
-    const Stack *bases, *deltas;
-    const int64_t *base_of, *delta_of;  // [versions]: what each is made of; -1: no delta
-    int64_t bits, coarse;
-
-    void run(const uint16_t* x, const Grouping* groupings, uint16_t* y, int threads) const {
-        const Grouping& g = groupings[grouping];
-        if (rows) return polymoe_grouped_linear_bf16(x, in, out, g.count, g.ids, g.starts, rows, bias, y, threads);
-        std::vector<int64_t> made_of(2 * g.count);
-        for (int64_t i = 0; i < g.count; ++i) {
-            made_of[i] = base_of[g.ids[i]];
-            made_of[g.count + i] = delta_of[g.ids[i]];
-        }
-        polymoe_tiled_linear_bf16(x, in, out, g.count, g.starts, made_of.data(), made_of.data() + g.count, bases, deltas, bits,
-                                  coarse, y, threads);
-    }
-};
-
 struct Layer {
     Projection query, key, value, output;
-    Norm query_norm, key_norm;  // of each head
-    uint16_t *keys, *values;  // the cache: [slots, kv_heads, key_dim], [slots, kv_heads, value_dim]
+    Norm query_norm, key_norm;
+    int64_t query_norm_dim, key_norm_dim;  // of one head, or of all of a token
+    uint16_t *keys, *values;               // the cache: [slots, kv_heads, key_dim], [slots, kv_heads, value_dim]
     int64_t block_size, q_heads, kv_heads, key_dim, value_dim, window;
     float scaling;
 };
@@ -75,8 +48,8 @@ extern "C" void polymoe_attention_layer_bf16(const polymoe::Layer* layer, const 
                                              const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* y,
                                              int threads) {
     static thread_local std::vector<uint16_t> queries, new_keys, new_values, attended;
-    const auto& [query, key, value, output, query_norm, key_norm, keys, values, block_size, q_heads, kv_heads, key_dim,
-                 value_dim, window, scaling] = *layer;
+    const auto& [query, key, value, output, query_norm, key_norm, query_norm_dim, key_norm_dim, keys, values, block_size,
+                 q_heads, kv_heads, key_dim, value_dim, window, scaling] = *layer;
     const int64_t tokens = step->tokens;
     const auto grown = [](std::vector<uint16_t>& buffer, int64_t size) {
         if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
@@ -87,8 +60,11 @@ extern "C" void polymoe_attention_layer_bf16(const polymoe::Layer* layer, const 
     query.run(x, step->groupings, q, threads);
     key.run(x, step->groupings, k, threads);
     value.run(x, step->groupings, v, threads);
-    if (query_norm.weights) query_norm.run(q, step->groupings, q_heads, tokens * q_heads, key_dim, q, threads);
-    if (key_norm.weights) key_norm.run(k, step->groupings, kv_heads, tokens * kv_heads, key_dim, k, threads);
+    const auto normalise = [&](const polymoe::Norm& norm, uint16_t* x, int64_t width, int64_t dim) {
+        if (norm.weights) norm.run(x, step->groupings, width / dim, tokens * (width / dim), dim, x, threads);
+    };
+    normalise(query_norm, q, query.out, query_norm_dim);
+    normalise(key_norm, k, key.out, key_norm_dim);
     polymoe::parallel_for(tokens, 8, threads, [&, keys = keys, values = values](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; ++t) {
             uint16_t* own = k + t * layer->key.out;
