@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from polymoe.engine.model_runner import GatheredStep, ModelRunner, PreparedStep
+from polymoe.engine.model_runner import ModelRunner
 from polymoe.engine.scheduling.step_record import ScheduledSequence
+from polymoe.engine.step_tensors import GatheredStep, PreparedStep
 from polymoe.model.batch.batch import EncoderBatch, segments_from_variants
 from polymoe.model.transfer.upload import upload
 
@@ -18,6 +19,8 @@ class EncoderDecoderRunner(ModelRunner):
         |--- prompt: num_encoder_tokens ---|-- decoder --|
         |-- chunk --|-------- chunk ---------|    the second one brings the encoder's pass
     """
+
+    _continues = False
 
     def gather(self, scheduled: list[ScheduledSequence]) -> GatheredStep:
         """As `ModelRunner.gather`, without the tokens that the encoder reads: a sequence may have none left."""

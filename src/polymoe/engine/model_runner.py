@@ -10,47 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymoe.engine.continued_decode import ContinuedDecode
 from polymoe.engine.grammar_masks import GrammarMasks, StepMasks
 from polymoe.engine.sampler import Generators, SampleOutput, sample, top_logprobs
 from polymoe.engine.scheduling.step_record import PENDING, SampledToken, ScheduledSequence, SequenceKey, StepResult
+from polymoe.engine.step_tensors import GatheredStep, PreparedStep
 from polymoe.model.batch.batch import AttentionBatch, DeviceLengths, ForwardBatch, segments_from_variants
 from polymoe.model.graphs.decode_graphs import DecodeGraphs
 from polymoe.model.graphs.static_batch import DecodeInputs, PendingInputs
 from polymoe.model.served_model import ServedModel
 from polymoe.model.transfer.upload import upload
 from polymoe.protocol.request import TokenLogprobs
-
-
-@dataclass(frozen=True)
-class GatheredStep:
-    """One step on the host. B sequences, T tokens; for each sequence in `order`, `num_rows` of its last are sampled."""
-
-    order: tuple[ScheduledSequence, ...]  # sorted by variant
-    variants: list[int]  # B
-    counts: list[int]  # B, tokens of each
-    num_rows: tuple[int, ...]  # B
-    input_ids: np.ndarray  # [T] int64
-    positions: np.ndarray  # [T] int64
-    slot_mapping: np.ndarray  # [T] int64
-    block_table: np.ndarray  # [B, most blocks] int64, padded with 0
-    seq_lens: list[int]  # B
-    pending: np.ndarray  # [n] int64, which of the T tokens the host does not know yet; each the last of its sequence
-    pending_sequences: list[SequenceKey]  # n
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence has one token, which is sampled from."""
-        return all(count == rows == 1 for count, rows in zip(self.counts, self.num_rows, strict=True))
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """Device tensors of one step of T tokens, R of which are sampled from."""
-
-    input_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    sampled_rows: torch.Tensor  # [R] int64
-    batch: ForwardBatch
 
 
 @dataclass(frozen=True)
@@ -86,6 +56,8 @@ class ModelRunner:
         graphs: runs the decode steps that it takes; None: all steps run the same way.
     """
 
+    _continues = True  # whether a decode step may be the one before, moved on by one token
+
     def __init__(
         self,
         model: ServedModel,
@@ -97,6 +69,11 @@ class ModelRunner:
         self.model, self.block_size, self.vocab_sizes, self.graphs = model, block_size, vocab_sizes, graphs
         self.generators = Generators(model.device, seed)
         self.masks = GrammarMasks(max(vocab_sizes))
+        self._continued = (
+            ContinuedDecode(block_size)
+            if self._continues and model.device.type == "cpu" and not model.runs_per_variant
+            else None
+        )
 
     @torch.inference_mode()
     def launch(
@@ -112,7 +89,8 @@ class ModelRunner:
             previous: the step before this one, where its tokens are still pending.
             upcoming: variants that wait for a slot, the next one first; it is loaded beside the computation.
         """
-        step = self.gather(scheduled)
+        moved = None if self._continued is None else self._continued.moved_on(scheduled)
+        step = self.gather(scheduled) if moved is None else moved[0]
         masks = self.masks.start(
             [item for item in step.order if item.samples], lambda: {} if previous is None else previous.tokens
         )
@@ -124,9 +102,11 @@ class ModelRunner:
             columns = step.input_ids, step.positions, np.asarray(step.variants), step.slot_mapping, step.block_table
             logits = self.graphs.forward(DecodeInputs(*columns, pending), set(step.variants), upcoming)
         else:
-            ready = self.prepare(step)
+            ready = self.prepare(step) if moved is None else moved[1]
             if pending is not None:
                 pending.put_into(ready.input_ids)
+            if self._continued is not None and moved is None:
+                self._continued.keep(step, ready)
             logits = self.model.forward(ready.input_ids, ready.positions, ready.batch, ready.sampled_rows, upcoming)
         self.model.pool.after_step()
         last = {} if pending is None else dict(zip(step.pending_sequences, pending.tokens, strict=True))

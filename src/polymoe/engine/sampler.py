@@ -88,16 +88,15 @@ def sample(
     _edit(logits, sequences, pending or {}, frozenset() if masks is None else masks.complete)
     if masks is not None:
         masks.apply(logits)
-    tokens = logits.argmax(dim=-1)
-    best = logits.gather(1, tokens[:, None])  # [R, 1]; argmax takes NaN for the largest
+    best, tokens = logits.max(dim=-1)  # which takes NaN for the largest, and the first of equal ones
     rows = [i for i, s in enumerate(sequences) if not s.request.sampling.greedy]
     if rows:
         index = upload(rows, logits.device)
-        tokens[index] = _draw(logits[index], best[index], [sequences[i] for i in rows], generators)
+        tokens[index] = _draw(logits[index], best[index, None], [sequences[i] for i in rows], generators)
     top: list[torch.Tensor] = []
     if raw is not None:
         top = _top(raw, tokens[upload(asking, logits.device)], max(w for w in wanted if w is not None))
-    return SampleOutput(tokens, Download([tokens, best[:, 0], *top]), wanted)
+    return SampleOutput(tokens, Download([tokens, best, *top]), wanted)
 
 
 def top_logprobs(logprobs: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:

@@ -19,7 +19,7 @@ class StepViews:
 
     def __init__(self) -> None:
         self._row_maps: list[RowMap | None] = []
-        self._last: tuple[ForwardBatch, int, StepView] | None = None
+        self._last: tuple[ForwardBatch, list[int], StepView] | None = None
 
     def index_of(self, row_map: RowMap | None) -> int:
         """By which number layers refer to it; None: all tokens use the one version there is."""
@@ -30,8 +30,9 @@ class StepViews:
         return len(self._row_maps) - 1
 
     def of(self, batch: ForwardBatch) -> StepView:
-        """Made once a step."""
-        if self._last is None or self._last[0] is not batch or self._last[1] != len(self._row_maps):
+        """Made once for a batch, as long as its variants have the same rows."""
+        known = [0 if row_map is None else row_map.generation for row_map in self._row_maps]
+        if self._last is None or self._last[0] is not batch or self._last[1] != known:
             where = batch.attention
             assert where is not None
             versions = [_versions(batch.tokens, row_map) for row_map in self._row_maps]
@@ -40,7 +41,7 @@ class StepViews:
                 sampled = [_versions(batch.sampled, row_map) for row_map in self._row_maps]
             tokens = where.token_sequence, where.token_visible, batch.tokens.token_variant
             view = StepView(versions, sampled, where.slot_mapping, where.block_table, *tokens)
-            self._last = batch, len(self._row_maps), view
+            self._last = batch, known, view
         return self._last[2]
 
 

@@ -1,0 +1,57 @@
+"""The decode step before, moved on by one token, where the same sequences come again, as in most steps.
+
+What is made of a batch (its groups of rows, what kernels are told of it) then stays as it is, and a few numbers change
+in place. Only where nobody still reads the step before: on a CPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from polymoe.engine.scheduling.step_record import PENDING, ScheduledSequence
+from polymoe.engine.step_tensors import GatheredStep, PreparedStep
+
+
+class ContinuedDecode:
+    """Args: `block_size`: tokens a block of the KV cache."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._last: tuple[GatheredStep, PreparedStep] | None = None
+        self._arrays: tuple[
+            np.ndarray, ...
+        ] = ()  # [B]: ids, positions, tokens seen, slots; they share the tensors' memory
+
+    def keep(self, step: GatheredStep, ready: PreparedStep) -> None:
+        """What runs now, and perhaps comes again."""
+        self._last = None
+        attention = ready.batch.attention
+        if step.is_decode and not len(step.pending) and attention is not None:
+            self._last = step, ready
+            tensors = ready.input_ids, ready.positions, attention.token_visible, attention.slot_mapping
+            self._arrays = (*(tensor.numpy() for tensor in tensors), attention.block_table.numpy())
+
+    def moved_on(self, scheduled: Sequence[ScheduledSequence]) -> tuple[GatheredStep, PreparedStep] | None:
+        """The step that `scheduled` is; None where it is another one than the last moved on by one token."""
+        if self._last is None or len(scheduled) != len(self._last[0].order):
+            return None
+        step, ready = self._last
+        order = tuple(sorted(scheduled, key=lambda item: item.variant))
+        width, size = self._arrays[4].shape[1], self._block_size
+        for item, before in zip(order, step.order, strict=True):
+            if item.key is not before.key or item.start != before.start + 1 or not item.samples:
+                return None
+            if len(item.input_ids) != 1 or item.input_ids[0] == PENDING or len(item.block_ids) > width:
+                return None
+        ids, positions, visible, slots, table = self._arrays
+        ids[:] = [item.input_ids[0] for item in order]
+        slots[:] = [item.block_ids[item.start // size] * size + item.start % size for item in order]
+        positions += 1
+        visible += 1
+        for row, (item, before) in enumerate(zip(order, step.order, strict=True)):
+            step.seq_lens[row] += 1
+            if item.block_ids != before.block_ids:
+                table[row, : len(item.block_ids)] = item.block_ids
+        self._last = replace(step, order=order), ready
+        return self._last
