@@ -30,7 +30,9 @@ inline void run(const Problem& p, Scratch& scratch, int num_threads) {
             if (p.rows(g) > few) {
                 const uint16_t* first = p.weights[g] + o * p.in;
                 pack_piece(p, first, first + p.out * p.in, count, packed);
-                matmul_group(p, scratch, g, packed, p.biases ? p.biases[g] + o : nullptr, o, count);
+                const uint16_t* next = first + step * p.in;  // of the last piece what lies behind: no fault, where it is nothing
+                matmul_group(p, scratch, g, packed, p.biases ? p.biases[g] + o : nullptr, o, count,
+                             {next, p.paired ? next + p.out * p.in : next + 16 * p.in});
             } else if (p.paired) {
                 dots<true>(p, g, o, count);
             } else {

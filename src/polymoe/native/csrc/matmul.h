@@ -51,7 +51,7 @@ inline void pack_weights(const uint16_t* w, int64_t in, int64_t count, uint32_t*
         __m512i a[16], b[16];
         for (int64_t o = 0; o < 16; ++o) {
             a[o] = o < count ? _mm512_loadu_si512(w + o * in + k) : _mm512_setzero_si512();
-            if (o < count) _mm_prefetch(reinterpret_cast<const char*>(w + o * in + k + 256), _MM_HINT_T0);
+            if (o < count) _mm_prefetch(reinterpret_cast<const char*>(w + o * in + k + 64), _MM_HINT_T0);
         }
         // A 16 x 16 transpose of pairs: neighbours, then quads, then 128-bit lanes.
         for (int i = 0; i < 16; i += 4) {
@@ -83,12 +83,22 @@ inline void finish_row(const Problem& p, int64_t r, const uint16_t* bias, int64_
     }
 }
 
+// Weights of the piece after this one, which are fetched into L2 while this one is multiplied, in the order in which they
+// lie: 16 rows from each of two addresses on. Null: none.
+struct NextPiece {
+    const uint16_t *first, *second;
+};
+
 template <int HEIGHT>
 void matmul_tile(const Problem& p, const Tile& tile, const uint32_t* x, const uint32_t* w, const uint16_t* bias,
-                 int64_t o, int64_t count) {
+                 int64_t o, int64_t count, NextPiece next = {}) {
     __m512 sum[HEIGHT][2];
     for (int r = 0; r < HEIGHT; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < p.in / 2; ++k, x += HEIGHT, w += WEIGHT_ROWS) {
+        if (next.first) {
+            _mm_prefetch(reinterpret_cast<const char*>(next.first + 32 * k), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next.second + 32 * k), _MM_HINT_T1);
+        }
         const __m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < HEIGHT; ++r) {
@@ -137,11 +147,12 @@ inline void pack_piece(const Problem& p, const uint16_t* first, const uint16_t* 
 
 // `count` outputs from o on of the tiles' rows, whose pairs are x, by weights from pack_piece.
 inline void matmul(const Problem& p, const Tile* tiles, int64_t num_tiles, const uint32_t* x, const uint32_t* packed,
-                   const uint16_t* bias, int64_t o, int64_t count) {
+                   const uint16_t* bias, int64_t o, int64_t count, NextPiece next = {}) {
     for (int64_t t = 0; t < num_tiles; ++t) {
+        const NextPiece fetched = t ? NextPiece{} : next;  // one tile is enough
         switch (tiles[t].height) {
 #define POLYMOE_HEIGHT(H) \
-    case H: matmul_tile<H>(p, tiles[t], x, packed, bias, o, count); break;
+    case H: matmul_tile<H>(p, tiles[t], x, packed, bias, o, count, fetched); break;
             POLYMOE_HEIGHT(12) POLYMOE_HEIGHT(11) POLYMOE_HEIGHT(10) POLYMOE_HEIGHT(9) POLYMOE_HEIGHT(8) POLYMOE_HEIGHT(7)
             POLYMOE_HEIGHT(6) POLYMOE_HEIGHT(5) POLYMOE_HEIGHT(4) POLYMOE_HEIGHT(3) POLYMOE_HEIGHT(2) POLYMOE_HEIGHT(1)
 #undef POLYMOE_HEIGHT
@@ -180,10 +191,10 @@ void make_tiles(const Problem& p, Scratch& scratch, const Chosen& chosen) {
 
 // A piece of a group of many rows, after make_tiles and pack_tiles.
 inline void matmul_group(const Problem& p, const Scratch& scratch, int64_t g, const uint32_t* packed,
-                         const uint16_t* bias, int64_t o, int64_t count) {
+                         const uint16_t* bias, int64_t o, int64_t count, NextPiece next = {}) {
     const int64_t tile = scratch.first_tile[g];
     matmul(p, scratch.tiles.data() + tile, scratch.first_tile[g + 1] - tile, scratch.pairs.data() + scratch.tile_at[tile],
-           packed, bias, o, count);
+           packed, bias, o, count, next);
 }
 
 inline void pack_tiles(const Problem& p, Scratch& scratch, int num_threads) {
