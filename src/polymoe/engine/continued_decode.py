@@ -1,7 +1,7 @@
 """The decode step before, moved on by one token, where the same sequences come again, as in most steps.
 
 What is made of a batch (its groups of rows, what kernels are told of it) then stays as it is, and a few numbers change
-in place. Only where nobody still reads the step before: on a CPU.
+in place. Only where nobody still reads the step before, and it is described on the host alone.
 """
 
 from collections.abc import Sequence

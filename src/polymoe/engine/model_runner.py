@@ -56,7 +56,7 @@ class ModelRunner:
         graphs: runs the decode steps that it takes; None: all steps run the same way.
     """
 
-    _continues = True  # whether a decode step may be the one before, moved on by one token
+    _continues = True  # whether, on a CPU, a decode step may be the one before, moved on by one token
 
     def __init__(
         self,
@@ -69,11 +69,8 @@ class ModelRunner:
         self.model, self.block_size, self.vocab_sizes, self.graphs = model, block_size, vocab_sizes, graphs
         self.generators = Generators(model.device, seed)
         self.masks = GrammarMasks(max(vocab_sizes))
-        self._continued = (
-            ContinuedDecode(block_size)
-            if self._continues and model.device.type == "cpu" and not model.runs_per_variant
-            else None
-        )
+        apart = model.context.backend.keeps_tables_on_device or model.runs_per_variant
+        self._continued = ContinuedDecode(block_size) if self._continues and not apart else None
 
     @torch.inference_mode()
     def launch(
