@@ -253,7 +253,7 @@ def test_a_model_that_does_something_between_layers_is_left_to_the_stock_one(
     assert engine.model.fused is None
     assert fuse_decoder_layers(engine.model.model.modules(), engine.model.context.backend) == 0  # no second time
     monkeypatch.undo()
-    assert fuse_model(engine.model.model, engine.model.context.backend) is not None
+    assert fuse_model(engine.model.model, engine.model.context.backend, fixed=True) is not None
 
 
 def test_what_a_rotary_embedding_gives_is_looked_up_bit_for_bit() -> None:

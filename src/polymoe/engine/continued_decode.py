@@ -19,9 +19,8 @@ class ContinuedDecode:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._last: tuple[GatheredStep, PreparedStep] | None = None
-        self._arrays: tuple[
-            np.ndarray, ...
-        ] = ()  # [B]: ids, positions, tokens seen, slots; they share the tensors' memory
+        self._columns: tuple[memoryview, ...] = ()  # [B]: ids, positions, tokens seen, slots; the tensors' own memory
+        self._table = np.empty((0, 0), dtype=np.int64)
 
     def keep(self, step: GatheredStep, ready: PreparedStep) -> None:
         """What runs now, and perhaps comes again."""
@@ -30,7 +29,8 @@ class ContinuedDecode:
         if step.is_decode and not len(step.pending) and attention is not None:
             self._last = step, ready
             tensors = ready.input_ids, ready.positions, attention.token_visible, attention.slot_mapping
-            self._arrays = (*(tensor.numpy() for tensor in tensors), attention.block_table.numpy())
+            self._columns = tuple(tensor.numpy().data for tensor in tensors)
+            self._table = attention.block_table.numpy()
 
     def moved_on(self, scheduled: Sequence[ScheduledSequence]) -> tuple[GatheredStep, PreparedStep] | None:
         """The step that `scheduled` is; None where it is another one than the last moved on by one token."""
@@ -38,20 +38,19 @@ class ContinuedDecode:
             return None
         step, ready = self._last
         order = tuple(sorted(scheduled, key=lambda item: item.variant))
-        width, size = self._arrays[4].shape[1], self._block_size
+        width, size = self._table.shape[1], self._block_size
         for item, before in zip(order, step.order, strict=True):
             if item.key is not before.key or item.start != before.start + 1 or not item.samples:
                 return None
             if len(item.input_ids) != 1 or item.input_ids[0] == PENDING or len(item.block_ids) > width:
                 return None
-        ids, positions, visible, slots, table = self._arrays
-        ids[:] = [item.input_ids[0] for item in order]
-        slots[:] = [item.block_ids[item.start // size] * size + item.start % size for item in order]
-        positions += 1
-        visible += 1
+        ids, positions, visible, slots = self._columns
         for row, (item, before) in enumerate(zip(order, step.order, strict=True)):
-            step.seq_lens[row] += 1
-            if item.block_ids != before.block_ids:
-                table[row, : len(item.block_ids)] = item.block_ids
+            start, blocks = item.start, item.block_ids
+            ids[row], positions[row], visible[row] = item.input_ids[0], start, start + 1
+            slots[row] = blocks[start // size] * size + start % size
+            step.seq_lens[row] = start + 1
+            if blocks != before.block_ids:
+                self._table[row, : len(blocks)] = blocks
         self._last = replace(step, order=order), ready
         return self._last

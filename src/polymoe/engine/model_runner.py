@@ -203,6 +203,8 @@ class ModelRunner:
 
     def mask_missing_tokens(self, logits: torch.Tensor, step: GatheredStep) -> torch.Tensor:
         """A variant with fewer vocabulary rows than the largest can never produce what it does not have."""
+        if min(self.vocab_sizes) >= logits.shape[1]:
+            return logits
         start = 0
         for variant, pairs in groupby(zip(step.variants, step.num_rows, strict=True), key=itemgetter(0)):
             end = start + sum(rows for _, rows in pairs)

@@ -152,7 +152,7 @@ class ServedModel:
         fuse_routers(mixed, backend)
         fuse_attention(mixed, backend)
         fuse_decoder_layers(mixed, backend)
-        self.fused = None if self._per_variant else fuse_model(self.model, backend)
+        self.fused = None if self._per_variant else fuse_model(self.model, backend, fixed=max_variants == 0)
         self.fast_paths = fast_paths(
             self.model, backend, self.pool.layers, self.attention_layers.values(), dtype, self._per_variant
         )
@@ -362,19 +362,19 @@ class ServedModel:
         self.context.set(batch)
         if self._per_variant:
             self.states.begin(batch)
-        with one_torch_thread() if self._by_kernels and len(input_ids) <= _FEW_TOKENS else nullcontext():
-            logits = self._logits(input_ids, positions, sampled_rows)
+        logits = None
+        if self.fused is not None and sampled_rows is not None:
+            logits = self.fused(input_ids, positions, sampled_rows, batch)
+        if logits is None:
+            with one_torch_thread() if self._by_kernels and len(input_ids) <= _FEW_TOKENS else nullcontext():
+                logits = self._stock_logits(input_ids, positions, sampled_rows)
         self.context.set(None)
         self.states.end()
         return logits
 
-    def _logits(
+    def _stock_logits(
         self, input_ids: torch.Tensor, positions: torch.Tensor, sampled_rows: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.fused is not None and sampled_rows is not None:
-            found = self.fused(input_ids, positions, sampled_rows, self.context.batch)
-            if found is not None:
-                return found
         options = {} if sampled_rows is None or not self._keeps_rows else {"logits_to_keep": sampled_rows}
         output = self.model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **options)
         logits: torch.Tensor = output.logits[0]

@@ -164,11 +164,17 @@ class FusedDecoderLayer:
             past_key_values=past_key_values, **others,
         )  # fmt: skip
 
+    @property
+    def counts(self) -> bool:
+        """Whether somebody counts what is routed in this step: the same for all layers."""
+        counts = self.experts.polymoe_experts.counts
+        return counts is not None and bool(counts.counting)
+
     def computes(self) -> PreparedDecoderLayer | None:
         """The same object for as long as the weights are the same; None where the backend has nothing for them, or
         somebody counts."""
         layer = self.experts.polymoe_experts
-        if layer.counts is not None and layer.counts.counting:
+        if self.counts:
             return None
         attention = self.attention.computes()
         made_of = self.made_of

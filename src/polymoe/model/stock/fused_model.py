@@ -35,13 +35,13 @@ class _Parts:
     head: str
 
 
-def fuse_model(model: Any, backend: Backend) -> "FusedModel | None":
-    """None where it is no such model, or its weights are not for the backend."""
+def fuse_model(model: Any, backend: Backend, fixed: bool) -> "FusedModel | None":
+    """None where it is no such model, or its weights are not for the backend. fixed: whether no version ever comes."""
     parts = _parts(model)
     formula = None if parts is None else _formula(model, parts)
     if parts is None or formula is None:
         return None
-    fused = FusedModel(model, parts, formula, backend)
+    fused = FusedModel(model, parts, formula, backend, fixed)
     return None if fused.computes() is None else fused
 
 
@@ -134,13 +134,13 @@ def _numbers(model: Any) -> list[float]:
 class FusedModel:
     """See the module docstring."""
 
-    def __init__(self, model: Any, parts: _Parts, formula: _Formula, backend: Backend) -> None:
+    def __init__(self, model: Any, parts: _Parts, formula: _Formula, backend: Backend, fixed: bool) -> None:
         self._embedding, self._norm, self._head = (
             model.get_submodule(path) for path in (parts.embedding, parts.norm, parts.head)
         )
         self._layers: list[FusedDecoderLayer] = [model.get_submodule(path).forward for path in parts.layers]
         self._turning = Turning(model.get_submodule(parts.rotary))
-        self._formula, self._backend = formula, backend
+        self._formula, self._backend, self._fixed = formula, backend, fixed
         self._rotaries = frozenset.intersection(*(layer.attention.rotaries for layer in self._layers))
         self._made_of: list[PreparedDecoderLayer | None] = []
         self._seen = WeightsSeen([])
@@ -171,6 +171,8 @@ class FusedModel:
 
     def computes(self) -> PreparedPass | None:
         """As `FusedDecoderLayer.computes`."""
+        if self._fixed and self._prepared is not None:
+            return None if self._layers[0].counts else self._prepared
         made_of = [layer.computes() for layer in self._layers]
         same = len(made_of) == len(self._made_of) and all(map(is_, made_of, self._made_of))
         if not same or not self._seen.are_current:
