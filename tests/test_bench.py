@@ -303,7 +303,9 @@ def test_throughput_of_three_systems(cache: Path, tmp_path: Path) -> None:
     assert answer["systems"]["mixed"]["reconfigurations"] == 0
     assert answer["systems"]["paper"]["reconfigurations"] >= 3  # one slot, four variants
     assert 0 < answer["ceiling"]["systems"]["mixed"]["share_reached"] < 1
-    assert 0 < answer["ceiling"]["systems"]["mixed"]["bandwidth_share"] < 1
+    share = answer["ceiling"]["systems"]["mixed"]["bandwidth_share"]
+    # On busy cores a client reads several of such short steps at once: then the median time between tokens is 0.
+    assert 0 < share < 1 if answer["systems"]["mixed"]["itl_s"]["p50"] else share is None
     assert answer["ceiling"]["systems"]["single"]["ttft_over_matmul"] > 0
     assert answer["ceiling"]["memory_bandwidth_bytes_per_s"] > 1e9
     assert answer["ceiling"]["matmul_products_per_s"] > 1e9

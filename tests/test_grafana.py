@@ -69,8 +69,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             try:
                 rates = ask('rate(vllm:generation_tokens_total{model_name="base"}[10s]) > 0')
                 return bool(rates and ask("rate(polymoe:reconfigurations_total[10s]) >= 0"))
-            except httpx.TransportError:
-                return False  # it starts
+            except (httpx.TransportError, json.JSONDecodeError):
+                return False  # it starts: nobody listens, or the answer is "Service Unavailable"
 
         try:
             wait_for(has_served, 60)
