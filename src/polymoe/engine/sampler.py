@@ -81,7 +81,8 @@ def sample(
         pending: the last token, `[]` on the device, of sequences whose host does not know it yet.
         masks: what the grammars of some sequences allow.
     """
-    logits = logits.float()
+    if masks is not None or not all(map(_takes_the_best, sequences)):
+        logits = logits.float()
     wanted = [s.request.sampling.logprobs for s in sequences]
     asking = [i for i, w in enumerate(wanted) if w is not None]
     raw = torch.log_softmax(logits[upload(asking, logits.device)], dim=-1) if asking else None
@@ -119,6 +120,15 @@ def _reports(top: Sequence[torch.Tensor], counts: list[int]) -> list[TokenLogpro
         TokenLogprobs([token, *indices[:count]], [value, *values[:count]], rank)
         for token, value, rank, indices, values, count in columns
     ]
+
+
+def _takes_the_best(sequence: ScheduledSequence) -> bool:
+    """Whether its token is the one with the largest logit, whatever these are rounded to, and nobody asks for more."""
+    sampling, request = sequence.request.sampling, sequence.request
+    plain = sampling.greedy and sampling.logprobs is None and sampling.allowed_token_ids is None
+    plain = plain and not (sampling.logit_bias or request.banned)
+    penalties = sampling.frequency_penalty or sampling.presence_penalty or sampling.repetition_penalty != 1.0
+    return plain and not penalties and sampling.min_tokens <= sequence.num_output_tokens
 
 
 def _edit(
