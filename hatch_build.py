@@ -43,8 +43,8 @@ _TILES = ["-mavx512vnni", "-mavx512vbmi"]  # for what is called only where the p
 MORE_FLAGS = dict.fromkeys(("amx.cpp", "tiled_experts.cpp", "tiled_linear.cpp"), _TILES)
 # All other sources of a level are in csrc/ or in csrc/portable/.
 SHARED = (
-    "attention_layer.cpp", "changes.cpp", "decoder.cpp", "gated_delta.cpp", "make_tiles.cpp", "routed_experts.cpp", "router.cpp",
-    "sources.cpp", "threads.cpp",
+    "attention_layer.cpp", "changes.cpp", "decoder.cpp", "gated_delta.cpp", "make_tiles.cpp", "routed_experts.cpp",
+    "router.cpp", "sources.cpp", "threads.cpp",
 )  # fmt: skip
 # Five seconds or more, the longest first.
 SLOWEST = ("tiled_experts.cpp", "tiled_linear.cpp", "packed_experts.cpp", "grouped_linear.cpp", "linear.cpp",
